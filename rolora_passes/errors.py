@@ -1,0 +1,33 @@
+"""Errors a user can act on. Each message says what was expected, what was found, where, what to do."""
+
+
+class RoloraError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class CaptureError(RoloraError):
+    """The model cannot be captured faithfully."""
+
+
+class GraphFormatError(RoloraError):
+    """A graph, or a saved graph, is not what this package writes."""
+
+
+class PassOrderError(RoloraError):
+    """A pass was asked for where its requirements do not hold."""
+
+
+class PassError(RoloraError):
+    """A pass cannot do what its options ask on this graph."""
+
+
+class VerificationError(RoloraError):
+    """A pass that promises to keep the function changed it."""
+
+
+class LoweringError(RoloraError):
+    """The graph cannot be lowered to the target."""
+
+
+class MissingExtraError(RoloraError, ImportError):
+    """An optional dependency is not installed."""

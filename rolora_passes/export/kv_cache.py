@@ -1,0 +1,224 @@
+"""From `forward(tokens, positions)` to `forward(tokens, input_pos)` with key and value caches."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+
+import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
+from rolora_passes.export.extras import require
+from rolora_passes.export.shapes import Shape, constant_nodes, infer_shapes
+from rolora_passes.graphs.graph import argument, copy_graph, set_tensor
+
+_aten = torch.ops.aten
+
+
+def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
+    """Give a canonical graph the state and inputs the ExecuTorch runner drives it with.
+
+    Before:  forward(tokens [B, S], positions [B, S]) -> logits [B, S, V]
+             rolora.attention(q, k, v, scale)
+    After:   forward(tokens [1, S], input_pos [1]) -> logits [1, S, V]
+             llama.update_cache(k, k_cache, start); llama.update_cache(v, v_cache, start)
+             llama.custom_sdpa(q, k_cache, v_cache, start, None, 0.0, True, scale)
+
+    What depends on `positions` alone (rotary tables, learned position embeddings) is evaluated once
+    for all positions below `max_length`, and read at `start`. The given graph is not changed.
+    """
+    require("executorch.extension.llm.custom_ops.custom_ops", "executorch")
+    result = copy_graph(graph)
+    shapes = infer_shapes(result, {"tokens": (1, None), "positions": (1, None)})
+    window = _Window(result, max_length)
+    _tabulate_positions(result, window)
+    caches: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node]] = {}
+    for node in result.graph.find_nodes(op="call_function", target=torch.ops.rolora.attention.default):
+        _cache_attention(result, node, shapes, window, caches)
+    result.graph.eliminate_dead_code(is_impure_node=_is_impure)
+    result.graph.lint()
+    rebuilt = fx.GraphModule(result, result.graph)  # a fresh signature, and only the tensors in use
+    rebuilt.meta.update(result.meta)
+    rebuilt.meta["max_length"] = max_length
+    return rebuilt
+
+
+def _is_impure(node: fx.Node) -> bool:
+    impure = (torch.ops.llama.update_cache.default, _aten._assert_scalar.default)
+    ranged = _aten.sym_constrain_range_for_size.default
+    return node.is_impure() or node.target in impure or node.target is ranged
+
+
+class _Window:
+    """The positions [start, start + S) that one call computes, as nodes at the head of the graph."""
+
+    def __init__(self, module: fx.GraphModule, max_length: int) -> None:
+        self.module, self.max_length = module, max_length
+        graph = module.graph
+        tokens, self.positions = graph.find_nodes(op="placeholder")
+        with graph.inserting_after(tokens):
+            input_pos = graph.placeholder("input_pos")
+        with graph.inserting_before(self.positions.next):
+            call = graph.call_function
+            self.start = call(_aten.item.default, (input_pos,))
+            call(_aten.sym_constrain_range_for_size.default, (self.start,), {"min": 0, "max": max_length - 1})
+            self.length = call(_aten.sym_size.int, (tokens, 1))
+            end = call(operator.add, (self.start, self.length))
+            fits = call(operator.le, (end, max_length))
+            last = call(_aten._assert_scalar.default, (fits, f"more than {max_length} positions"))
+        self.head = last.next
+
+    def read(self, name: str, table: Tensor, dim: int) -> fx.Node:
+        """The rows of a table [.., max_length, ..] at the window."""
+        set_tensor(self.module, name, table)
+        with self.module.graph.inserting_before(self.head):
+            whole = self.module.graph.get_attr(name)
+            arguments = (whole, dim, self.start, self.length)
+            return self.module.graph.call_function(_aten.narrow.default, arguments)
+
+
+def _tabulate_positions(module: fx.GraphModule, window: _Window) -> None:
+    """Replace every maximal value that depends on positions and constants alone by a table."""
+    graph = module.graph
+    known = constant_nodes(graph)
+    dependent = {window.positions}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "call_function" and inputs and all(n in known or n in dependent for n in inputs):
+            if any(n in dependent for n in inputs):
+                dependent.add(node)
+    needed = [n for n in graph.nodes if n in dependent and any(u not in dependent for u in n.users)]
+    tables = _evaluate(module, window.positions, needed, window.max_length)
+    for index, (node, (table, dim)) in enumerate(zip(needed, tables, strict=True)):
+        read = window.read(f"positions.table_{index}", table, dim)
+        node.replace_all_uses_with(read, delete_user_cb=lambda user: user not in dependent)
+    for node in reversed([n for n in graph.nodes if n in dependent]):
+        graph.erase_node(node)
+
+
+def _evaluate(
+    module: fx.GraphModule, positions: fx.Node, needed: list[fx.Node], max_length: int
+) -> list[tuple[Tensor, int]]:
+    """Values of position-only nodes at 0 .. max_length - 1, and which dimension is the position."""
+    if not needed:
+        return []
+    extracted, mapped = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in _ancestors(needed):
+        mapped[node] = extracted.node_copy(node, lambda n: mapped[n])
+    extracted.output([mapped[n] for n in needed])
+    function = fx.GraphModule(module, extracted)
+    index = torch.arange(max_length)[None]
+    skip = max_length // 2
+    with torch.no_grad():
+        whole, part = function(index), function(index[:, skip:])
+    return [
+        _check_table(node, *values, skip) for node, *values in zip(needed, whole, part, strict=True)
+    ]
+
+
+def _ancestors(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Nodes and everything they are computed from, in graph order."""
+    found, stack = set[fx.Node](), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return [n for n in nodes[0].graph.nodes if n in found]
+
+
+def _check_table(node: fx.Node, whole: Tensor, part: Tensor, skip: int) -> tuple[Tensor, int]:
+    dims = [d for d, (a, b) in enumerate(zip(whole.shape, part.shape, strict=True)) if a != b]
+    if len(dims) != 1 or not torch.equal(whole.narrow(dims[0], skip, part.shape[dims[0]]), part):
+        raise ValueError(
+            f"`{node.name}` ({node.target}) depends on `positions` but is not a table with one row per "
+            f"position (shapes {tuple(whole.shape)} and {tuple(part.shape)}): it cannot be cached"
+        )
+    return whole.contiguous(), dims[0]
+
+
+def _cache_attention(
+    module: fx.GraphModule,
+    node: fx.Node,
+    shapes: dict[fx.Node, tuple[Shape, torch.dtype]],
+    window: _Window,
+    caches: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node]],
+) -> None:
+    """Replace one attention by cache updates and an attention over the caches."""
+    names = ("query", "key", "value", "scale", "window", "softcap")
+    q, k, v, scale, sliding, softcap = (argument(node, name) for name in names)
+    if not argument(node, "causal"):
+        raise ValueError(f"`{node.name}` attends both ways: a key-value cache needs causal attention")
+    graph = module.graph
+    with graph.inserting_before(node):
+        if (k, v) not in caches:
+            number = len(caches)
+            caches[k, v] = (
+                _update(module, f"cache.key_{number}", k, shapes[k][0], window),
+                _update(module, f"cache.value_{number}", v, shapes[v][0], window),
+            )
+        key, value = caches[k, v]
+    wide = shapes[k][0] != shapes[v][0] or softcap is not None
+    mask = _mask(module, sliding, window) if sliding is not None or wide else None
+    with graph.inserting_before(node):
+        if wide:
+            heads = (shapes[q][0][2], shapes[k][0][2])
+            out = _plain_attention(graph, q, key, value, mask, scale, softcap, heads)
+        else:
+            fused = (q, key, value, window.start, mask, 0.0, mask is None, scale)
+            out = graph.call_function(torch.ops.llama.custom_sdpa.default, fused)
+    node.replace_all_uses_with(out)
+    graph.erase_node(node)
+
+
+def _update(module: fx.GraphModule, name: str, fresh: fx.Node, shape: Shape, window: _Window) -> fx.Node:
+    """Write fresh rows [1, S, H, D] into a zero buffer [1, max_length, H, D]; returns the buffer."""
+    _, _, heads, width = shape
+    if heads is None or width is None:
+        raise ValueError(f"`{fresh.name}` has no static heads and head_dim: {shape}")
+    set_tensor(module, name, torch.zeros(1, window.max_length, heads, width))
+    cache = module.graph.get_attr(name)
+    module.graph.call_function(torch.ops.llama.update_cache.default, (fresh, cache, window.start))
+    return cache
+
+
+def _mask(module: fx.GraphModule, sliding: int | None, window: _Window) -> fx.Node:
+    """Additive mask [S, max_length] of the positions each row sees; one per width of the window."""
+    name = f"positions.mask_{'full' if sliding is None else sliding}"
+    for node in module.graph.find_nodes(op="get_attr", sort=False):
+        if node.target == name:
+            return next(iter(node.users))
+    index = torch.arange(window.max_length)
+    seen = index[None, :] <= index[:, None]
+    if sliding is not None:
+        seen &= index[None, :] > index[:, None] - sliding
+    return window.read(name, torch.zeros(seen.shape).masked_fill(~seen, float("-inf")), 0)
+
+
+def _plain_attention(
+    graph: fx.Graph,
+    q: fx.Node,
+    key: fx.Node,
+    value: fx.Node,
+    mask: fx.Node | None,
+    scale: float,
+    softcap: float | None,
+    heads: tuple[int | None, int | None],
+) -> fx.Node:
+    """Attention over whole caches in plain ops, for what the fused kernel does not compute.
+
+    q [1, S, H, D], key [1, L, H_kv, D], value [1, L, H_kv, D_v], mask [S, L] -> [1, S, H, D_v]
+    """
+    call, groups = graph.call_function, (heads[0] or 0) // (heads[1] or 1)
+    split = call(_aten.unflatten.int, (q, 2, [heads[1], groups]))
+    rows = call(_aten.permute.default, (split, [0, 2, 3, 1, 4]))  # [1, H_kv, G, S, D]
+    columns = call(_aten.unsqueeze.default, (call(_aten.permute.default, (key, [0, 2, 3, 1])), 2))
+    scores = call(_aten.mul.Tensor, (call(_aten.matmul.default, (rows, columns)), scale))
+    if softcap is not None:
+        bounded = call(_aten.tanh.default, (call(_aten.mul.Tensor, (scores, 1.0 / softcap)),))
+        scores = call(_aten.mul.Tensor, (bounded, softcap))
+    weights = call(_aten.softmax.int, (call(_aten.add.Tensor, (scores, mask)), -1))
+    values = call(_aten.unsqueeze.default, (call(_aten.permute.default, (value, [0, 2, 1, 3])), 2))
+    mixed = call(_aten.matmul.default, (weights, values))  # [1, H_kv, G, S, D_v]
+    back = call(_aten.permute.default, (mixed, [0, 3, 1, 2, 4]))
+    return call(_aten.flatten.using_ints, (back, 2, 3))

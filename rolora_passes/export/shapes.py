@@ -1,0 +1,80 @@
+"""Static shapes of a graph whose sequence length is dynamic, and constants of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+Shape = tuple[int | None, ...]
+"""Sizes of one tensor; None where the size follows the sequence length."""
+
+_PROBES = (7, 11)
+
+
+class _Propagate(fx.Interpreter):
+    """Run a graph on fake tensors, noting the size and type of every tensor."""
+
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module)
+        self.mode = mode
+        self.found: dict[fx.Node, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._attributes: dict[str, Any] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        if target not in self._attributes:
+            value = super().fetch_attr(target)
+            self._attributes[target] = self.mode.from_tensor(value) if isinstance(value, Tensor) else value
+        return self._attributes[target]
+
+    def run_node(self, n: fx.Node) -> Any:
+        # The start position is data; any value gives the same sizes.
+        result = 1 if n.target is torch.ops.aten.item.default else super().run_node(n)
+        if isinstance(result, Tensor):
+            self.found[n] = (tuple(result.shape), result.dtype)
+        return result
+
+
+def infer_shapes(
+    graph: fx.GraphModule, inputs: Mapping[str, Shape]
+) -> dict[fx.Node, tuple[Shape, torch.dtype]]:
+    """Shape and type of every tensor of `graph`, found by running it on fake tensors of two lengths.
+
+    Args:
+        inputs: for each placeholder, an int64 tensor's sizes, None for the sequence length.
+    """
+    runs = [_run(graph, inputs, length) for length in _PROBES]
+    return {
+        node: (tuple(a if a == b else None for a, b in zip(first, runs[1][node][0], strict=True)), dtype)
+        for node, (first, dtype) in runs[0].items()
+    }
+
+
+def _run(
+    graph: fx.GraphModule, inputs: Mapping[str, Shape], length: int
+) -> dict[fx.Node, tuple[tuple[int, ...], torch.dtype]]:
+    mode = FakeTensorMode()
+    interpreter = _Propagate(graph, mode)
+    arguments = []
+    with mode:
+        for node in graph.graph.find_nodes(op="placeholder"):
+            sizes = [length if size is None else size for size in inputs[node.target]]
+            arguments.append(torch.zeros(sizes, dtype=torch.int64))
+        interpreter.run(*arguments)
+    return interpreter.found
+
+
+def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on parameters and buffers only."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" or (
+            node.op == "call_function"
+            and node.all_input_nodes
+            and all(argument in found for argument in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found

@@ -1,0 +1,273 @@
+"""What every pass needs of a `torch.fx.GraphModule`: copies, parameters, constants, running it.
+
+A graph is `forward(tokens, positions) -> logits`; both inputs int64 [B, S], logits [B, S, V].
+Parameters are `get_attr` nodes whose targets are the dotted names they had in the model. What a pass
+does to a parameter is nodes on top of that `get_attr`: a *constant expression*, evaluated by
+FoldConstants.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rolora_passes.errors import GraphFormatError
+
+aten = torch.ops.aten
+
+# Where a constant expression ends though its operands are constant: what is left of a quantizer must
+# stay in the graph, or there would be nothing for a kernel to read.
+KEPT = {"dequantize_per_channel_group", "dequantize_per_channel", "dequantize_affine"}
+
+
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """Copy the structure of a graph; tensors are shared with the original."""
+    target = fx.GraphModule(torch.nn.Module(), fx.Graph())
+    renamed: dict[fx.Node, fx.Node] = {}
+    output = target.graph.graph_copy(graph.graph, renamed)
+    names = {new: old.name for old, new in renamed.items()}
+    for node in target.graph.nodes:
+        node._rename(names[node])
+        if node.op == "get_attr":
+            set_tensor(target, node.target, get_tensor(graph, node.target))
+    target.graph.output(output)
+    target.meta = copy.deepcopy(graph.meta)
+    target.recompile()
+    return target
+
+
+def get_tensor(graph: fx.GraphModule, name: str) -> Tensor:
+    """The tensor a `get_attr` target names."""
+    value: Any = graph
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def set_tensor(graph: fx.GraphModule, name: str, value: Tensor) -> None:
+    """Put a tensor at a dotted name: a parameter if it is floating point, else a buffer."""
+    *path, leaf = name.split(".")
+    owner: torch.nn.Module = graph
+    for part in path:
+        if not isinstance(getattr(owner, part, None), torch.nn.Module):
+            owner.register_module(part, torch.nn.Module())
+        owner = getattr(owner, part)
+    if hasattr(owner, leaf):
+        delattr(owner, leaf)
+    if isinstance(value, torch.nn.Parameter):
+        owner.register_parameter(leaf, value)
+    else:
+        owner.register_buffer(leaf, value)
+
+
+def parameters(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """Every tensor the graph reads, by name, in graph order."""
+    return {n.target: get_tensor(graph, n.target) for n in graph.graph.nodes if n.op == "get_attr"}
+
+
+def add_parameter(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    """Add a tensor under a name not used yet (a number is appended) and return its node.
+
+    The node stands before every node that is not a `get_attr`, so any expression may read it.
+    """
+    taken, unique, count = parameters(graph), name, 0
+    while unique in taken:
+        count += 1
+        unique = f"{name}_{count}"
+    set_tensor(graph, unique, value)
+    with graph.graph.inserting_before(first_compute(graph)):
+        return graph.graph.create_node("get_attr", unique, name=unique.replace(".", "_"))
+
+
+def first_compute(graph: fx.GraphModule) -> fx.Node:
+    """The first node that is not a parameter."""
+    return next(n for n in graph.graph.nodes if n.op != "get_attr")
+
+
+def constants(graph: fx.GraphModule) -> set[fx.Node]:
+    """Nodes whose value depends on parameters alone, quantizers' second halves excepted (`KEPT`)."""
+    found: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" or (
+            node.op == "call_function"
+            and op_name(node) not in KEPT
+            and node.all_input_nodes
+            and all(a in found for a in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
+def leaves(graph: fx.GraphModule) -> dict[fx.Node, None]:
+    """Constant expressions as the rest of the graph sees them: the constant nodes a computation reads."""
+    known = constants(graph)
+    return {n: None for n in graph.graph.nodes if n in known and any(u not in known for u in n.users)}
+
+
+def root_names(node: fx.Node) -> list[str]:
+    """Names of the parameters a constant expression is made of, its subject first."""
+    seen: dict[str, None] = {}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current.op == "get_attr":
+            seen[str(current.target)] = None
+        stack.extend(reversed(current.all_input_nodes))
+    return list(seen)
+
+
+def op_name(node: fx.Node) -> str:
+    """`linear` for `aten.linear.default`, `getitem` for `operator.getitem`, `placeholder` for an input."""
+    if node.op != "call_function":
+        return node.op
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[1]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def is_op(node: object, *names: str) -> bool:
+    """Whether a value is a call of one of these operators, in any overload."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) in names
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An operator's argument by the name its schema gives, or the schema's default."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    for position, declared in enumerate(schema):
+        if declared.name == name:
+            if position < len(node.args):
+                return node.args[position]
+            return declared.default_value if declared.has_default_value() else default
+    return default
+
+
+def linears(graph: fx.GraphModule) -> list[fx.Node]:
+    """The linear nodes whose weight is a constant expression, or the dequantized half of one."""
+    known = constants(graph)
+    return [
+        n
+        for n in graph.graph.nodes
+        if is_op(n, "linear") and (n.args[1] in known or op_name(n.args[1]) in KEPT)
+    ]
+
+
+def site_names(graph: fx.GraphModule) -> dict[fx.Node, str]:
+    """A name for every linear: the module that held its weight, numbered where a fused one was split."""
+    owners: dict[str, list[fx.Node]] = {}
+    for node in linears(graph):
+        owners.setdefault(root_names(node.args[1])[0].removesuffix(".weight"), []).append(node)  # type: ignore[arg-type]
+    return {
+        node: owner if len(nodes) == 1 else f"{owner}.{i}"
+        for owner, nodes in owners.items()
+        for i, node in enumerate(nodes)
+    }
+
+
+def insert(
+    graph: fx.GraphModule, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
+) -> fx.Node:
+    """Insert one call before a node."""
+    with graph.graph.inserting_before(before):
+        return graph.graph.call_function(target, args, kwargs)
+
+
+def insert_after(
+    graph: fx.GraphModule, after: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
+) -> fx.Node:
+    """Insert one call right after a node."""
+    with graph.graph.inserting_after(after):
+        return graph.graph.call_function(target, args, kwargs)
+
+
+def wrap(
+    graph: fx.GraphModule,
+    node: fx.Node,
+    target: Callable[..., Any],
+    *args: Any,
+    users: Iterable[fx.Node] | None = None,
+    **kwargs: Any,
+) -> fx.Node:
+    """Replace a value by `target(value, *args)` for its users (all of them, or those given)."""
+    chosen = list(node.users if users is None else users)
+    after = max([node, *(a for a in args if isinstance(a, fx.Node))])
+    new = insert_after(graph, after, target, node, *args, **kwargs)
+    for user in chosen:
+        user.replace_input_with(node, new)
+    return new
+
+
+def finish(graph: fx.GraphModule) -> fx.GraphModule:
+    """Drop dead nodes and unused tensors, check the graph, recompile."""
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    used = parameters(graph)
+    graph._modules.clear()
+    for name in [*graph._parameters, *graph._buffers]:
+        delattr(graph, name)
+    for name, value in used.items():
+        set_tensor(graph, name, value)
+    assert all(n in graph.graph.nodes for n in placeholders)
+    graph.graph.lint()
+    graph.recompile()
+    return graph
+
+
+def dtype_of(graph: fx.GraphModule) -> torch.dtype:
+    """The working precision: the widest floating-point type among the parameters."""
+    kinds = [p.dtype for p in parameters(graph).values() if p.is_floating_point()]
+    if not kinds:
+        raise GraphFormatError("expected a graph with floating-point parameters, found none")
+    return max(kinds, key=lambda d: torch.finfo(d).bits)
+
+
+def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
+    """A copy of the graph that computes in `dtype`: parameters, and every floating-point literal type."""
+    result = copy_graph(graph)
+    for name, value in parameters(result).items():
+        if value.is_floating_point():
+            set_tensor(result, name, value.detach().to(dtype))
+
+    def retype(value: Any) -> Any:
+        return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+    for node in result.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, retype)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, retype)
+    result.recompile()
+    return result
+
+
+def positions_like(tokens: Tensor) -> Tensor:
+    """Positions 0, 1, 2, … for tokens [B, S]."""
+    return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+
+
+def run(graph: fx.GraphModule, tokens: Tensor) -> Tensor:
+    """Logits [B, S, V] for tokens int64 [B, S] at positions 0, 1, 2, …"""
+    with torch.no_grad():
+        result: Tensor = graph(tokens, positions_like(tokens))
+    return result
+
+
+def values(graph: fx.GraphModule, tokens: Tensor) -> Iterator[tuple[fx.Node, Any]]:
+    """Every node with its value, in graph order, each freed when its last user has run."""
+    interpreter = _Stream(graph)
+    interpreter.env = {}
+    interpreter.args_iter = iter((tokens, positions_like(tokens)))
+    with torch.no_grad():
+        for node in graph.graph.nodes:
+            interpreter.env[node] = interpreter.run_node(node)
+            yield node, interpreter.env[node]
+            for dead in interpreter.user_to_last_uses.get(node, ()):
+                del interpreter.env[dead]
+
+
+class _Stream(fx.Interpreter):
+    """An interpreter driven from outside, one node at a time."""

@@ -1,0 +1,56 @@
+"""Shapes recorded by capture, compared without adding guards; and shapes computed afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def shape_of(node: object) -> tuple[object, ...] | None:
+    """A node's shape: ints, and strings for symbolic sizes; None where capture recorded no tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+
+
+def same_shape(first: fx.Node, second: fx.Node) -> bool:
+    """Whether two nodes have the same known shape."""
+    return shape_of(first) is not None and shape_of(first) == shape_of(second)
+
+
+# Sizes for batch and sequence that no axis of a model has, so that a reshape's factors are unmistakable.
+BATCH, SEQUENCE = 1009, 2017
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph on meta tensors; a value whose shape cannot be known becomes None."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except Exception:  # an operator without a shape rule, or fed by one: its value is unknown
+            return None
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        return super().call_function(target, args, kwargs)
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return torch.empty_like(value, device="meta")
+
+
+def infer_shapes(graph: fx.GraphModule) -> dict[fx.Node, Any]:
+    """Meta tensors (shape and dtype) for every node at batch `BATCH`, sequence `SEQUENCE`.
+
+    None for a value that no shape rule covers. Nothing is computed.
+    """
+    shapes = _Shapes(graph, garbage_collect_values=False)
+    tokens = torch.empty(BATCH, SEQUENCE, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        shapes.run(tokens, tokens)
+    return dict(shapes.env)

@@ -1,0 +1,61 @@
+"""Tiny random models of many architectures, with gains and biases that are not trivial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import transformers as t
+
+BASE = dict(
+    vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+UNTIED = {**BASE, "tie_word_embeddings": False}
+CONFIGS: dict[str, Callable[[], t.PretrainedConfig]] = {
+    "llama": lambda: t.LlamaConfig(**UNTIED),
+    "llama-tied": lambda: t.LlamaConfig(**BASE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: t.MistralConfig(**UNTIED, sliding_window=4),
+    "qwen2": lambda: t.Qwen2Config(**UNTIED),
+    "qwen3": lambda: t.Qwen3Config(**UNTIED),
+    "gemma": lambda: t.GemmaConfig(**BASE),
+    "gemma2": lambda: t.Gemma2Config(**BASE, sliding_window=4, query_pre_attn_scalar=8),
+    "gemma3": lambda: t.Gemma3TextConfig(
+        **BASE, sliding_window=4, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+    ),
+    "phi3": lambda: t.Phi3Config(**UNTIED),
+    "phi": lambda: t.PhiConfig(**UNTIED, partial_rotary_factor=0.5),
+    "opt": lambda: t.OPTConfig(
+        vocab_size=97, hidden_size=24, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=24,
+    ),
+    "gpt2": lambda: t.GPT2Config(vocab_size=97, n_embd=24, n_layer=2, n_head=4, n_positions=64),
+    "gpt_neox": lambda: t.GPTNeoXConfig(
+        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    ),
+    "mixtral": lambda: t.MixtralConfig(**UNTIED, num_local_experts=4),
+    "cohere": lambda: t.CohereConfig(**BASE),
+    "granite": lambda: t.GraniteConfig(**UNTIED, residual_multiplier=0.7, embedding_multiplier=1.3),
+    "stablelm": lambda: t.StableLmConfig(**UNTIED),
+    "olmo2": lambda: t.Olmo2Config(**UNTIED),
+    "smollm3": lambda: t.SmolLM3Config(**UNTIED),
+    "starcoder2": lambda: t.Starcoder2Config(**UNTIED),
+}  # fmt: skip
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> t.PreTrainedModel:
+    """A tiny random model; every gain and bias is random too."""
+    torch.manual_seed(seed)
+    config = CONFIGS[name]()
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    model = t.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:
+                parameter.mul_(3)
+    return model
