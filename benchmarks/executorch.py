@@ -6,11 +6,11 @@ Every file's `forward(tokens int64[1, S], input_pos int64[1])` is run on ExecuTo
 runtime, and only that call is timed, so that what Python costs stays outside. A round measures each
 file once, in a fresh process with the same number of threads. Rounds alternate the files, and the
 order within a round flips, so that drift and neighbours meet all alike. Within a process the best
-of a few repetitions counts, after a warm-up. The table gives medians over the rounds, and the ratios
-to the first file of the same round: median (min..max).
+of a few repetitions counts, after a warm-up. The table gives medians over the rounds, and ratios to
+the first file of the same round: median (min..max).
 
-`--sample TEXT` also generates through the stock `TextLLMRunner`; `--census` counts what each file is
-made of, and runs nothing.
+`--sample TEXT` also generates through the stock `TextLLMRunner`; `--census` counts what each file
+is made of, and runs nothing.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _HERE]
 
 PASSAGE = (
     "The lighthouse keeper climbed the stairs every evening at dusk, counting them as his father "
-    "had done. There were two hundred and eleven, and on the last of them he always stopped to look "
-    "at the sea. In summer the fishing boats came home late and their lamps made a second shore on "
-    "the water. In winter nothing moved but the weather. He wrote down the wind, the height of the "
-    "waves and the hour, in a book that nobody had asked to read for many years. "
+    "had done. There were two hundred and eleven, and on the last of them he always stopped to "
+    "look at the sea. In summer the fishing boats came home late and their lamps made a second "
+    "shore on the water. In winter nothing moved but the weather. He wrote down the wind, the "
+    "height of the waves and the hour, in a book that nobody had asked to read for many years. "
 )
 
 # The metrics of a round: label, key, decimals.
@@ -95,10 +95,10 @@ def next_token(logits: Any) -> int:
 
 
 class Stepper:
-    """A loaded model, with the wall and CPU seconds its `forward` has taken since `reset`."""
+    """A loaded `forward`, with the wall and CPU seconds it has taken since `reset`."""
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
+    def __init__(self, method: Any) -> None:
+        self._method = method
         self.reset()
 
     def reset(self) -> None:
@@ -111,7 +111,7 @@ class Stepper:
 
         inputs = (torch.tensor([tokens]), torch.tensor([start]))
         wall, cpu = time.perf_counter(), time.process_time()
-        outputs = self._module.forward(inputs, clone_outputs=False)
+        outputs = self._method.call(inputs, clone_outputs=False)
         self.cpu += time.process_time() - cpu
         self.wall += time.perf_counter() - wall
         return next_token(outputs[0])
@@ -141,10 +141,11 @@ def measure(path: str, workload: Workload) -> dict[str, Any]:
     runtime = import_runtime(workload.threads)
     before = memory_mb("VmRSS")
     start = time.perf_counter()
-    module = runtime._load_for_executorch(path)
+    program = runtime._load_program(path)  # must outlive the method
+    method = program.load_method("forward")
     load = time.perf_counter() - start
 
-    step = Stepper(module)
+    step = Stepper(method)
     generate_once(step, workload.prompt, min(8, workload.decode))  # warm-up
     runs = [generate_once(step, workload.prompt, workload.decode) for _ in range(workload.repeats)]
     peak = memory_mb("VmHWM")
@@ -244,14 +245,20 @@ def check_threads(results: dict[str, list[dict[str, Any]]]) -> None:
 def summarize(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians of every metric, and ratios to the first file of the same round."""
     first = next(iter(results.values()))
-    medians, ratios = {}, {}
+    medians: dict[str, dict[str, float]] = {}
+    ratios: dict[str, dict[str, tuple[float, float, float]]] = {}
     for name, rounds in results.items():
         medians[name] = {key: median(r[key] for r in rounds) for _, key, _ in METRICS}
-        ratios[name] = {}
-        for _, key, _ in METRICS:
-            quotients = [mine[key] / base[key] for mine, base in zip(rounds, first, strict=True)]
-            ratios[name][key] = (median(quotients), min(quotients), max(quotients))
+        ratios[name] = {key: ratio(rounds, first, key) for _, key, _ in METRICS}
     return {"median": medians, "ratio": ratios}
+
+
+def ratio(
+    rounds: list[dict[str, Any]], base: list[dict[str, Any]], key: str
+) -> tuple[float, float, float]:
+    """Median, least and greatest of a metric's ratios, round by round."""
+    values = [mine[key] / theirs[key] for mine, theirs in zip(rounds, base, strict=True)]
+    return median(values), min(values), max(values)
 
 
 def format_table(summary: dict[str, Any]) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-
-class MissingExtraError(ImportError):
-    """An optional dependency is not installed; the message names the extra that brings it."""
+from rolora_passes.errors import MissingExtraError
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -19,5 +17,5 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != root:
             raise
         raise MissingExtraError(
-            f"{module} is not installed: run `pip install rolora-passes[{extra}]`", name=error.name
+            f"{module} is not installed: run `pip install rolora-passes[{extra}]`"
         ) from error

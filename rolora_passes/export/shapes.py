@@ -68,13 +68,24 @@ def _run(
 
 
 def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on parameters and buffers only."""
+    """Nodes that depend on parameters alone; a buffer that is written to is not one."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "get_attr" or (
-            node.op == "call_function"
-            and node.all_input_nodes
-            and all(argument in found for argument in node.all_input_nodes)
-        ):
+        if node.op == "get_attr":
+            if not is_written(node):
+                found.add(node)
+        elif node.op == "call_function" and node.all_input_nodes and found.issuperset(node.all_input_nodes):
             found.add(node)
     return found
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether a node is a buffer that some operator writes to."""
+    return node.op == "get_attr" and any(
+        isinstance(user.target, torch._ops.OpOverload)
+        and any(
+            argument.alias_info is not None and argument.alias_info.is_write and given is node
+            for argument, given in zip(user.target._schema.arguments, user.args, strict=False)
+        )
+        for user in node.users
+    )

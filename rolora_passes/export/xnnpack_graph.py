@@ -49,8 +49,10 @@ class Delegate:
         return self._tensor(shape, external=True, flags=XNN_VALUE_FLAG_EXTERNAL_INPUT)
 
     def mark_outputs(self, values: Sequence[int]) -> None:
-        """State what the delegate returns, in order. Inputs are declared before, results not marked twice."""
+        """State what the delegate returns, in order, after all its inputs."""
         for value in values:
+            if getattr(self._values[value].xvalue_union, "flags", 0):  # an input, or returned twice
+                value = self.node("Copy", self.shapes[value], input_id=value)
             tensor = self._values[value].xvalue_union
             tensor.external_id = len(self._inputs) + len(self._outputs)
             tensor.flags = XNN_VALUE_FLAG_EXTERNAL_OUTPUT
@@ -174,7 +176,6 @@ class Delegate:
 
 def pack_nibbles(weight: Tensor) -> Tensor:
     """int8 [out, in] in [-8, 7] -> uint8 [out, ceil(in / 2)]: value + 8, the even column in the low nibble."""
-    shifted = (weight + 8).view(torch.uint8)
-    if shifted.shape[-1] % 2:
-        shifted = torch.nn.functional.pad(shifted, (0, 1))
+    even = torch.nn.functional.pad(weight, (0, weight.shape[-1] % 2))
+    shifted = (even + 8).view(torch.uint8)
     return shifted[:, ::2] | (shifted[:, 1::2] << 4)

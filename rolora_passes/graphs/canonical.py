@@ -41,9 +41,10 @@ def canonicalize(module: torch.nn.Module) -> fx.GraphModule:
     _remove_checks(gm)
     _make_functional(gm)
     _raise_precision(gm)
-    _remove_copies(gm)
-    _static_views(gm)
     rules: list[Callable[[fx.GraphModule], None]] = [
+        _remove_copies,
+        _static_views,
+        _merge_equal,
         fused.addmm_to_linear,
         fused.split_linears,
         norms.normalize,
@@ -157,8 +158,24 @@ def _raise_precision(gm: fx.GraphModule) -> None:
             node.meta["val"] = value.to(torch.float64)
 
 
+def _merge_equal(gm: fx.GraphModule) -> None:
+    """One node where the model computes the same value twice (a centred x, a table's unsqueeze)."""
+    seen: dict[object, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            key = (node.target, repr(node.args), repr(node.kwargs))
+            first = seen.setdefault(key, node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+
+
 def _remove_copies(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
+        if is_op(node, "cat"):  # without its empty parts
+            parts = [p for p in node.args[0] if 0 not in (shape_of(p) or ())]
+            node.args = (parts, *node.args[1:])
+            if len(parts) == 1:
+                node.replace_all_uses_with(parts[0])
         if node.op == "call_function" and _is_copy(node):
             node.replace_all_uses_with(node.args[0])
 

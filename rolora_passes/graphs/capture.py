@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _NAME = "rolora"
 _CONFIG_KEYS = ("vocab_size", "hidden_size", "max_position_embeddings", "model_type")
-# Arguments transformers hands to every attention function that say nothing about the arithmetic here.
-_IGNORED = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "is_training"}
+# Tensors transformers hands to every attention function that say nothing about the arithmetic here.
+_IGNORED = {"position_ids", "cache_position"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def capture(model: PreTrainedModel, *, check: bool = True) -> fx.GraphModule:
     training = model.training
     model.eval()
     try:
-        with _one_node_attention(model):
+        with _static_experts(model), _one_node_attention(model):
             exported = _export(model)
         graph = canonicalize(exported.module(check_guards=False))
         graph.meta["config"] = _config(model)
@@ -131,7 +131,7 @@ def _attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature, [B, H, S, D] in, [B, S, H, D] out, as one node."""
-    unknown = sorted(k for k, v in others.items() if v is not None and k not in _IGNORED)
+    unknown = sorted(k for k, v in others.items() if not (v is None or isinstance(v, bool) or k in _IGNORED))
     where = type(module).__name__
     if unknown:
         raise CaptureError(f"{where} passes {unknown} to attention; this capture does not know what they do")
@@ -156,25 +156,33 @@ def _mask(*args: Any, local_size: int | None = None, **options: Any) -> _Mask:
 
 
 @contextmanager
+def _setting(model: PreTrainedModel, name: str, value: str) -> Iterator[None]:
+    """Set an attribute of every configuration inside the model; restore it afterwards."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = {key: getattr(config, name, None) for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            setattr(config, name, value)
+        yield
+    finally:
+        for key, config in configs.items():
+            setattr(config, name, before[key])
+
+
+@contextmanager
 def _one_node_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Have the model call `rolora.attention`, and mixtures of experts a static formulation; then restore."""
+    """Have the model call `rolora.attention` and build no mask."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _mask)
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = {
-        key: (getattr(c, "_attn_implementation", None), getattr(c, "_experts_implementation", None))
-        for key, c in configs.items()
-    }
-    try:
-        for config in configs.values():
-            config._attn_implementation = _NAME
-            config._experts_implementation = "batched_mm"
+    with _setting(model, "_attn_implementation", _NAME):
         yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation, config._experts_implementation = before[key]
+
+
+def _static_experts(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Have mixtures of experts compute in a way whose shapes do not depend on the routing."""
+    return _setting(model, "_experts_implementation", "batched_mm")
 
 
 def _config(model: PreTrainedModel) -> dict[str, Any]:
@@ -193,7 +201,7 @@ def _compare(graph: fx.GraphModule, model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
     tokens = torch.randint(0, vocabulary, (2, 12), generator=generator)
-    with torch.no_grad():
+    with torch.no_grad(), _static_experts(model):
         expected = model(input_ids=tokens, use_cache=False).logits
     found = run(graph, tokens)
     error = float((found - expected).abs().max() / expected.abs().max())

@@ -49,7 +49,7 @@ def _orders(product: object) -> list[tuple[fx.Node, fx.Node]]:
 def _pairing(partner: fx.Node, x: fx.Node) -> bool | None:
     """Is `partner` x's quarter turn? False: halves pair; True: neighbours pair; None: it is not."""
     shape = shape_of(x)
-    if shape is None or not isinstance(shape[-1], int):
+    if not shape or not isinstance(shape[-1], int):
         return None
     half = shape[-1] // 2
     if is_op(partner, "cat") and len(partner.args[0]) == 2:  # type: ignore[arg-type]

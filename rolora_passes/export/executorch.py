@@ -1,0 +1,155 @@
+"""Lowering a graph to an ExecuTorch program (`.pte`) that the stock runner drives."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from rolora_passes.export.extras import require
+from rolora_passes.export.kv_cache import add_kv_cache
+
+_INPUTS = {"tokens": (1, None), "input_pos": (1,)}
+
+
+@dataclass(frozen=True)
+class LoweringReport:
+    """What a lowering wrote, and what it left outside the delegates."""
+
+    path: Path
+    bytes: int
+    delegates: int
+    operators: dict[str, int]
+    """Instructions that are not delegate calls, by operator."""
+    seconds: dict[str, float]
+    """CPU seconds by stage."""
+
+
+@dataclass
+class _Stages:
+    """CPU seconds spent in each named stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.process_time()
+        yield
+        self.seconds[name] = round(time.process_time() - start, 3)
+
+
+def to_executorch(
+    graph: fx.GraphModule, path: str | os.PathLike[str], *, max_length: int = 512, last_token: bool = True
+) -> LoweringReport:
+    """Lower a canonical graph to `path` and say what became of it.
+
+    Args:
+        graph: `forward(tokens, positions) -> logits`, or what `add_kv_cache` made of it; weights plain,
+            or quantized as `quantized_decomposed` nodes.
+        path: the `.pte`; written only when everything has succeeded.
+        max_length: tokens the caches hold. Taken from the graph if it has caches already.
+        last_token: return the logits of the last token alone, [1, 1, V], as the runner needs; otherwise
+            of all tokens, [1, S, V].
+    """
+    _require_executorch()
+    from rolora_passes.export.embeddings import fuse_embeddings
+    from rolora_passes.export.last_token import keep_last_token
+    from rolora_passes.export.xnnpack import delegate_to_xnnpack
+
+    stages = _Stages()
+    with stages.stage("cache"):
+        cached = graph if "max_length" in graph.meta else add_kv_cache(graph, max_length)
+        length = cached.meta["max_length"]
+    with stages.stage("delegate"):
+        prepared = fx.GraphModule(cached, cached.graph)
+        fuse_embeddings(prepared)
+        if last_token:
+            keep_last_token(prepared)
+        delegated, count = delegate_to_xnnpack(prepared, _INPUTS)
+    program = _program(delegated, length, _metadata(graph, length), stages)
+    with stages.stage("write"):
+        size = _write(program, Path(path))
+    return LoweringReport(Path(path), size, count, _operators(program), stages.seconds)
+
+
+def _require_executorch() -> None:
+    """Import ExecuTorch and the libraries that define the operators a program calls."""
+    for module in ("executorch.exir", "executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized"):
+        require(module, "executorch")
+
+
+def _program(graph: fx.GraphModule, length: int, metadata: dict[str, Any], stages: _Stages) -> Any:
+    """The serialised program of a graph whose delegates are made."""
+    from executorch import exir
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+
+    example = (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    dynamic = ({1: torch.export.Dim("length", min=1, max=length)}, None)
+    with stages.stage("export"), torch.no_grad():
+        exported = torch.export.export(graph, example, dynamic_shapes=dynamic, strict=False)
+    with stages.stage("edge"):
+        config = exir.EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+        edge = exir.to_edge(exported, compile_config=config, constant_methods=metadata)
+    with stages.stage("program"):
+        backend = exir.ExecutorchBackendConfig(
+            extract_delegate_segments=True,
+            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+        )
+        return edge.to_executorch(backend)
+
+
+def _metadata(graph: fx.GraphModule, length: int) -> dict[str, Any]:
+    """The constant methods the runner reads."""
+    config = graph.meta.get("config", {})
+    ends = config.get("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    layers = len(graph.graph.find_nodes(op="call_function", target=torch.ops.rolora.attention.default))
+    found = {
+        "get_max_seq_len": length,
+        "get_max_context_len": length,
+        "get_bos_id": config.get("bos_token_id"),
+        "get_eos_ids": ends,
+        "get_vocab_size": config.get("vocab_size"),
+        "get_n_layers": layers,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+    return {name: value for name, value in found.items() if value not in (None, [])}
+
+
+def _write(program: Any, path: Path) -> int:
+    """Write beside `path` and rename, so that a failure leaves nothing under that name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            program.write_to_file(file)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path.stat().st_size
+
+
+def _operators(program: Any) -> dict[str, int]:
+    """Instructions outside delegates, by operator."""
+    plan = next(p for p in program.executorch_program.execution_plan if p.name == "forward")
+    found: Counter[str] = Counter()
+    for instruction in plan.chains[0].instructions:
+        call = instruction.instr_args
+        if type(call).__name__ == "KernelCall":
+            operator = plan.operators[call.op_index]
+            found[f"{operator.name}.{operator.overload}".rstrip(".")] += 1
+    return dict(found.most_common())

@@ -1,0 +1,76 @@
+"""Computing the logits of the last token only, which is all a runner samples from."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from rolora_passes.export.shapes import Shape, constant_nodes, infer_shapes
+from rolora_passes.export.xnnpack_ops import EMITTERS, op_key
+
+_MIXING = {"aten.matmul", "aten.softmax", "aten.cat", "aten.slice", "aten.permute", "aten.transpose"}
+
+
+def keep_last_token(graph: fx.GraphModule) -> None:
+    """Narrow a graph with caches to its last token, as early as nothing else needs the others.
+
+    Before:  o_proj(custom_sdpa(..)) .. norm, head -> logits [1, S, V]
+    After:   o_proj(narrow(custom_sdpa(..), 1, S - 1, 1)) .. norm, head -> logits [1, 1, V]
+    """
+    shapes = infer_shapes(graph, {"tokens": (1, None), "input_pos": (1,)})
+    _Narrow(graph, {node: shape for node, (shape, _) in shapes.items()}).run()
+    graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or not n.users)
+    graph.recompile()
+
+
+class _Narrow:
+    def __init__(self, graph: fx.GraphModule, shapes: dict[fx.Node, Shape]) -> None:
+        self.graph, self.shapes = graph.graph, shapes
+        self.constant = constant_nodes(self.graph)
+        self.narrowed: dict[fx.Node, fx.Node] = {}
+        self.whole = self._needed_whole()
+
+    def run(self) -> None:
+        output = self.graph.output_node()
+        logits = output.args[0]
+        assert isinstance(logits, fx.Node)
+        with self.graph.inserting_before(output):
+            tokens = self.graph.find_nodes(op="placeholder")[0]
+            length = self.graph.call_function(torch.ops.aten.sym_size.int, (tokens, 1))
+            self.last = self.graph.call_function(operator.sub, (length, 1))
+            output.args = (self.narrow(logits),)
+
+    def _needed_whole(self) -> set[fx.Node]:
+        """Everything the caches are written from."""
+        found: set[fx.Node] = set()
+        stack = [n for n in self.graph.nodes if n.op == "call_function" and not n.users]
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                stack.extend(node.all_input_nodes)
+        return found
+
+    def narrow(self, node: fx.Node) -> fx.Node:
+        """The last token of a value [1, S, ..]; also of the parts of a quantizer, which have no shape."""
+        if node in self.constant:
+            return node
+        if node not in self.narrowed:
+            if node not in self.whole and self._rowwise(node):
+                self.narrowed[node] = self.graph.node_copy(node, self.narrow)
+            else:
+                arguments = (node, 1, self.last, 1)
+                self.narrowed[node] = self.graph.call_function(torch.ops.aten.narrow.default, arguments)
+        return self.narrowed[node]
+
+    def _rowwise(self, node: fx.Node) -> bool:
+        """Whether row s of a value [1, S, ..] depends on row s of its operands alone."""
+        key = op_key(node)
+        inputs = [node, *(n for n in node.all_input_nodes if n not in self.constant)]
+        return (
+            key in EMITTERS
+            and key not in _MIXING
+            and all(n not in self.shapes or self.shapes[n][1:2] == (None,) for n in inputs)
+        )
