@@ -5,9 +5,10 @@
 Every file's `forward(tokens int64[1, S], input_pos int64[1])` is run on ExecuTorch's own Python
 runtime, and only that call is timed, so that what Python costs stays outside. A round measures each
 file once, in a fresh process with the same number of threads. Rounds alternate the files, and the
-order within a round flips, so that drift and neighbours meet all alike. Within a process the best
-of a few repetitions counts, after a warm-up. The table gives medians over the rounds, and ratios to
-the first file of the same round: median (min..max).
+order within a round flips, so that drift and neighbours meet all alike. Within a process, after a
+warm-up, the same generation is repeated and every call counts with the least time it took: bursts
+of other load fall out. The table gives medians over the rounds, and ratios to the first file of the
+same round: median (min..max). On a shared machine trust `--threads 1` and tokens per CPU-second.
 
 `--sample TEXT` also generates through the stock `TextLLMRunner`; `--census` counts what each file
 is made of, and runs nothing.
@@ -55,13 +56,16 @@ METRICS = (
 )
 
 
+Times = list[tuple[float, float]]  # wall and CPU seconds, call by call
+
+
 @dataclass(frozen=True)
 class Workload:
     """What one measurement runs: a prompt, tokens to decode greedily, repetitions, threads."""
 
     prompt: tuple[int, ...]
     decode: int = 64
-    repeats: int = 5
+    repeats: int = 10
     threads: int | None = None
 
 
@@ -95,15 +99,11 @@ def next_token(logits: Any) -> int:
 
 
 class Stepper:
-    """A loaded `forward`, with the wall and CPU seconds it has taken since `reset`."""
+    """A loaded `forward` that keeps the wall and CPU seconds of every call."""
 
     def __init__(self, method: Any) -> None:
         self._method = method
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the time taken so far."""
-        self.wall = self.cpu = 0.0
+        self.times: list[tuple[float, float]] = []
 
     def __call__(self, tokens: Sequence[int], start: int) -> int:
         """Run `forward` on the tokens at position `start`; return the next token."""
@@ -112,28 +112,28 @@ class Stepper:
         inputs = (torch.tensor([tokens]), torch.tensor([start]))
         wall, cpu = time.perf_counter(), time.process_time()
         outputs = self._method.call(inputs, clone_outputs=False)
-        self.cpu += time.process_time() - cpu
-        self.wall += time.perf_counter() - wall
+        spent_cpu = time.process_time() - cpu
+        self.times.append((time.perf_counter() - wall, spent_cpu))
         return next_token(outputs[0])
 
 
-def generate_once(step: Stepper, prompt: Sequence[int], count: int) -> dict[str, Any]:
-    """Prefill the prompt and decode `count` tokens; return the seconds of each, and the tokens."""
-    step.reset()
-    token = step(prompt, 0)
-    prefill = step.wall, step.cpu
-    step.reset()
-    tokens = []
+def generate_once(method: Any, prompt: Sequence[int], count: int) -> tuple[list[int], Times]:
+    """Prefill the prompt and decode `count` tokens; return these and the times of all calls."""
+    step = Stepper(method)
+    tokens = [step(prompt, 0)]
     for position in range(len(prompt), len(prompt) + count):
-        tokens.append(token)
-        token = step([token], position)
-    return {"prefill": prefill, "decode": (step.wall, step.cpu), "tokens": tokens}
+        tokens.append(step(tokens[-1:], position))
+    return tokens, step.times
 
 
-def rates(runs: list[dict[str, Any]], phase: str, tokens: int) -> dict[str, float]:
-    """Tokens per wall second and per CPU second of a phase, each in its best run."""
-    wall, cpu = (min(run[phase][clock] for run in runs) for clock in (0, 1))
-    return {phase: tokens / wall, f"{phase}_cpu": tokens / cpu}
+def rates(runs: Sequence[Times], workload: Workload) -> dict[str, float]:
+    """Tokens per wall and CPU second: every call counts with the least it took in any run."""
+    result = {}
+    for clock, suffix in enumerate(("", "_cpu")):
+        least = [min(times[clock] for times in calls) for calls in zip(*runs, strict=True)]
+        result["prefill" + suffix] = len(workload.prompt) / least[0]
+        result["decode" + suffix] = workload.decode / sum(least[1:])
+    return result
 
 
 def measure(path: str, workload: Workload) -> dict[str, Any]:
@@ -145,19 +145,19 @@ def measure(path: str, workload: Workload) -> dict[str, Any]:
     method = program.load_method("forward")
     load = time.perf_counter() - start
 
-    step = Stepper(method)
-    generate_once(step, workload.prompt, min(8, workload.decode))  # warm-up
-    runs = [generate_once(step, workload.prompt, workload.decode) for _ in range(workload.repeats)]
+    generate_once(method, workload.prompt, min(8, workload.decode))  # warm-up
+    runs = [
+        generate_once(method, workload.prompt, workload.decode) for _ in range(workload.repeats)
+    ]
     peak = memory_mb("VmHWM")
     return {
         "file_mb": os.path.getsize(path) / 1e6,
         "load_s": load,
-        **rates(runs, "prefill", len(workload.prompt)),
-        **rates(runs, "decode", workload.decode),
+        **rates([times for _, times in runs], workload),
         "peak_rss_mb": peak,
         "model_rss_mb": peak - before,
         "threads": runtime._threadpool_get_thread_count(),
-        "tokens": runs[0]["tokens"],
+        "tokens": runs[0][0],
     }
 
 
@@ -320,7 +320,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--decode", type=int, default=64, help="tokens to decode")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions within a round")
+    parser.add_argument("--repeats", type=int, default=10, help="repetitions within a round")
     parser.add_argument("--threads", type=int, help="default: the runtime's own choice")
     parser.add_argument("--sample", metavar="TEXT", help="generate from this with TextLLMRunner")
     parser.add_argument("--census", action="store_true", help="count instructions; run nothing")

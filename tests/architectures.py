@@ -37,7 +37,7 @@ CONFIGS: dict[str, Callable[[], t.PretrainedConfig]] = {
     "mixtral": lambda: t.MixtralConfig(**UNTIED, num_local_experts=4),
     "cohere": lambda: t.CohereConfig(**BASE),
     "granite": lambda: t.GraniteConfig(**UNTIED, residual_multiplier=0.7, embedding_multiplier=1.3),
-    "stablelm": lambda: t.StableLmConfig(**UNTIED, partial_rotary_factor=0.7),
+    "stablelm": lambda: t.StableLmConfig(**UNTIED, hidden_act="gelu"),
     "olmo2": lambda: t.Olmo2Config(**UNTIED),
     "smollm3": lambda: t.SmolLM3Config(**UNTIED),
     "starcoder2": lambda: t.Starcoder2Config(**UNTIED),

@@ -43,12 +43,13 @@ def canonicalize(module: torch.nn.Module) -> fx.GraphModule:
     _raise_precision(gm)
     rules: list[Callable[[fx.GraphModule], None]] = [
         _remove_copies,
+        fused.parts_to_slices,
         _static_views,
         _merge_equal,
         fused.addmm_to_linear,
-        fused.split_linears,
         norms.normalize,
         rotary.one_node,
+        fused.split_linears,  # after rotary: a partial rotary embedding also slices
         _sink_transposes,
         _remove_copies,
         _static_views,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from rolora_passes.graphs.graph import aten, constants, insert, is_op
+from rolora_passes.graphs.graph import argument, aten, constants, insert, is_op
 from rolora_passes.graphs.shapes import shape_of
 
 
@@ -45,51 +45,89 @@ def _unflattened(gm: fx.GraphModule, node: fx.Node, x: fx.Node, weight: fx.Node,
             user.replace_all_uses_with(direct)
 
 
-def split_linears(gm: fx.GraphModule) -> None:
-    """Give every range of a linear's output that is read alone a linear of its own."""
+def parts_to_slices(gm: fx.GraphModule) -> None:
+    """getitem(chunk(x, n, dim), i) and getitem(split(x, …), i) -> slice(x, dim, start, end)."""
     for node in list(gm.graph.nodes):
-        if is_op(node, "linear") and node.args[1] in constants(gm):
-            ranges = _ranges(node)
-            for user, (start, end) in ranges.items():
-                _split(gm, node, user, start, end)
+        if not is_op(node, "chunk", "split", "split_with_sizes"):
+            continue
+        dim, starts = argument(node, "dim"), [0]
+        for part in node.meta["val"]:
+            starts.append(starts[-1] + part.shape[dim])
+        if all(isinstance(s, int) for s in starts):
+            for reader in list(node.users):
+                start, end = starts[reader.args[1]], starts[reader.args[1] + 1]  # type: ignore[index,operator]
+                new = insert(gm, reader, aten.slice.Tensor, node.args[0], dim, start, end)
+                new.meta = dict(reader.meta)
+                reader.replace_all_uses_with(new)
+
+
+def split_linears(gm: fx.GraphModule) -> None:
+    """Give every range of a linear's output that is read alone a linear of its own.
+
+    The output may have been split into heads first, with the ranges inside each head.
+    """
+    known = constants(gm)
+    for node in list(gm.graph.nodes):
+        path = _to_linear(node)
+        if path and path[-1].args[1] in known and all(len(n.users) == 1 for n in path[1:]):
+            for user, (start, end) in _ranges(node).items():
+                _split(gm, path, user, start, end)
+
+
+def _to_linear(node: fx.Node) -> list[fx.Node]:
+    """[node, …, linear]: the linear itself, or what only splits it into heads and moves them; else []."""
+    path = [node]
+    if is_op(path[-1], "transpose"):
+        path.append(path[-1].args[0])  # type: ignore[arg-type]
+    if is_op(path[-1], "unflatten"):
+        path.append(path[-1].args[0])  # type: ignore[arg-type]
+    elif len(path) > 1:
+        return []
+    return path if is_op(path[-1], "linear") else []
 
 
 def _ranges(node: fx.Node) -> dict[fx.Node, tuple[int, int]]:
-    """Readers of a linear's output and the range each reads; empty unless every reader reads a range."""
+    """Readers of a value and the range of its last axis each reads; empty unless every reader reads one."""
     found: dict[fx.Node, tuple[int, int]] = {}
-    rank, width = len(shape_of(node) or ()), (shape_of(node) or (None,))[-1]
-    if not isinstance(width, int):
-        return {}
+    shape = shape_of(node) or (None,)
     for user in node.users:
-        if is_op(user, "slice") and len(user.args) == 4 and user.args[1] % rank == rank - 1:  # type: ignore[operator]
-            span = range(width)[user.args[2] : user.args[3]]  # type: ignore[misc]
-            found[user] = (span.start, span.stop)
-        elif is_op(user, "chunk", "split", "split_with_sizes") and _dim(user) % rank == rank - 1:
-            start = 0
-            for part, item in enumerate(user.meta["val"]):
-                for reader in user.users:
-                    if reader.args[1] == part:
-                        found[reader] = (start, start + int(item.shape[-1]))
-                start += int(item.shape[-1])
-        else:
+        if not is_op(user, "slice") or user.args[1] % len(shape) != len(shape) - 1:  # type: ignore[operator]
             return {}
+        if not isinstance(shape[-1], int) or argument(user, "step") != 1:
+            return {}
+        span = range(shape[-1])[user.args[2] : user.args[3]]  # type: ignore[misc]
+        found[user] = (span.start, span.stop)
     return found
 
 
-def _dim(node: fx.Node) -> int:
-    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
-    assert isinstance(dim, int)
-    return dim
-
-
-def _split(gm: fx.GraphModule, node: fx.Node, user: fx.Node, start: int, end: int) -> None:
-    x, weight, bias = (*node.args, None)[:3]
-    parts = []
-    for value in (weight, bias):
-        part = insert(gm, user, aten.slice.Tensor, value, 0, start, end) if value is not None else None
-        if isinstance(part, fx.Node):
-            part.meta["val"] = value.meta["val"][start:end]  # type: ignore[union-attr]
-        parts.append(part)
-    new = insert(gm, user, aten.linear.default, x, *parts)
+def _split(gm: fx.GraphModule, path: list[fx.Node], user: fx.Node, start: int, end: int) -> None:
+    """Replace a range of path[0] by a linear on those rows, led through the rest of the path."""
+    heads = path[-2].args[2] if len(path) > 1 else None
+    x, *tensors = path[-1].args
+    new = insert(gm, user, aten.linear.default, x, *(_rows(gm, user, t, heads, start, end) for t in tensors))
+    value = user.meta["val"]
+    if len(path) == 3:
+        value = value.transpose(*path[0].args[1:3])
+    if heads is not None:
+        new.meta["val"] = value.flatten(-2)
+        new = insert(gm, user, aten.unflatten.int, new, -1, [heads[0], end - start])  # type: ignore[index]
+        new.meta["val"] = value
+    if len(path) == 3:
+        new = insert(gm, user, aten.transpose.int, new, *path[0].args[1:3])
     new.meta = dict(user.meta)
     user.replace_all_uses_with(new)
+
+
+def _rows(gm: fx.GraphModule, before: fx.Node, tensor: object, heads: object, start: int, end: int) -> fx.Node | None:
+    if not isinstance(tensor, fx.Node):
+        return None
+    value = tensor.meta["val"]
+    if heads is None:
+        part = insert(gm, before, aten.slice.Tensor, tensor, 0, start, end)
+        part.meta["val"] = value[start:end]
+        return part
+    by_head = insert(gm, before, aten.unflatten.int, tensor, 0, list(heads))  # type: ignore[call-overload]
+    part = insert(gm, before, aten.slice.Tensor, by_head, 1, start, end)
+    rows = insert(gm, before, aten.flatten.using_ints, part, 0, 1)
+    rows.meta["val"] = value.unflatten(0, list(heads))[:, start:end].flatten(0, 1)  # type: ignore[call-overload]
+    return rows

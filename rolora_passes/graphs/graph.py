@@ -9,7 +9,7 @@ FoldConstants.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
         if node.op == "get_attr":
             set_tensor(target, node.target, get_tensor(graph, node.target))
     target.graph.output(output)
-    target.meta = copy.deepcopy(graph.meta)
+    shared = graph.meta.get("rotation_tensors", {})
+    target.meta = copy.deepcopy(graph.meta, memo={id(t): t for t in shared.values()})
     target.recompile()
     return target
 
@@ -63,6 +64,12 @@ def set_tensor(graph: fx.GraphModule, name: str, value: Tensor) -> None:
         owner.register_parameter(leaf, value)
     else:
         owner.register_buffer(leaf, value)
+
+
+def delete_tensor(graph: fx.GraphModule, name: str) -> None:
+    """Let go of a tensor that no node names any more."""
+    *path, leaf = name.split(".")
+    delattr(graph.get_submodule(".".join(path)), leaf)
 
 
 def parameters(graph: fx.GraphModule) -> dict[str, Tensor]:
@@ -186,21 +193,30 @@ def insert_after(
         return graph.graph.call_function(target, args, kwargs)
 
 
-def wrap(
-    graph: fx.GraphModule,
-    node: fx.Node,
-    target: Callable[..., Any],
-    *args: Any,
-    users: Iterable[fx.Node] | None = None,
-    **kwargs: Any,
-) -> fx.Node:
-    """Replace a value by `target(value, *args)` for its users (all of them, or those given)."""
-    chosen = list(node.users if users is None else users)
-    after = max([node, *(a for a in args if isinstance(a, fx.Node))])
-    new = insert_after(graph, after, target, node, *args, **kwargs)
-    for user in chosen:
-        user.replace_input_with(node, new)
-    return new
+class Expressions:
+    """Writes operations on top of constant expressions, for the computations that read them.
+
+    One object serves one rewrite: a leaf stays the key of its expression however often it is wrapped.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        known = constants(graph)
+        self.graph = graph
+        self._readers = {n: [u for u in n.users if u not in known] for n in leaves(graph)}
+        self._top: dict[fx.Node, fx.Node] = {}
+
+    def wrap(self, leaf: fx.Node, target: Callable[..., Any], *args: Any) -> None:
+        """Have every computation that reads the leaf's expression read `target(expression, *args)`."""
+        top = self._top.get(leaf, leaf)
+        after = max([top, *(a for a in args if isinstance(a, fx.Node))])
+        new = insert_after(self.graph, after, target, top, *args)
+        for reader in self._readers[leaf]:
+            reader.replace_input_with(top, new)
+        self._top[leaf] = new
+
+    def top(self, leaf: fx.Node) -> fx.Node:
+        """The leaf's expression as it stands."""
+        return self._top.get(leaf, leaf)
 
 
 def finish(graph: fx.GraphModule) -> fx.GraphModule:
@@ -220,11 +236,14 @@ def finish(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def dtype_of(graph: fx.GraphModule) -> torch.dtype:
-    """The working precision: the widest floating-point type among the parameters."""
-    kinds = [p.dtype for p in parameters(graph).values() if p.is_floating_point()]
-    if not kinds:
+    """The working precision: the floating-point type that most of the parameters' elements have."""
+    elements: dict[torch.dtype, int] = {}
+    for value in parameters(graph).values():
+        if value.is_floating_point():
+            elements[value.dtype] = elements.get(value.dtype, 0) + value.numel()
+    if not elements:
         raise GraphFormatError("expected a graph with floating-point parameters, found none")
-    return max(kinds, key=lambda d: torch.finfo(d).bits)
+    return max(elements, key=lambda dtype: elements[dtype])
 
 
 def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:

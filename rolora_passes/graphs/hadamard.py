@@ -21,6 +21,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +56,15 @@ _T_SEQUENCES = {1: (1,), 3: (1, 2, 3), 5: (1, 2, 2, 3, -3)}
 _QUATERNION = ((1, 2, 3, 4), (-2, 1, 4, -3), (-3, -4, 1, 2), (-4, 3, -2, 1))
 
 _RADIX = 32  # factor size of the transform: few multiplications, still efficient small GEMMs
-_CHUNK = 1 << 19  # elements transformed at a time, so that all passes over them stay in cache
+_CHUNK = 1 << 22  # elements transformed at a time: few enough for the cache, so many that threads rarely wait
+
+
+class _Base(NamedTuple):
+    """A direct construction, that is, not a doubling."""
+
+    order: int
+    name: str
+    build: Callable[[], _Rows]
 
 
 def constructible(order: int) -> bool:
@@ -78,9 +87,14 @@ def describe(order: int) -> dict[str, object]:
 
     Raises: ValueError: no known construction.
     """
-    k, m = _require(order)
-    name = "sylvester" if k == 1 else _base(k)[0]  # type: ignore[index]
-    return {"order": order, "constructor": name, "K": k, "m": m, "axes": "kron(H_K, H_2^m), K slow"}
+    base, m = _require(order)
+    return {
+        "order": order,
+        "constructor": base.name,
+        "K": base.order,
+        "m": m,
+        "axes": "kron(H_K, H_2^m), K slow",
+    }
 
 
 def matrix(order: int) -> Tensor:
@@ -167,17 +181,16 @@ def _factor_rows(order: int, limit: int) -> list[_Rows]:
     """H_K enlarged by doubling while it fits `limit`, then even powers of two."""
     if limit < 2:
         raise ValueError(f"expected a limit of at least 2, found {limit}")
-    k, m = _require(order)
-    bits = limit.bit_length() - 1
-    absorbed = min(m, max(0, (limit // k).bit_length() - 1)) if k > 1 else 0
-    count = -(-(m - absorbed) // bits)
+    base, m = _require(order)
+    absorbed = min(m, max(0, (limit // base.order).bit_length() - 1)) if base.order > 1 else 0
+    count = math.ceil((m - absorbed) / (limit.bit_length() - 1))
     powers = [(m - absorbed + i) // count for i in range(count)]
-    head = [_kron(_rows(k), _sylvester(1 << absorbed))] if k > 1 or not powers else []
+    head = [_kron(base.build(), _sylvester(1 << absorbed))] if base.order > 1 or not powers else []
     return head + [_sylvester(1 << power) for power in powers]
 
 
-def _require(order: int) -> tuple[int, int]:
-    """K and m of order = K * 2^m."""
+def _require(order: int) -> tuple[_Base, int]:
+    """The construction of H_K, and m."""
     found = _split(order)
     if found is None:
         block = f"; the largest usable order dividing it is {largest_order(order)}" if order > 0 else ""
@@ -186,35 +199,33 @@ def _require(order: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _split(order: int) -> tuple[int, int] | None:
+def _split(order: int) -> tuple[_Base, int] | None:
     if order < 1:
         return None
-    m = (order & -order).bit_length() - 1
-    odd = order >> m
-    return next(((odd << p, m - p) for p in range(m + 1) if odd << p == 1 or _base(odd << p)), None)
+    for m in reversed(range((order & -order).bit_length())):
+        if base := _base(order >> m):
+            return base, m
+    return None
 
 
-def _base(k: int) -> tuple[str, Callable[[], _Rows]] | None:
-    """Name and builder of a construction of order k that is not a doubling."""
+def _base(k: int) -> _Base | None:
+    if k == 1:
+        return _Base(k, "sylvester", functools.partial(_sylvester, 1))
     if k % 4:
         return None
     if field := _prime_power(k - 1):
-        return f"paley1(q={k - 1})", functools.partial(_paley1, *field)
+        return _Base(k, f"paley1(q={k - 1})", functools.partial(_paley1, *field))
     if k % 8 == 4 and (field := _prime_power(k // 2 - 1)):
-        return f"paley2(q={k // 2 - 1})", functools.partial(_paley2, *field)
+        return _Base(k, f"paley2(q={k // 2 - 1})", functools.partial(_paley2, *field))
     for t in _T_SEQUENCES:
         n = k // (4 * t)
         if k == 4 * t * n and n in _WILLIAMSON:
             name = f"williamson(n={n})" if t == 1 else f"goethals_seidel(t={t}, n={n})"
-            return name, functools.partial(_goethals_seidel, t, n)
+            return _Base(k, name, functools.partial(_goethals_seidel, t, n))
     return None
 
 
-@functools.cache
-def _rows(k: int) -> _Rows:
-    """H_K. Plain integers, because a tensor cached under a tracing mode would belong to that mode."""
-    base = _base(k)
-    return base[1]() if base else _sylvester(k)
+# The builders keep plain integers: a tensor cached under a tracing mode would belong to that mode.
 
 
 def _sylvester(size: int) -> _Rows:
@@ -225,12 +236,14 @@ def _kron(a: _Rows, b: _Rows) -> _Rows:
     return [[x * y for x in a_row for y in b_row] for a_row in a for b_row in b]
 
 
+@functools.cache
 def _paley1(p: int, degree: int) -> _Rows:
     """I + S, with S = [[0, 1], [-1, Q]] skew."""
     rows = [[1] * (p**degree + 1)] + [[-1, *row] for row in _jacobsthal(p, degree)]
     return [[1 if i == j else entry for j, entry in enumerate(row)] for i, row in enumerate(rows)]
 
 
+@functools.cache
 def _paley2(p: int, degree: int) -> _Rows:
     """C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]], with C = [[0, 1], [1, Q]] symmetric."""
     c = [[0] + [1] * p**degree] + [[1, *row] for row in _jacobsthal(p, degree)]
@@ -270,6 +283,7 @@ def _prime_power(q: int) -> tuple[int, int] | None:
     return (p, e) if p**e == q else None
 
 
+@functools.cache
 def _goethals_seidel(t: int, n: int) -> _Rows:
     """The Goethals-Seidel array over the group Z_t x Z_n.
 

@@ -94,7 +94,8 @@ def rotate(x: Tensor, rotation: Tensor, dim: int = -1, inner: int = 1) -> Tensor
 
     Args:
         rotation: [n, n], a dense R; or [n], the signs of a randomised Hadamard R = diag(signs) H,
-            applied by the fast transform. Cast to x's dtype.
+            applied by the fast transform (H in blocks of the largest order that divides n, where
+            none of order n is known). Cast to x's dtype.
     """
     dim = dim % x.dim()
     n = rotation.shape[0]
@@ -102,7 +103,7 @@ def rotate(x: Tensor, rotation: Tensor, dim: int = -1, inner: int = 1) -> Tensor
     rotation = rotation.to(x.dtype)
     if rotation.dim() == 1:
         signs = rotation.reshape([n, 1] + [1] * (x.dim() - dim - 1))
-        return hadamard((split * signs).flatten(dim, dim + 2), n, dim, inner)
+        return hadamard((split * signs).flatten(dim, dim + 2), _hadamard.largest_order(n), dim, inner)
     moved = split.movedim(dim + 1, -1) @ rotation
     return moved.movedim(-1, dim + 1).flatten(dim, dim + 2)
 
@@ -121,6 +122,20 @@ def choose_scale(weight: Tensor, group_size: int, quant_max: int) -> Tensor:
     return scale if group_size == weight.shape[-1] else scale.bfloat16().float()
 
 
+def quantize(weight: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Symmetric quantization of rows in groups: clamp(round(w / s), quant_min, quant_max).
+
+    Args:
+        weight: [out, in].
+        scale: [out, groups]; groups divides in.
+
+    Returns: [out, in] int8.
+    """
+    grouped = weight.unflatten(-1, (scale.shape[-1], -1))
+    steps = torch.round(grouped / scale.to(weight.dtype).unsqueeze(-1))
+    return steps.clamp(quant_min, quant_max).to(torch.int8).flatten(-2)
+
+
 for _function, _schema in {
     attention: "(Tensor query, Tensor key, Tensor value, float scale, bool causal=True,"
     " int? window=None, float? softcap=None) -> Tensor",
@@ -128,6 +143,7 @@ for _function, _schema in {
     hadamard: "(Tensor x, int order, int dim=-1, int inner=1) -> Tensor",
     rotate: "(Tensor x, Tensor rotation, int dim=-1, int inner=1) -> Tensor",
     choose_scale: "(Tensor weight, int group_size, int quant_max) -> Tensor",
+    quantize: "(Tensor weight, Tensor scale, int quant_min, int quant_max) -> Tensor",
 }.items():
     _library.define(_function.__name__ + _schema)
     _library.impl(_function.__name__, _function, "CompositeImplicitAutograd")

@@ -67,11 +67,6 @@ def _range(node: object, x: fx.Node) -> tuple[int, int, int] | None:
     """(start, end, step) if `node` is a range of x's last axis."""
     width = shape_of(x)[-1]  # type: ignore[index]
     assert isinstance(width, int)
-    if is_op(node, "getitem") and is_op(node.args[0], "chunk", "split"):  # type: ignore[union-attr]
-        parts, index = node.args  # type: ignore[union-attr]
-        if parts.args[0] is x and shape_of(node) is not None:  # type: ignore[union-attr]
-            size = shape_of(node)[-1]  # type: ignore[index]
-            return (size * index, size * (index + 1), 1)  # type: ignore[operator,return-value]
     if not is_op(node, "slice") or node.args[0] is not x:  # type: ignore[union-attr]
         return None
     _, dim, start, end, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])[:5]  # type: ignore[union-attr]

@@ -1,0 +1,110 @@
+"""Rotation matrices of a graph: names, checks, and the files that carry them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from rolora_passes.errors import PassError
+from rolora_passes.graphs.files import writing
+from rolora_passes.graphs.ops import rotate
+
+if TYPE_CHECKING:
+    from rolora_passes.graphs.bases import BasisClass
+
+
+def rotation_key(cls: BasisClass) -> str:
+    """SpinQuant's key where it has one: `R1`, `model.layers.{i}.self_attn.R2`; else the class's name."""
+    if cls.kind == "residual":
+        return "R1" if cls.index == 0 else f"R1.{cls.index}"
+    return f"model.layers.{cls.index}.self_attn.R2" if cls.kind == "head" else cls.name
+
+
+def check_orthogonal(matrix: Tensor, size: int, key: str) -> Tensor:
+    """A given rotation in float64: signs [n] as they are, a dense [n, n] orthogonal to rounding.
+
+    Files hold float32; one Newton-Schulz step, R(3 - RᵀR)/2, takes out that rounding (the error is
+    squared), so that the function is kept to float64's precision.
+
+    Raises:
+        PassError: wrong shape, not finite, or further than 1e-3 from orthogonal.
+    """
+    shape = list(matrix.shape)
+    if shape not in ([size], [size, size]):
+        raise PassError(f"rotate: expected {key} of size {size} x {size}, found {shape}")
+    exact = matrix.detach().to("cpu", torch.float64)
+    if exact.dim() == 1:
+        if not bool((exact.abs() == 1).all()):
+            raise PassError(f"rotate: expected {key} to hold signs (+1 or -1), found other values")
+        return exact
+    gram = exact.T @ exact
+    error = float((gram - torch.eye(size, dtype=torch.float64)).abs().max())
+    if not error < 1e-3:
+        raise PassError(
+            f"rotate: expected {key} to be orthogonal, found |RᵀR - 1| up to {error:.1e}; "
+            "was the file trained with another tool, or cut short?"
+        )
+    for _ in range(2):
+        exact = exact @ (1.5 * torch.eye(size, dtype=torch.float64) - 0.5 * (exact.T @ exact))
+    return exact
+
+
+def save_rotations(graph: fx.GraphModule, folder: str | Path) -> list[Path]:
+    """Write a graph's rotations: `R.bin` (SpinQuant's keys, dense float32) and `rotations.json`.
+
+    The manifest holds constructions, seeds, signs and the parameters each matrix went into, so a
+    randomised Hadamard loads again exactly and keeps its fast transform.
+    """
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = graph.meta.get("rotation_tensors", {})
+    manifest = {key: dict(entry) for key, entry in graph.meta.get("rotations", {}).items()}
+    for key, tensor in tensors.items():
+        if tensor.dim() == 1:
+            manifest[key]["signs"] = "".join("+" if s > 0 else "-" for s in tensor.tolist())
+    with writing(folder / "R.bin") as path:
+        torch.save({key: _dense(tensor).float() for key, tensor in tensors.items()}, path)
+    with writing(folder / "rotations.json") as path:
+        path.write_text(json.dumps(manifest, indent=1))
+    return [folder / "R.bin", folder / "rotations.json"]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return rotate(torch.eye(len(tensor), dtype=torch.float64), tensor) if tensor.dim() == 1 else tensor
+
+
+def load_rotations(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rotations by key from a mapping, a SpinQuant `R.bin`, or a `rotations.json`.
+
+    Raises:
+        PassError: no such file, or not a file of rotations.
+    """
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = Path(source)
+    if not path.is_file():
+        raise PassError(f"rotate: no rotations at {path}; expected R.bin or rotations.json")
+    if path.suffix == ".json":
+        return _from_manifest(path)
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise PassError(f"rotate: {path} is not a file that torch.save wrote: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise PassError(f"rotate: expected {path} to hold matrices by name, found {type(found).__name__}")
+    return found
+
+
+def _from_manifest(path: Path) -> dict[str, Tensor]:
+    manifest = json.loads(path.read_text())
+    dense = load_rotations(path.with_name("R.bin")) if any("signs" not in e for e in manifest.values()) else {}
+    return {
+        key: torch.tensor([1.0 if s == "+" else -1.0 for s in entry["signs"]], dtype=torch.float64)
+        if "signs" in entry
+        else dense[key]
+        for key, entry in manifest.items()
+    }

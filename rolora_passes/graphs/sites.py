@@ -1,0 +1,33 @@
+"""Choosing linears: by pattern over their names, or by what they are in the graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import fx
+
+from rolora_passes.graphs.graph import is_op
+
+
+def matches(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether a site is meant by "all-linear", by its last parts ("q_proj"), or by "re:…" (full match)."""
+    patterns = [targets] if isinstance(targets, str) else targets
+    return any(
+        pattern == "all-linear"
+        or (re.fullmatch(pattern[3:], name) is not None if pattern.startswith("re:") else _ends(name, pattern))
+        for pattern in patterns
+    )
+
+
+def _ends(name: str, pattern: str) -> bool:
+    """A split projection's part ("qkv_proj.0") is also meant by the whole's name."""
+    stem = re.sub(r"\.\d+$", "", name)
+    return any(n == pattern or n.endswith("." + pattern) for n in (name, stem))
+
+
+def is_head(node: fx.Node) -> bool:
+    """Whether a linear's result reaches the output through nothing that mixes channels."""
+    return any(
+        u.op == "output" or (is_op(u, "mul", "div", "tanh", "to", "slice", "add") and is_head(u)) for u in node.users
+    )

@@ -1,0 +1,165 @@
+"""The pass manager: order checked, every exact pass verified, and an account of what was done."""
+
+from __future__ import annotations
+
+import difflib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from rolora_passes.errors import PassOrderError
+from rolora_passes.graphs.capture import from_exported
+from rolora_passes.graphs.graph import copy_graph
+from rolora_passes.graphs.text import graph_text
+from rolora_passes.graphs.verify import verify_same
+from rolora_passes.passes import REMEDIES, Pass, Report
+from rolora_passes.registry import make_pass
+
+PassLike = Pass | str | Mapping[str, Any]
+Print = Literal["never", "changed", "all"]
+
+
+@dataclass
+class Record:
+    """What one pass did, what it cost, and how far the function moved.
+
+    Attributes:
+        seconds: of the pass itself; verification apart.
+        peak_mb: the process's peak memory so far, in MB.
+        nodes: graph nodes before and after.
+        error: largest difference of the logits, relative to the largest logit; None if not verified.
+    """
+
+    name: str
+    options: dict[str, Any]
+    kind: str
+    seconds: float
+    verify_seconds: float
+    peak_mb: float
+    nodes: tuple[int, int]
+    report: Report
+    error: float | None
+
+    def row(self) -> dict[str, Any]:
+        """A JSON-able summary."""
+        known = asdict(self)
+        known["report"] = {"changed": self.report.changed, "left": self.report.left, "notes": self.report.notes}
+        return known
+
+
+def apply_passes(
+    graph: fx.GraphModule | torch.export.ExportedProgram,
+    passes: Iterable[PassLike],
+    *,
+    verify: bool = True,
+    print_graph: Print = "never",
+    print_to: str | Path | None = None,
+    on_pass: Callable[[Record], None] | None = None,
+) -> fx.GraphModule:
+    """Apply passes in order to a copy of a graph; tensors are shared until a pass replaces them.
+
+    Args:
+        graph: a captured graph, or an ExportedProgram of `forward(tokens, positions) -> logits`.
+        passes: pass objects, names ("fuse-norm"), or one-entry mappings ({"rotate": {"seed": 1}}).
+        verify: run the graph before and after every exact pass on random tokens, and fail if it
+            differs, naming the pass, the first value that differs, and by how much.
+        print_graph: write the graph as text after passes that changed it, or after all.
+        print_to: the folder for that; standard error if None. A failed verification always writes there.
+        on_pass: called with each pass's record as it is done (for progress).
+
+    Returns: the new graph; `history(graph)` has a Record for every pass.
+
+    Raises:
+        PassOrderError: a pass's requirement does not hold where it stands; nothing has been run.
+        VerificationError: an exact pass changed the function.
+        PassError: a pass cannot do what its options ask.
+    """
+    if isinstance(graph, torch.export.ExportedProgram):
+        graph = from_exported(graph)
+    pipeline = [make_pass(p) for p in passes]
+    check_order(pipeline, graph.meta.get("facts", []))
+    current = graph
+    for number, step in enumerate(pipeline):
+        current, record = _apply(current, step, verify, number, print_graph, print_to)
+        if on_pass:
+            on_pass(record)
+    return current if pipeline else copy_graph(graph)
+
+
+def history(graph: fx.GraphModule) -> list[Record]:
+    """The records of every pass applied to a graph, oldest first."""
+    return list(graph.meta.get("history", []))
+
+
+def check_order(pipeline: Iterable[Pass], facts: Iterable[str]) -> None:
+    """Check requirements and prohibitions along a pipeline, before anything runs.
+
+    Raises:
+        PassOrderError: names the pass, the fact, and the pass to run first or to leave out.
+    """
+    known = set(facts)
+    for step in pipeline:
+        for fact in step.requires:
+            if fact not in known:
+                remedy = REMEDIES.get(fact, "see `rolora passes`")
+                raise PassOrderError(f"{step.name} requires a graph with {fact!r}, found {sorted(known)}: {remedy}")
+        for fact in step.forbids:
+            if fact in known:
+                raise PassOrderError(
+                    f"{step.name} cannot run on a graph that is already {fact!r}: "
+                    "move it before the pass that did that, or leave it out"
+                )
+        known |= set(step.ensures)
+
+
+def _apply(
+    before: fx.GraphModule, step: Pass, verify: bool, number: int, print_graph: Print, print_to: str | Path | None
+) -> tuple[fx.GraphModule, Record]:
+    after = copy_graph(before)
+    start = time.perf_counter()
+    report = step.run(after)
+    seconds = time.perf_counter() - start
+    after.meta["facts"] = sorted({*after.meta.get("facts", []), *step.ensures})
+    start = time.perf_counter()
+    error = None
+    place = f"{number:02d}-{step.name}"
+    try:
+        if verify and step.kind == "exact" and report.modified:
+            error = verify_same(before, after, step.name, report.moved)
+    except Exception:
+        _write(place + "-failed", graph_text(after), print_to)
+        raise
+    counts = len(before.graph.nodes), len(after.graph.nodes)
+    spent = time.perf_counter() - start
+    record = Record(step.name, step.options(), step.kind, seconds, spent, peak_mb(), counts, report, error)
+    after.meta["history"] = [*before.meta.get("history", []), record]
+    if print_graph == "all" or (print_graph == "changed" and report.modified):
+        _write(place, graph_diff(before, after) if print_graph == "changed" else graph_text(after), print_to)
+    return after, record
+
+
+def graph_diff(before: fx.GraphModule, after: fx.GraphModule) -> str:
+    """A unified diff of two graphs' texts."""
+    old, new = graph_text(before).splitlines(), graph_text(after).splitlines()
+    return "\n".join(difflib.unified_diff(old, new, "before", "after", lineterm="", n=1)) + "\n"
+
+
+def _write(name: str, text: str, folder: str | Path | None) -> None:
+    if folder is None:
+        print(f"=== {name}\n{text}", file=sys.stderr)
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / f"{name}.txt").write_text(text)
+
+
+def peak_mb() -> float:
+    """The process's peak resident memory, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)

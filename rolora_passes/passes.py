@@ -1,0 +1,77 @@
+"""What a pass is: a frozen dataclass of options that rewrites a copy of a graph and says what it did."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import fx
+
+# A fact about a graph, and what establishes it. Facts are recorded in graph.meta["facts"].
+REMEDIES = {
+    "canonical": "capture the model with rolora_passes.graphs.capture",
+    "norms fused": "run fuse-norm first",
+    "weights quantized": "run quantize-weights first",
+}
+
+
+@dataclass
+class Report:
+    """What a pass did.
+
+    Attributes:
+        changed: sites it rewrote.
+        left: sites it could have rewritten and did not, each with the reason.
+        moved: names of values that stand in another basis afterwards, so a comparison skips them.
+        notes: figures worth printing.
+    """
+
+    changed: list[str] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+    moved: set[str] = field(default_factory=set)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def modified(self) -> bool:
+        """Whether the graph is any different."""
+        return bool(self.changed)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. Subclasses set the class attributes and implement `run`.
+
+    Class attributes:
+        kind: "exact" keeps the function up to rounding, and is verified; "lossy" does not.
+        requires, ensures: facts that must hold before, and that hold after.
+        forbids: facts that must not hold before.
+    """
+
+    kind: ClassVar[Literal["exact", "lossy"]] = "exact"
+    requires: ClassVar[tuple[str, ...]] = ("canonical",)
+    ensures: ClassVar[tuple[str, ...]] = ()
+    forbids: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def pass_name(cls) -> str:
+        """`FuseNorm` is `fuse-norm` in recipes and on the command line; `AddLoRA` is `add-lora`."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
+
+    @property
+    def name(self) -> str:
+        return self.pass_name()
+
+    def options(self) -> dict[str, Any]:
+        """Options that differ from their defaults."""
+        return {
+            f.name: value
+            for f in dataclasses.fields(self)
+            if (value := getattr(self, f.name)) != f.default
+            and not (f.default_factory is not dataclasses.MISSING and value == f.default_factory())
+        }
+
+    def run(self, graph: fx.GraphModule) -> Report:
+        """Rewrite the graph in place (it is a copy made for this pass)."""
+        raise NotImplementedError

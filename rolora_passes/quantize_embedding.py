@@ -1,0 +1,56 @@
+"""QuantizeEmbedding: the token table in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import fx
+
+from rolora_passes.errors import PassError
+from rolora_passes.graphs.graph import constants, finish, is_op, root_names
+from rolora_passes.graphs.quantizers import quantize_weight
+from rolora_passes.graphs.shapes import infer_shapes
+from rolora_passes.passes import Pass, Report
+
+
+@dataclass(frozen=True)
+class QuantizeEmbedding(Pass):
+    """Round embedding tables to integers, symmetric.
+
+    Before:                          After (folded):
+        x = embedding(E, tokens)         x = embedding(dequantize(q, s), tokens)
+
+    Options:
+        bits: 8 or 4.
+        group_size: channels that share a scale; None: one scale per row.
+
+    A table that a linear reads too is left: untie it first, or quantize that linear's copy.
+    """
+
+    kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
+    ensures: ClassVar[tuple[str, ...]] = ("embedding quantized",)
+    forbids: ClassVar[tuple[str, ...]] = ("embedding quantized",)
+
+    bits: int = 8
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise PassError(f"quantize-embedding: bits must be 4 or 8, found {self.bits}")
+
+    def run(self, graph: fx.GraphModule) -> Report:
+        report = Report()
+        known, shapes = constants(graph), infer_shapes(graph)
+        for node in list(graph.graph.nodes):
+            if not is_op(node, "embedding") or node.args[0] not in known:
+                continue
+            table = node.args[0]
+            assert isinstance(table, fx.Node)
+            name, width = root_names(table)[0], int(shapes[table].shape[-1])
+            if self.group_size and width % self.group_size:
+                raise PassError(f"quantize-embedding: groups of {self.group_size} do not divide {name} ({width} wide)")
+            node.update_arg(0, quantize_weight(graph, node, table, self.bits, self.group_size))
+            report.changed.append(f"{name}: {self.bits} bits")
+        finish(graph)
+        return report
