@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.graph import add_parameter, aten, dtype_of, finish, insert_after, site_names
+from rolora_passes.graphs.graph import add_parameter, aten, constants, dtype_of, finish, insert_after, site_names
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import is_head, matches
 from rolora_passes.passes import Pass, Report
@@ -59,7 +59,7 @@ class AddLoRA(Pass):
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
         generator = torch.Generator().manual_seed(self.seed)
-        names, shapes = site_names(graph), infer_shapes(graph)
+        names, shapes = site_names(graph), infer_shapes(graph, only=constants(graph))
         chosen = {n: name for n, name in names.items() if matches(name, self.targets) and not is_head(n)}
         if not chosen:
             some = ", ".join(list(names.values())[:4])

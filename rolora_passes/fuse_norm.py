@@ -67,7 +67,8 @@ class FuseNorm(Pass):
 
 def _norm_affine(graph: fx.GraphModule, kind: str) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
     """(node, value, parameter) for each gain ("mul") or bias ("add") that follows a norm."""
-    known, shapes = constants(graph), infer_shapes(graph)
+    known = constants(graph)
+    shapes = infer_shapes(graph, only=known)
     found = []
     for node in graph.graph.nodes:
         if is_op(node, kind) and len(node.all_input_nodes) == 2:
@@ -136,7 +137,7 @@ def _move_gains(graph: fx.GraphModule, report: Report) -> None:
     bases = infer_bases(graph, cut=[node for node, _, _ in gains])
     classes = [bases.of(node) for node, _, _ in gains]
     used = [c for factors in classes for c, _ in factors]
-    expressions, shapes = Expressions(graph), infer_shapes(graph)
+    expressions, shapes = Expressions(graph), infer_shapes(graph, only=constants(graph))
     for (node, value, gain), factors in zip(gains, classes, strict=True):
         name = root_names(gain)[0]
         reason = _blocked(factors, reading=True) or (used.count(factors[0][0]) > 1 and "meets another gain's axis")

@@ -41,7 +41,8 @@ class QuantizeEmbedding(Pass):
 
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
-        known, shapes = constants(graph), infer_shapes(graph)
+        known = constants(graph)
+        shapes = infer_shapes(graph, only=known)
         for node in list(graph.graph.nodes):
             if not is_op(node, "embedding") or node.args[0] not in known:
                 continue
@@ -50,7 +51,7 @@ class QuantizeEmbedding(Pass):
             name, width = root_names(table)[0], int(shapes[table].shape[-1])
             if self.group_size and width % self.group_size:
                 raise PassError(f"quantize-embedding: groups of {self.group_size} do not divide {name} ({width} wide)")
-            node.update_arg(0, quantize_weight(graph, node, table, self.bits, self.group_size))
+            node.update_arg(0, quantize_weight(graph, node, table, self.bits, self.group_size, width))
             report.changed.append(f"{name}: {self.bits} bits")
         finish(graph)
         return report

@@ -53,7 +53,8 @@ class QuantizeWeights(Pass):
 
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
-        known, shapes = constants(graph), infer_shapes(graph)
+        known = constants(graph)
+        shapes = infer_shapes(graph, only=known)
         for node, name in site_names(graph).items():
             bits = self.head if is_head(node) else self.bits
             if bits is None or not matches(name, self.targets):
@@ -68,7 +69,7 @@ class QuantizeWeights(Pass):
             width = int(shapes[weight].shape[-1])
             if group and width % group:
                 raise PassError(f"quantize-weights: groups of {group} do not divide {name}, whose input is {width}")
-            node.update_arg(1, quantize_weight(graph, node, weight, bits, group))
+            node.update_arg(1, quantize_weight(graph, node, weight, bits, group, width))
             report.changed.append(f"{name}: {bits} bits" + (f", groups of {group}" if group else ", per channel"))
         finish(graph)
         return report

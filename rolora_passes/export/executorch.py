@@ -15,10 +15,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from rolora_passes.export.embeddings import fuse_embeddings
 from rolora_passes.export.extras import require
+from rolora_passes.export.fuse_heads import fuse_heads
 from rolora_passes.export.kv_cache import add_kv_cache
+from rolora_passes.export.rotary import expand_rotary
+from rolora_passes.export.shapes import Shape, infer_shapes
+from rolora_passes.graphs.graph import copy_graph
 
-_INPUTS = {"tokens": (1, None), "input_pos": (1,)}
+CANONICAL: dict[str, Shape] = {"tokens": (1, None), "positions": (1, None)}
+CACHED: dict[str, Shape] = {"tokens": (1, None), "input_pos": (1,)}
 
 
 @dataclass(frozen=True)
@@ -61,24 +67,32 @@ def to_executorch(
             of all tokens, [1, S, V].
     """
     _require_executorch()
-    from rolora_passes.export.embeddings import fuse_embeddings
     from rolora_passes.export.last_token import keep_last_token
     from rolora_passes.export.xnnpack import delegate_to_xnnpack
 
     stages = _Stages()
-    with stages.stage("cache"):
-        cached = graph if "max_length" in graph.meta else add_kv_cache(graph, max_length)
-        length = cached.meta["max_length"]
-    with stages.stage("delegate"):
-        prepared = fx.GraphModule(cached, cached.graph)
-        fuse_embeddings(prepared)
+    with stages.stage("prepare"):
+        prepared = _prepare(graph, max_length)
         if last_token:
             keep_last_token(prepared)
-        delegated, count = delegate_to_xnnpack(prepared, _INPUTS)
+        length = prepared.meta["max_length"]
+    with stages.stage("delegate"):
+        delegated, count = delegate_to_xnnpack(prepared, CACHED)
     program = _program(delegated, length, _metadata(graph, length), stages)
     with stages.stage("write"):
         size = _write(program, Path(path))
     return LoweringReport(Path(path), size, count, _operators(program), stages.seconds)
+
+
+def _prepare(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
+    """A copy with caches, in the operators and the grouping that suit the kernels."""
+    result = copy_graph(graph)
+    cached = "max_length" in graph.meta
+    fuse_heads(result)
+    shapes = infer_shapes(result, CACHED if cached else CANONICAL)
+    expand_rotary(result, {node: shape[-1] for node, (shape, _) in shapes.items() if shape and shape[-1]})
+    fuse_embeddings(result)
+    return result if cached else add_kv_cache(result, max_length)
 
 
 def _require_executorch() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
+from rolora_passes.errors import LoweringError
 from rolora_passes.export.extras import require
 from rolora_passes.export.shapes import Shape, constant_nodes, infer_shapes
 from rolora_passes.graphs.graph import argument, copy_graph, set_tensor
@@ -130,7 +131,7 @@ def _ancestors(nodes: list[fx.Node]) -> list[fx.Node]:
 def _check_table(node: fx.Node, whole: Tensor, part: Tensor, skip: int) -> tuple[Tensor, int]:
     dims = [d for d, (a, b) in enumerate(zip(whole.shape, part.shape, strict=True)) if a != b]
     if len(dims) != 1 or not torch.equal(whole.narrow(dims[0], skip, part.shape[dims[0]]), part):
-        raise ValueError(
+        raise LoweringError(
             f"`{node.name}` ({node.target}) depends on `positions` but is not a table with one row per "
             f"position (shapes {tuple(whole.shape)} and {tuple(part.shape)}): it cannot be cached"
         )
@@ -148,7 +149,7 @@ def _cache_attention(
     names = ("query", "key", "value", "scale", "window", "softcap")
     q, k, v, scale, sliding, softcap = (argument(node, name) for name in names)
     if not argument(node, "causal"):
-        raise ValueError(f"`{node.name}` attends both ways: a key-value cache needs causal attention")
+        raise LoweringError(f"`{node.name}` attends both ways: a key-value cache needs causal attention")
     graph = module.graph
     with graph.inserting_before(node):
         if (k, v) not in caches:
@@ -175,7 +176,7 @@ def _update(module: fx.GraphModule, name: str, fresh: fx.Node, shape: Shape, win
     """Write fresh rows [1, S, H, D] into a zero buffer [1, max_length, H, D]; returns the buffer."""
     _, _, heads, width = shape
     if heads is None or width is None:
-        raise ValueError(f"`{fresh.name}` has no static heads and head_dim: {shape}")
+        raise LoweringError(f"`{fresh.name}` has no static heads and head_dim: {shape}")
     set_tensor(module, name, torch.zeros(1, window.max_length, heads, width))
     cache = module.graph.get_attr(name)
     module.graph.call_function(torch.ops.llama.update_cache.default, (fresh, cache, window.start))

@@ -19,7 +19,7 @@ import torch
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import Tensor, fx
 
-import rolora_passes.export.xnnpack_rotations  # noqa: F401  (adds its emitters)
+import rolora_passes.export.xnnpack_hadamard  # noqa: F401  (adds its emitter)
 from rolora_passes.export.shapes import Shape, constant_nodes, infer_shapes, is_written
 from rolora_passes.export.xnnpack_ops import Emitter, Typed, supported
 from rolora_passes.graphs.graph import copy_graph

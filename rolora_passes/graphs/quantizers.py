@@ -13,16 +13,17 @@ from rolora_passes.graphs.graph import aten, insert, insert_after
 _decomposed = torch.ops.quantized_decomposed
 
 
-def quantize_weight(graph: fx.GraphModule, before: fx.Node, weight: fx.Node, bits: int, group: int | None) -> fx.Node:
-    """dequantize(quantize(W, s), s) before a node, for W [out, in]; returns the dequantized node.
+def quantize_weight(
+    graph: fx.GraphModule, before: fx.Node, weight: fx.Node, bits: int, group: int | None, width: int
+) -> fx.Node:
+    """dequantize(quantize(W, s), s) before a node, for W [out, width]; returns the dequantized node.
 
     Args:
         group: input channels that share a scale, or None for one scale per output channel.
     """
     high = 2 ** (bits - 1) - 1
     low = -high - 1 if bits == 4 else -high  # the range of each kernel
-    width = group or _width(graph, weight)
-    scale = insert(graph, before, torch.ops.rolora.choose_scale.default, weight, width, high)
+    scale = insert(graph, before, torch.ops.rolora.choose_scale.default, weight, group or width, high)
     integers = insert(graph, before, torch.ops.rolora.quantize.default, weight, scale, low, high)
     if group:
         return insert(
@@ -33,12 +34,6 @@ def quantize_weight(graph: fx.GraphModule, before: fx.Node, weight: fx.Node, bit
     return insert(
         graph, before, _decomposed.dequantize_per_channel.default, integers, channel, None, 0, low, high, torch.int8
     )
-
-
-def _width(graph: fx.GraphModule, weight: fx.Node) -> int:
-    from rolora_passes.graphs.shapes import infer_shapes
-
-    return int(infer_shapes(graph)[weight].shape[-1])
 
 
 def quantize_per_token(graph: fx.GraphModule, value: fx.Node) -> fx.Node:

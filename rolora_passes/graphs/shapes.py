@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -28,7 +29,11 @@ BATCH, SEQUENCE = 1009, 2017
 class _Shapes(fx.Interpreter):
     """Runs a graph on meta tensors; a value whose shape cannot be known becomes None."""
 
+    only: Collection[fx.Node] | None = None
+
     def run_node(self, n: fx.Node) -> Any:
+        if self.only is not None and n not in self.only:
+            return None
         try:
             return super().run_node(n)
         except Exception:  # an operator without a shape rule, or fed by one: its value is unknown
@@ -44,12 +49,14 @@ class _Shapes(fx.Interpreter):
         return torch.empty_like(value, device="meta")
 
 
-def infer_shapes(graph: fx.GraphModule) -> dict[fx.Node, Any]:
+def infer_shapes(graph: fx.GraphModule, only: Collection[fx.Node] | None = None) -> dict[fx.Node, Any]:
     """Meta tensors (shape and dtype) for every node at batch `BATCH`, sequence `SEQUENCE`.
 
-    None for a value that no shape rule covers. Nothing is computed.
+    None for a value that no shape rule covers, and for nodes outside `only` (say, the constant ones)
+    where it is given. Nothing is computed.
     """
     shapes = _Shapes(graph, garbage_collect_values=False)
+    shapes.only = only
     tokens = torch.empty(BATCH, SEQUENCE, dtype=torch.int64, device="meta")
     with torch.no_grad():
         shapes.run(tokens, tokens)

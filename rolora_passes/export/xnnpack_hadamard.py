@@ -1,4 +1,4 @@
-"""Rotary embeddings and online Hadamard transforms as nodes of an XNNPACK delegate."""
+"""Online Hadamard transforms as nodes of an XNNPACK delegate."""
 
 from __future__ import annotations
 
@@ -7,55 +7,12 @@ import math
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.export.xnnpack_ops import (
-    EMITTERS,
-    Emitter,
-    Shape,
-    add,
-    concatenate,
-    multiply,
-    narrow,
-    permute,
-    reshape,
-)
+from rolora_passes.export.xnnpack_ops import EMITTERS, Emitter, Shape, permute, reshape
 from rolora_passes.graphs import hadamard
 from rolora_passes.graphs.graph import argument
 
 # One product by a dense matrix is faster than two smaller ones and a transposition up to this order.
 _DENSE_ORDER = 128
-
-
-def _rotary(e: Emitter, node: fx.Node) -> int:
-    """x * cos + partner(x) * sin, the partner by a signed permutation: a small linear."""
-    x, cos, sin = (argument(node, name) for name in ("x", "cos", "sin"))
-    whole, shape = e.value(x), e.shape(node)
-    width = e.shape(cos)[-1]
-    assert width is not None and shape[-1] is not None
-    head: Shape = (*shape[:-1], width)
-    turned = whole if width == shape[-1] else narrow(e, whole, len(shape) - 1, 0, head)
-    swap = e.delegate.constant(_partner(width, argument(node, "interleaved")))
-    straight = multiply(e, turned, _per_head(e, cos), head)
-    out = add(e, straight, multiply(e, e.delegate.linear(turned, swap), _per_head(e, sin), head), head)
-    if width == shape[-1]:
-        return out
-    rest = narrow(e, whole, len(shape) - 1, width, (*shape[:-1], shape[-1] - width))
-    return concatenate(e, [out, rest], len(shape) - 1, shape)
-
-
-def _per_head(e: Emitter, table: fx.Node) -> int:
-    """[1, S, R] -> [1, S, 1, R]."""
-    *rows, width = e.shape(table)
-    return reshape(e, e.value(table), (*rows, 1, width))
-
-
-def _partner(width: int, interleaved: bool) -> Tensor:
-    """The matrix P with P x = what each channel is turned with: -x[i + R/2] and x[i], or -x[2i+1] and x[2i]."""
-    index = torch.arange(width)
-    first = index % 2 == 0 if interleaved else index < width // 2
-    step = 1 if interleaved else width // 2
-    matrix = torch.zeros(width, width)
-    matrix[index, torch.where(first, index + step, index - step)] = torch.where(first, -1.0, 1.0)
-    return matrix
 
 
 def _hadamard(e: Emitter, node: fx.Node) -> int:
@@ -114,5 +71,4 @@ def _product(matrices: list[Tensor]) -> Tensor:
     return result
 
 
-EMITTERS["rolora.rotary_embedding"] = _rotary
 EMITTERS["rolora.hadamard"] = _hadamard

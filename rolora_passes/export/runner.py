@@ -1,0 +1,61 @@
+"""Running a `.pte` with ExecuTorch's own runtime: text through the stock runner, logits directly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from rolora_passes.export.extras import require
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+"""tokens int64 [1, S], input_pos int64 [1] -> logits [1, S or 1, V]; the caches keep state between calls."""
+
+
+def generate(
+    pte: str | os.PathLike[str],
+    tokenizer_json: str | os.PathLike[str],
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """Continue a prompt with ExecuTorch's `TextLLMRunner`; returns the new text.
+
+    Args:
+        on_text: called with each piece of text as it is generated.
+    """
+    _load_kernels()
+    llm = require("executorch.extension.llm.runner", "executorch")
+    pieces: list[str] = []
+
+    def collect(text: str) -> None:
+        pieces.append(text)
+        if on_text is not None:
+            on_text(text)
+
+    config = llm.GenerationConfig(echo=False, max_new_tokens=max_new_tokens, temperature=temperature)
+    llm.TextLLMRunner(os.fspath(pte), os.fspath(tokenizer_json)).generate(prompt, config, collect)
+    return "".join(pieces)
+
+
+def load_pte(pte: str | os.PathLike[str]) -> Forward:
+    """The program's `forward(tokens, input_pos) -> logits`, with its own caches."""
+    bindings = _load_kernels()
+    module = bindings._load_for_executorch(os.fspath(pte))
+
+    def forward(tokens: Tensor, input_pos: Tensor) -> Tensor:
+        logits: Tensor = module.forward((tokens, input_pos))[0]
+        return logits.clone()  # the runtime reuses the memory
+
+    return forward
+
+
+def _load_kernels() -> Any:
+    """Register the kernels our programs call; without them loading fails with "Missing operator"."""
+    bindings = require("executorch.extension.pybindings.portable_lib", "executorch")
+    require("executorch.extension.llm.custom_ops.custom_ops", "executorch")
+    require("executorch.kernels.quantized", "executorch")
+    return bindings

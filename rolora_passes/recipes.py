@@ -1,0 +1,68 @@
+"""Recipes: pipelines as YAML, by name or from a file, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rolora_passes.errors import PassError
+from rolora_passes.passes import Pass
+from rolora_passes.registry import make_pass
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    folder = resources.files("rolora_passes") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load_recipe(source: str | Path) -> list[Pass]:
+    """The passes of a recipe, by name ("8da4w") or from a YAML file.
+
+    A recipe is a mapping with `passes`, an ordered list of names or one-entry mappings of name to options.
+
+    Raises:
+        PassError: no such recipe or file, not YAML of that form, or a pass or option that does not exist.
+    """
+    text = _text(source)
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PassError(f"recipe {source} is not YAML: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("passes"), list):
+        raise PassError(f"expected a recipe {{passes: [...]}} in {source}, found {type(found).__name__}")
+    return [make_pass(entry) for entry in found["passes"]]
+
+
+def dump_recipe(passes: Iterable[Pass], **about: Any) -> str:
+    """YAML that `load_recipe` reads back to equal passes; `about` is written above them."""
+    entries = [{p.name: _plain(p.options())} if p.options() else p.name for p in passes]
+    return str(yaml.safe_dump({**about, "passes": entries}, sort_keys=False))
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, tuple):
+            value = list(value)
+        elif isinstance(value, Path):
+            value = str(value)
+        elif not isinstance(value, (str, int, float, bool, list, type(None))):
+            raise PassError(f"a recipe cannot hold {key}, a {type(value).__name__}: save it and give the file's path")
+        plain[key] = value
+    return plain
+
+
+def _text(source: str | Path) -> str:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise PassError(f"expected a recipe at {path}, found nothing")
+        return path.read_text()
+    if str(source) not in recipe_names():
+        raise PassError(f"expected a recipe file (.yaml) or one of {', '.join(recipe_names())}, found {str(source)!r}")
+    return (resources.files("rolora_passes") / "recipes" / f"{source}.yaml").read_text()

@@ -1,0 +1,141 @@
+"""A lowered program computes what its graph computes, in few delegates, or leaves no file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from rolora_passes.errors import LoweringError
+from rolora_passes.export.kv_cache import add_kv_cache
+
+pytest.importorskip("executorch")
+
+from tiny_llama import tiny_llama  # noqa: E402
+
+from rolora_passes.export.executorch import LoweringReport, to_executorch  # noqa: E402
+from rolora_passes.export.runner import load_pte  # noqa: E402
+
+OUTSIDE = {
+    "llama::update_cache.out",
+    "llama::custom_sdpa.out",
+    "aten::embedding.out",
+    "quantized_decomposed::embedding_byte.out",
+    "quantized_decomposed::embedding_4bit.out",
+    "aten::slice_copy.Tensor_out",
+    "aten::sym_size.int",
+    "aten::_local_scalar_dense",
+    "executorch_prim::add.Scalar",
+    "executorch_prim::sub.Scalar",
+}
+
+PLAIN = {
+    "llama": {},
+    "partial rotary": {"rotary_dim": 8},
+    "interleaved rotary": {"rotary_dim": 8, "interleaved": True},
+    "hadamard 16 and 96": {"hadamard": True},
+    "hadamard 12 and 480": {"hadamard": True, "head_dim": 12, "mlp": 480, "layers": 1},
+    "window": {"window": 4},
+    "softcap": {"softcap": 5.0},
+    "window and softcap": {"window": 4, "softcap": 5.0},
+    "layer norm": {"layer_norm": True},
+    "learned positions": {"learned_positions": 64},
+}
+
+
+def steps(
+    graph: fx.GraphModule, pte: Path, seed: int = 1, prefill: int = 8, length: int = 12
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(program's, graph's) logits of the last token, after a prefill and after each decoded token."""
+    tokens = torch.randint(0, 99, (1, length), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        expected = graph(tokens, torch.arange(length)[None])
+    forward, start = load_pte(pte), 0
+    for end in range(prefill, length + 1):
+        yield forward(tokens[:, start:end], torch.tensor([start]))[:, -1], expected[:, end - 1]
+        start = end
+
+
+def lower(graph: fx.GraphModule, path: Path, **options: object) -> LoweringReport:
+    report = to_executorch(graph, path, max_length=32, **options)  # type: ignore[arg-type]
+    layers = len(graph.graph.find_nodes(op="call_function", target=torch.ops.rolora.attention.default))
+    assert report.delegates <= layers + 2
+    assert set(report.operators) <= OUTSIDE
+    assert report.bytes == path.stat().st_size
+    return report
+
+
+@pytest.mark.parametrize("sizes", PLAIN.values(), ids=PLAIN.keys())
+def test_plain_program_equals_its_graph(sizes: dict[str, object], tmp_path: Path) -> None:
+    graph = tiny_llama(**sizes)
+    lower(graph, tmp_path / "model.pte")
+    for found, expected in steps(graph, tmp_path / "model.pte"):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("weights", "table", "hadamard"), [(4, 8, False), (8, 4, False), (4, 4, True)])
+def test_quantized_program_equals_its_graph(weights: int, table: int, hadamard: bool, tmp_path: Path) -> None:
+    graph = tiny_llama(layers=1, weights=weights, table=table, hadamard=hadamard)
+    lower(graph, tmp_path / "model.pte")
+    pairs = (p for seed in range(8) for p in steps(graph, tmp_path / "model.pte", seed, 2, 3))
+    errors = [(found - expected).abs().max().item() for found, expected in pairs]
+    # An activation within 1e-7 of half a step may round the other way, and stays in the cache: short
+    # prompts, of which most have none.
+    assert sorted(errors)[len(errors) // 2] <= 1e-5
+    assert max(errors) <= 0.1
+
+
+def test_all_tokens(tmp_path: Path) -> None:
+    graph = tiny_llama()
+    lower(graph, tmp_path / "model.pte", last_token=False)
+    tokens = torch.arange(10)[None]
+    found = load_pte(tmp_path / "model.pte")(tokens, torch.tensor([0]))
+    torch.testing.assert_close(found, graph(tokens, tokens), atol=1e-5, rtol=0)
+
+
+def test_a_graph_with_caches_is_lowered_as_it_is(tmp_path: Path) -> None:
+    graph = tiny_llama()
+    to_executorch(add_kv_cache(graph, 16), tmp_path / "model.pte", max_length=99)
+    for found, expected in steps(graph, tmp_path / "model.pte"):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_cached_graph_runs_in_torch() -> None:
+    graph = tiny_llama()
+    before = str(graph.graph)
+    cached = add_kv_cache(graph, 16)
+    assert str(graph.graph) == before
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        expected = graph(tokens, tokens)
+        cached(tokens[:, :6], torch.tensor([0]))
+        found = cached(tokens[:, 6:], torch.tensor([6]))
+    torch.testing.assert_close(found, expected[:, 6:], atol=1e-5, rtol=0)
+
+
+def test_two_sided_attention_is_refused() -> None:
+    graph = tiny_llama()
+    node = graph.graph.find_nodes(op="call_function", target=torch.ops.rolora.attention.default)[0]
+    node.args = (*node.args[:4], False)
+    with pytest.raises(LoweringError, match=node.name):
+        add_kv_cache(graph, 16)
+
+
+def test_failure_leaves_no_file(tmp_path: Path) -> None:
+    graph = tiny_llama(weights=8)
+    graph.get_buffer("layers.0.down.zero").fill_(1)
+    with pytest.raises(LoweringError, match="zero point"):
+        to_executorch(graph, tmp_path / "model.pte")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_for_the_runner(tmp_path: Path) -> None:
+    from executorch.exir._serialize import _deserialize_pte_binary
+
+    to_executorch(tiny_llama(), tmp_path / "model.pte", max_length=32)
+    program = _deserialize_pte_binary((tmp_path / "model.pte").read_bytes()).program
+    names = {plan.name for plan in program.execution_plan}
+    assert {"forward", "get_max_seq_len", "get_eos_ids", "get_bos_id", "use_kv_cache"} <= names
