@@ -18,7 +18,6 @@ from rolora_passes.errors import PassOrderError
 from rolora_passes.graphs.capture import from_exported
 from rolora_passes.graphs.graph import copy_graph
 from rolora_passes.graphs.text import graph_text
-from rolora_passes.graphs.verify import verify_same
 from rolora_passes.passes import REMEDIES, Pass, Report
 from rolora_passes.registry import make_pass
 
@@ -71,7 +70,8 @@ def apply_passes(
         verify: run the graph before and after every exact pass on random tokens, and fail if it
             differs, naming the pass, the first value that differs, and by how much.
         print_graph: write the graph as text after passes that changed it, or after all.
-        print_to: the folder for that; standard error if None. A failed verification always writes there.
+        print_to: the folder for that; standard error if None. With a folder, a graph that fails verification is
+            written there too.
         on_pass: called with each pass's record as it is done (for progress).
 
     Returns: the new graph; `history(graph)` has a Record for every pass.
@@ -132,9 +132,10 @@ def _apply(
     place = f"{number:02d}-{step.name}"
     try:
         if verify and step.kind == "exact" and report.modified:
-            error = verify_same(before, after, step.name, report.moved)
+            error = step.verify(before, after, report)
     except Exception:
-        _write(place + "-failed", graph_text(after), print_to)
+        if print_to is not None:
+            _write(place + "-failed", graph_text(after), print_to)
         raise
     counts = len(before.graph.nodes), len(after.graph.nodes)
     spent = time.perf_counter() - start

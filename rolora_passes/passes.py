@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
+from rolora_passes.graphs.verify import verify_same
+
 # A fact about a graph, and what establishes it. Facts are recorded in graph.meta["facts"].
 REMEDIES = {
     "canonical": "capture the model with rolora_passes.graphs.capture",
@@ -75,3 +77,12 @@ class Pass:
     def run(self, graph: fx.GraphModule) -> Report:
         """Rewrite the graph in place (it is a copy made for this pass)."""
         raise NotImplementedError
+
+    def verify(self, before: fx.GraphModule, after: fx.GraphModule, report: Report) -> float | None:
+        """Check that the function is kept; returns the relative error of the logits, or None if the
+        two graphs cannot be compared.
+
+        Raises:
+            VerificationError: it is not; says where it is lost.
+        """
+        return verify_same(before, after, self.name, report.moved)

@@ -16,7 +16,7 @@ from rolora_passes.registry import make_pass
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
-    folder = resources.files("rolora_passes") / "recipes"
+    folder = resources.files("rolora_passes") / "recipe_files"
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
@@ -65,4 +65,4 @@ def _text(source: str | Path) -> str:
         return path.read_text()
     if str(source) not in recipe_names():
         raise PassError(f"expected a recipe file (.yaml) or one of {', '.join(recipe_names())}, found {str(source)!r}")
-    return (resources.files("rolora_passes") / "recipes" / f"{source}.yaml").read_text()
+    return (resources.files("rolora_passes") / "recipe_files" / f"{source}.yaml").read_text()

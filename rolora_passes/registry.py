@@ -20,6 +20,7 @@ PASSES = {
     "quantize-activations": "rolora_passes.quantize_activations:QuantizeActivations",
     "quantize-embedding": "rolora_passes.quantize_embedding:QuantizeEmbedding",
     "fold-constants": "rolora_passes.fold_constants:FoldConstants",
+    "add-kv-cache": "rolora_passes.export.add_kv_cache:AddKVCache",
 }
 
 

@@ -97,7 +97,11 @@ def _prepare(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
 
 def _require_executorch() -> None:
     """Import ExecuTorch and the libraries that define the operators a program calls."""
-    for module in ("executorch.exir", "executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized"):
+    for module in (
+        "executorch.exir",
+        "executorch.extension.llm.custom_ops.custom_ops",
+        "executorch.kernels.quantized",
+    ):
         require(module, "executorch")
 
 
@@ -150,9 +154,9 @@ def _write(program: Any, path: Path) -> int:
     try:
         with os.fdopen(descriptor, "wb") as file:
             program.write_to_file(file)
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink()
         raise
     return path.stat().st_size
 

@@ -80,7 +80,9 @@ def _join(graph: fx.GraphModule, members: list[fx.Node]) -> list[fx.Node]:
         bias = None
         if argument(first, "bias") is not None:
             bias = _stack(graph, [argument(n, "bias") for n in members])
-        fused = graph.graph.call_function(_aten.linear.default, (first.args[0], _weight(graph, members), bias))
+        fused = graph.graph.call_function(
+            _aten.linear.default, (first.args[0], _weight(graph, members), bias)
+        )
         heads = graph.graph.call_function(_aten.unflatten.int, (fused, -1, [sum(counts), width]))
         parts = []
         for index, (node, count) in enumerate(zip(members, counts, strict=True)):
@@ -120,14 +122,19 @@ def _stack(graph: fx.GraphModule, nodes: list[Any]) -> fx.Node:
 
 def _share(graph: fx.Graph, parts: list[fx.Node]) -> None:
     """Let neighbouring parts go through equal headwise operators together, as far as they do."""
-    for left, right in zip(parts, parts[1:], strict=False):
-        while (pair := _equal_users(left, right)) is not None:
-            left, right = _merge(graph, left, right, *pair)
+    for i in range(len(parts) - 1):
+        while (pair := _equal_users(parts[i], parts[i + 1])) is not None:
+            parts[i : i + 2] = _merge(graph, parts[i], parts[i + 1], *pair)
+
+
+def _bounds(part: fx.Node) -> tuple[int, int]:
+    """First head and the one after the last of slice(h, 2, first, end)."""
+    return int(argument(part, "start")), int(argument(part, "end"))
 
 
 def _equal_users(left: fx.Node, right: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The only users of two parts, if they do the same to each head."""
-    if left.args[0] is not right.args[0] or left.args[3] != right.args[2]:
+    if left.args[0] is not right.args[0] or _bounds(left)[1] != _bounds(right)[0]:
         return None
     if len(left.users) != 1 or len(right.users) != 1:
         return None
@@ -135,7 +142,9 @@ def _equal_users(left: fx.Node, right: fx.Node) -> tuple[fx.Node, fx.Node] | Non
     headwise = is_op(first, "rotary_embedding") or (
         is_op(first, "hadamard") and argument(first, "dim") in (-1, 3)
     )
-    same = first.target is second.target and first.args[1:] == second.args[1:] and first.kwargs == second.kwargs
+    same = (
+        first.target is second.target and first.args[1:] == second.args[1:] and first.kwargs == second.kwargs
+    )
     return (first, second) if headwise and same else None
 
 
@@ -143,12 +152,11 @@ def _merge(
     graph: fx.Graph, left: fx.Node, right: fx.Node, first: fx.Node, second: fx.Node
 ) -> tuple[fx.Node, fx.Node]:
     """Replace op(h[a:b]), op(h[b:c]) by o = op(h[a:c]), o[:b-a], o[b-a:]; returns the last two."""
-    heads, _, start, middle = left.args[:4]
-    end = right.args[3]
+    heads, start, middle, end = (argument(left, "self"), *_bounds(left), _bounds(right)[1])
     with graph.inserting_before(min(first, second)):
         both = graph.call_function(_aten.slice.Tensor, (heads, 2, start, end))
         result = graph.call_function(first.target, (both, *first.args[1:]), first.kwargs)  # type: ignore[arg-type]
-        cut, size = int(middle) - int(start), int(end) - int(start)  # type: ignore[call-overload, arg-type]
+        cut, size = middle - start, end - start
         parts = (
             graph.call_function(_aten.slice.Tensor, (result, 2, 0, cut)),
             graph.call_function(_aten.slice.Tensor, (result, 2, cut, size)),

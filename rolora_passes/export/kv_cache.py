@@ -55,6 +55,7 @@ class _Window:
 
     def __init__(self, module: fx.GraphModule, max_length: int) -> None:
         self.module, self.max_length = module, max_length
+        self.masks: dict[int | None, fx.Node] = {}
         graph = module.graph
         tokens, self.positions = graph.find_nodes(op="placeholder")
         with graph.inserting_after(tokens):
@@ -85,9 +86,9 @@ def _tabulate_positions(module: fx.GraphModule, window: _Window) -> None:
     dependent = {window.positions}
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        if node.op == "call_function" and inputs and all(n in known or n in dependent for n in inputs):
-            if any(n in dependent for n in inputs):
-                dependent.add(node)
+        derived = node.op == "call_function" and any(n in dependent for n in inputs)
+        if derived and all(n in known or n in dependent for n in inputs):
+            dependent.add(node)
     needed = [n for n in graph.nodes if n in dependent and any(u not in dependent for u in n.users)]
     tables = _evaluate(module, window.positions, needed, window.max_length)
     for index, (node, (table, dim)) in enumerate(zip(needed, tables, strict=True)):
@@ -113,7 +114,7 @@ def _evaluate(
     with torch.no_grad():
         whole, part = function(index), function(index[:, skip:])
     return [
-        _check_table(node, *values, skip) for node, *values in zip(needed, whole, part, strict=True)
+        _check_table(node, table, rest, skip) for node, table, rest in zip(needed, whole, part, strict=True)
     ]
 
 
@@ -185,15 +186,16 @@ def _update(module: fx.GraphModule, name: str, fresh: fx.Node, shape: Shape, win
 
 def _mask(module: fx.GraphModule, sliding: int | None, window: _Window) -> fx.Node:
     """Additive mask [S, max_length] of the positions each row sees; one per width of the window."""
-    name = f"positions.mask_{'full' if sliding is None else sliding}"
-    for node in module.graph.find_nodes(op="get_attr", sort=False):
-        if node.target == name:
-            return next(iter(node.users))
+    if sliding in window.masks:
+        return window.masks[sliding]
     index = torch.arange(window.max_length)
     seen = index[None, :] <= index[:, None]
     if sliding is not None:
         seen &= index[None, :] > index[:, None] - sliding
-    return window.read(name, torch.zeros(seen.shape).masked_fill(~seen, float("-inf")), 0)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    name = f"positions.mask_{'full' if sliding is None else sliding}"
+    window.masks[sliding] = window.read(name, mask, 0)
+    return window.masks[sliding]
 
 
 def _plain_attention(

@@ -69,7 +69,7 @@ def _turn(
     call, half = graph.graph.call_function, width // 2
     if interleaved:
         name = f"rotary.exchange_{width}"
-        set_tensor(graph, name, torch.eye(width).unflatten(0, (half, 2)).flip(1).flatten(0, 1))
+        set_tensor(graph, name, torch.eye(width)[torch.arange(width) ^ 1])
         partner = call(_aten.linear.default, (x, graph.graph.get_attr(name)))
     else:
         halves = (call(_aten.slice.Tensor, (x, -1, a, a + half)) for a in (half, 0))

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 Shape = tuple[int | None, ...]
 """Sizes of one tensor; None where the size follows the sequence length."""
@@ -16,23 +15,25 @@ _PROBES = (7, 11)
 
 
 class _Propagate(fx.Interpreter):
-    """Run a graph on fake tensors, noting the size and type of every tensor."""
+    """Run a graph on meta tensors, noting the size and type of every tensor."""
 
-    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
+    def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.mode = mode
         self.found: dict[fx.Node, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._attributes: dict[str, Any] = {}
 
     def fetch_attr(self, target: str) -> Any:
-        if target not in self._attributes:
-            value = super().fetch_attr(target)
-            self._attributes[target] = self.mode.from_tensor(value) if isinstance(value, Tensor) else value
-        return self._attributes[target]
+        value = super().fetch_attr(target)
+        return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.aten.item.default:
+            return 1  # the start position is data; any value gives the same sizes
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        # The start position is data; any value gives the same sizes.
-        result = 1 if n.target is torch.ops.aten.item.default else super().run_node(n)
+        result = super().run_node(n)
         if isinstance(result, Tensor):
             self.found[n] = (tuple(result.shape), result.dtype)
         return result
@@ -41,7 +42,7 @@ class _Propagate(fx.Interpreter):
 def infer_shapes(
     graph: fx.GraphModule, inputs: Mapping[str, Shape]
 ) -> dict[fx.Node, tuple[Shape, torch.dtype]]:
-    """Shape and type of every tensor of `graph`, found by running it on fake tensors of two lengths.
+    """Shape and type of every tensor of `graph`, found by running it on meta tensors of two lengths.
 
     Args:
         inputs: for each placeholder, an int64 tensor's sizes, None for the sequence length.
@@ -56,14 +57,18 @@ def infer_shapes(
 def _run(
     graph: fx.GraphModule, inputs: Mapping[str, Shape], length: int
 ) -> dict[fx.Node, tuple[tuple[int, ...], torch.dtype]]:
-    mode = FakeTensorMode()
-    interpreter = _Propagate(graph, mode)
-    arguments = []
-    with mode:
-        for node in graph.graph.find_nodes(op="placeholder"):
-            sizes = [length if size is None else size for size in inputs[node.target]]
-            arguments.append(torch.zeros(sizes, dtype=torch.int64))
-        interpreter.run(*arguments)
+    interpreter = _Propagate(graph)
+    with torch.no_grad():
+        interpreter.run(
+            *(
+                torch.zeros(
+                    [length if size is None else size for size in inputs[node.target]],
+                    dtype=torch.int64,
+                    device="meta",
+                )
+                for node in graph.graph.find_nodes(op="placeholder")
+            )
+        )
     return interpreter.found
 
 

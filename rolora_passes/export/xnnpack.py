@@ -51,7 +51,8 @@ class Signature:
     def _results(self, *inputs: Tensor) -> list[Tensor]:
         """Empty results for these inputs."""
         length = None if self.length is None else inputs[self.length[0]].shape[self.length[1]]
-        return [torch.empty([length if d is None else d for d in shape]) for shape in self.outputs]
+        sizes: Any = [[length if d is None else d for d in shape] for shape in self.outputs]
+        return [torch.empty(size) for size in sizes]
 
 
 def delegate_to_xnnpack(graph: fx.GraphModule, inputs: Mapping[str, Shape]) -> tuple[fx.GraphModule, int]:
@@ -127,7 +128,9 @@ def _replace(module: fx.GraphModule, region: _Region, shapes: dict[fx.Node, Type
     module.add_module(name, lowered)
     with module.graph.inserting_before(region.nodes[0]):
         call = module.graph.call_function(_call_delegate, (module.graph.get_attr(name), *region.inputs))
-        results = [module.graph.call_function(operator.getitem, (call, i)) for i in range(len(region.outputs))]
+        results = [
+            module.graph.call_function(operator.getitem, (call, i)) for i in range(len(region.outputs))
+        ]
     for old, new in zip(region.outputs, results, strict=True):
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in set(region.nodes))
     for node in reversed(region.nodes):

@@ -175,7 +175,7 @@ class Delegate:
 
 
 def pack_nibbles(weight: Tensor) -> Tensor:
-    """int8 [out, in] in [-8, 7] -> uint8 [out, ceil(in / 2)]: value + 8, the even column in the low nibble."""
+    """int8 [out, in] in [-8, 7] -> uint8 [out, ceil(in / 2)]: value + 8, even columns in the low nibbles."""
     even = torch.nn.functional.pad(weight, (0, weight.shape[-1] % 2))
     shifted = (even + 8).view(torch.uint8)
     return shifted[:, ::2] | (shifted[:, 1::2] << 4)

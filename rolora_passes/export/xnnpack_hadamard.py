@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.export.xnnpack_ops import EMITTERS, Emitter, Shape, permute, reshape
+from rolora_passes.export.shapes import Shape
+from rolora_passes.export.xnnpack_ops import EMITTERS, Emitter, permute, reshape
 from rolora_passes.graphs import hadamard
 from rolora_passes.graphs.graph import argument
 
@@ -57,6 +58,7 @@ def _split(order: int) -> tuple[Tensor | None, Tensor]:
     matrices = [f.float() for f in hadamard.factors(order)]
     if order <= _DENSE_ORDER or len(matrices) == 1:
         return None, _product(matrices)
+
     def cost(at: int) -> int:
         return math.prod(len(f) for f in matrices[:at]) + math.prod(len(f) for f in matrices[at:])
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from executorch.backends.xnnpack.utils.xnnpack_constants import XNN_INVALID_VALUE_ID
 from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError
@@ -170,10 +171,10 @@ def _permute(e: Emitter, node: fx.Node) -> int:
     rank = len(e.shape(node))
     if is_op(node, "transpose"):
         order = list(range(rank))
-        first, second = (int(d) % rank for d in node.args[1:3])  # type: ignore[call-overload]
+        first, second = (argument(node, name) % rank for name in ("dim0", "dim1"))
         order[first], order[second] = second, first
     else:
-        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+        order = [d % rank for d in argument(node, "dims")]
     return permute(e, e.value(node.args[0]), order)
 
 
@@ -194,7 +195,8 @@ def _cat(e: Emitter, node: fx.Node) -> int:
 
 
 def concatenate(e: Emitter, parts: Sequence[int], axis: int, shape: Shape) -> int:
-    fields = {f"input{i}_id": parts[i - 1] if i <= len(parts) else 2**32 - 1 for i in range(1, 6)}
+    fields: dict[str, Any] = {f"input{i}_id": XNN_INVALID_VALUE_ID for i in range(1, 6)}
+    fields.update({f"input{i}_id": part for i, part in enumerate(parts, 1)})
     return e.delegate.node(f"Concatenate{len(parts)}", shape, axis=axis, **fields)
 
 
@@ -210,8 +212,9 @@ def _slice(e: Emitter, node: fx.Node) -> int:
 def narrow(e: Emitter, x: int, dim: int, start: int, shape: Shape) -> int:
     offsets = [start if d == dim else 0 for d in range(len(shape))]
     sizes = [0 if d is None else d for d in shape]
-    fields = {"num_dims": len(shape), "offsets": offsets, "sizes": sizes, "input_id": x}
-    return e.delegate.node("StaticSlice", shape, **fields)
+    return e.delegate.node(
+        "StaticSlice", shape, num_dims=len(shape), offsets=offsets, sizes=sizes, input_id=x
+    )
 
 
 def _linear(e: Emitter, node: fx.Node) -> int:
@@ -239,7 +242,7 @@ def _weight(e: Emitter, node: fx.Node, quantized: bool) -> int:
     if quantized:
         raise LoweringError(
             f"`{node.name}`: XNNPACK multiplies int8 activations by int4 weights in [-8, 7] with groups of a "
-            f"multiple of 32, or by int4 or int8 weights with one scale for each output row; found {node.target} "
+            f"multiple of 32, or by int4 or int8 weights with one scale for each row; found {node.target} "
             f"with {node.args[2:]}"
         )
     return e.value(node)

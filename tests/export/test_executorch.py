@@ -14,10 +14,10 @@ from rolora_passes.export.kv_cache import add_kv_cache
 
 pytest.importorskip("executorch")
 
-from tiny_llama import tiny_llama  # noqa: E402
+from tiny_llama import tiny_llama
 
-from rolora_passes.export.executorch import LoweringReport, to_executorch  # noqa: E402
-from rolora_passes.export.runner import load_pte  # noqa: E402
+from rolora_passes.export.executorch import LoweringReport, to_executorch
+from rolora_passes.export.runner import load_pte
 
 OUTSIDE = {
     "llama::update_cache.out",

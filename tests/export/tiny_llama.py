@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401  (defines torch.ops.quantized_decomposed)
+import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx, nn
 
 import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
@@ -113,8 +113,10 @@ class Decoder(nn.Module):
         x = aten.embedding.default(self.table(), tokens)
         if s.learned_positions:
             x = aten.add.Tensor(x, aten.embedding.default(self.places, positions))
-        angle = aten.mul.Tensor(aten.unsqueeze.default(aten.to.dtype(positions, torch.float32), -1), self.frequency)
-        angle = aten.repeat_interleave.self_int(angle, 2, -1) if s.interleaved else aten.cat.default([angle, angle], -1)
+        place = aten.unsqueeze.default(aten.to.dtype(positions, torch.float32), -1)
+        angle = aten.mul.Tensor(place, self.frequency)
+        twice = aten.repeat_interleave.self_int(angle, 2, -1)
+        angle = twice if s.interleaved else aten.cat.default([angle, angle], -1)
         cos, sin = aten.cos.default(angle), aten.sin.default(angle)
         for layer in self.layers:
             x = aten.add.Tensor(x, self.attend(layer, self.quantize(self.norm(x)), cos, sin))
