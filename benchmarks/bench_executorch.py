@@ -74,7 +74,7 @@ class Workload:
 
 def import_runtime(threads: int | None) -> Any:
     """The runtime's Python binding, with the LLM and quantized kernels registered."""
-    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers kernels
+    import executorch.extension.llm.custom_ops.custom_ops
     import executorch.kernels.quantized  # noqa: F401  registers kernels
     import torch
     from executorch.extension.pybindings import portable_lib

@@ -15,8 +15,8 @@ from rolora_passes.quantize_activations import QuantizeActivations
 from rolora_passes.quantize_embedding import QuantizeEmbedding
 from rolora_passes.quantize_weights import QuantizeWeights
 from rolora_passes.rotate import Rotate
+from rolora_passes.version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "AddLoRA",
     "FoldConstants",
@@ -30,6 +30,7 @@ __all__ = [
     "Record",
     "Report",
     "Rotate",
+    "__version__",
     "apply_passes",
     "history",
 ]

@@ -9,7 +9,15 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.graph import add_parameter, aten, constants, dtype_of, finish, insert_after, site_names
+from rolora_passes.graphs.graph import (
+    add_parameter,
+    aten,
+    constants,
+    dtype_of,
+    finish,
+    insert_after,
+    site_names,
+)
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import is_head, matches
 from rolora_passes.passes import Pass, Report
@@ -52,9 +60,9 @@ class AddLoRA(Pass):
             object.__setattr__(self, "targets", tuple(self.targets))
 
     @property
-    def kind(self) -> Literal["exact", "lossy"]:  # type: ignore[override]
-        """Exact as long as B is zero."""
-        return "exact" if self.init == "zero" else "lossy"
+    def exact(self) -> bool:
+        """As long as B is zero."""
+        return self.init == "zero"
 
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
@@ -66,7 +74,7 @@ class AddLoRA(Pass):
             raise PassError(f"add-lora: no linear matches {self.targets!r}; sites are named like {some}")
         dtype = dtype_of(graph)
         for node, name in chosen.items():
-            out, width = shapes[node.args[1]].shape
+            out, width = shapes[_weight(node)].shape
             if self.rank > min(out, width):
                 raise PassError(f"add-lora: rank {self.rank} exceeds {name}, which is {out} x {width}")
             down = torch.randn(self.rank, width, generator=generator, dtype=torch.float64) / width**0.5
@@ -76,7 +84,7 @@ class AddLoRA(Pass):
             b = add_parameter(graph, f"{name}.lora_B.weight", up.to(dtype))
             self._branch(graph, node, a, b)
             report.changed.append(name)
-        report.notes["parameters"] = sum(self.rank * sum(shapes[n.args[1]].shape) for n in chosen)
+        report.notes["parameters"] = sum(self.rank * sum(shapes[_weight(n)].shape) for n in chosen)
         finish(graph)
         return report
 
@@ -86,3 +94,9 @@ class AddLoRA(Pass):
         scaled = insert_after(graph, high, aten.mul.Tensor, high, self.alpha / self.rank)
         total = insert_after(graph, scaled, aten.add.Tensor, node, scaled)
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+
+def _weight(node: fx.Node) -> fx.Node:
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    return weight

@@ -131,15 +131,16 @@ def _run(options: argparse.Namespace) -> None:
     if not manifest.is_file():
         raise FileNotFoundError(f"expected a folder that `rolora compile` wrote, found no manifest.json in {options.folder}")
     prompt = options.prompt if options.raw else _chat(options.folder, options.prompt)
+    screen = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # the runner's own output is put aside
     generate(
         options.folder / "model.pte",
         options.folder / "tokenizer.json",
         prompt,
         options.max_new_tokens,
         options.temperature,
-        on_text=lambda text: print(text, end="", flush=True),
+        on_text=lambda text: print(text, end="", flush=True, file=screen),
     )
-    print()
+    print(file=screen, flush=True)
 
 
 def _chat(folder: Path, prompt: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -122,7 +123,8 @@ def _evaluate(graph: fx.GraphModule, nodes: list[fx.Node], rows: slice | None) -
                 continue
             args = fx.node.map_arg(node.args, done.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, done.__getitem__)
-            done[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            operator = cast(Callable[..., Tensor], node.target)
+            done[node] = operator(*args, **kwargs)
             del args, kwargs
             for used in node.all_input_nodes:
                 remaining[used] -= 1

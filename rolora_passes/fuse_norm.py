@@ -98,7 +98,7 @@ def _free_tables(graph: fx.GraphModule, tied: str, report: Report) -> None:
         if tied == "keep" and not centred:
             for reader in readers:
                 if reader.args[0] in affine:
-                    _dense_before(graph, reader, affine[reader.args[0]])  # type: ignore[index]
+                    _dense_before(graph, reader, affine[reader.args[0]])
                     report.changed.append(f"{name}: kept tied, a dense matrix before the head")
         elif tied == "untie" or centred:
             clone = add_parameter(graph, f"{name.removesuffix('.weight')}_head.weight", get_tensor(graph, name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -67,16 +67,16 @@ class InsertHadamard(Pass):
         return self.block
 
     def _queries_and_keys(
-        self, graph: fx.GraphModule, node: fx.Node, bases: Bases, size: int, report: Report
+        self, graph: fx.GraphModule, node: Any, bases: Bases, size: int, report: Report
     ) -> None:
-        cls = bases.of(node.args[0])[-1][0]  # type: ignore[arg-type]
+        cls = bases.of(node.args[0])[-1][0]
         if cls.free and cls.parameters:
             report.left.append((node.name, "queries and keys are free: rotate(others=...) folds this one"))
             return
         order = self._order(size)
         for place in (0, 1):
             operand = node.args[place]
-            turned = insert_after(graph, operand, torch.ops.rolora.hadamard.default, operand, order)  # type: ignore[arg-type]
+            turned = insert_after(graph, operand, torch.ops.rolora.hadamard.default, operand, order)
             node.update_arg(place, turned)
         report.changed.append(f"{node.name}: queries and keys, order {order} of {size}")
 
@@ -95,7 +95,7 @@ class InsertHadamard(Pass):
             assert isinstance(weight, fx.Node)
             turned_weight = insert_after(graph, weight, torch.ops.rolora.hadamard.default, weight, order)
             reader.args = (turned, turned_weight, *reader.args[2:])
-        names = ", ".join(root_names(r.args[1])[0] for r in readers)  # type: ignore[arg-type]
+        names = ", ".join(root_names(r.args[1])[0] for r in readers)
         report.changed.append(f"{names}: input, order {order} of {size}")
 
 

@@ -131,7 +131,7 @@ def _apply(
     error = None
     place = f"{number:02d}-{step.name}"
     try:
-        if verify and step.kind == "exact" and report.modified:
+        if verify and step.exact and report.modified:
             error = step.verify(before, after, report)
     except Exception:
         if print_to is not None:
@@ -139,7 +139,8 @@ def _apply(
         raise
     counts = len(before.graph.nodes), len(after.graph.nodes)
     spent = time.perf_counter() - start
-    record = Record(step.name, step.options(), step.kind, seconds, spent, peak_mb(), counts, report, error)
+    kind = "exact" if step.exact else "lossy"
+    record = Record(step.name, step.options(), kind, seconds, spent, peak_mb(), counts, report, error)
     after.meta["history"] = [*before.meta.get("history", []), record]
     if print_graph == "all" or (print_graph == "changed" and report.modified):
         _write(place, graph_diff(before, after) if print_graph == "changed" else graph_text(after), print_to)

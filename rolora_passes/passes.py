@@ -65,6 +65,11 @@ class Pass:
     def name(self) -> str:
         return self.pass_name()
 
+    @property
+    def exact(self) -> bool:
+        """Whether the pass, with these options, keeps the function."""
+        return self.kind == "exact"
+
     def options(self) -> dict[str, Any]:
         """Options that differ from their defaults."""
         return {

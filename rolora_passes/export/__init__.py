@@ -1,0 +1,7 @@
+"""Lowering: ExecuTorch, key-value caches and kernel-specific rewrites, runners."""
+
+from rolora_passes.export.compile import compile_model
+from rolora_passes.export.executorch import to_executorch
+from rolora_passes.export.runner import generate
+
+__all__ = ["compile_model", "generate", "to_executorch"]

@@ -78,7 +78,7 @@ def to_executorch(
         length = prepared.meta["max_length"]
     with stages.stage("delegate"):
         delegated, count = delegate_to_xnnpack(prepared, CACHED)
-    program = _program(delegated, length, _metadata(graph, length), stages)
+    program = _program(delegated, length, _metadata(delegated, graph.meta.get("config", {}), length), stages)
     with stages.stage("write"):
         size = _write(program, Path(path))
     return LoweringReport(Path(path), size, count, _operators(program), stages.seconds)
@@ -127,19 +127,18 @@ def _program(graph: fx.GraphModule, length: int, metadata: dict[str, Any], stage
         return edge.to_executorch(backend)
 
 
-def _metadata(graph: fx.GraphModule, length: int) -> dict[str, Any]:
+def _metadata(graph: fx.GraphModule, config: dict[str, Any], length: int) -> dict[str, Any]:
     """The constant methods the runner reads."""
-    config = graph.meta.get("config", {})
     ends = config.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    layers = len(graph.graph.find_nodes(op="call_function", target=torch.ops.rolora.attention.default))
+    updates = graph.graph.find_nodes(op="call_function", target=torch.ops.llama.update_cache.default)
     found = {
         "get_max_seq_len": length,
         "get_max_context_len": length,
         "get_bos_id": config.get("bos_token_id"),
         "get_eos_ids": ends,
         "get_vocab_size": config.get("vocab_size"),
-        "get_n_layers": layers,
+        "get_n_layers": len(updates) // 2,
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,

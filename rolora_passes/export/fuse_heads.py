@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rolora_passes.export.shapes import drop_unused
 from rolora_passes.graphs.graph import argument, get_tensor, is_op, set_tensor
 
 _aten = torch.ops.aten
@@ -32,15 +33,8 @@ def fuse_heads(graph: fx.GraphModule) -> None:
     for members in groups.values():
         if len(members) > 1:
             _share(graph.graph, _join(graph, members))
-    graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or not _pure_call(n))
+    drop_unused(graph.graph)
     graph.recompile()
-
-
-def _pure_call(node: fx.Node) -> bool:
-    """Whether an unused node may go: not one that writes a cache."""
-    return node.op == "get_attr" or not (
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-    )
 
 
 def _key(node: fx.Node) -> Any:

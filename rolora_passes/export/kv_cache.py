@@ -10,7 +10,7 @@ from torch import Tensor, fx
 import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.extras import require
-from rolora_passes.export.shapes import Shape, constant_nodes, infer_shapes
+from rolora_passes.export.shapes import Shape, constant_nodes, drop_unused, infer_shapes
 from rolora_passes.graphs.graph import argument, copy_graph, set_tensor
 
 _aten = torch.ops.aten
@@ -36,18 +36,12 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     caches: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node]] = {}
     for node in result.graph.find_nodes(op="call_function", target=torch.ops.rolora.attention.default):
         _cache_attention(result, node, shapes, window, caches)
-    result.graph.eliminate_dead_code(is_impure_node=_is_impure)
+    drop_unused(result.graph)
     result.graph.lint()
     rebuilt = fx.GraphModule(result, result.graph)  # a fresh signature, and only the tensors in use
     rebuilt.meta.update(result.meta)
     rebuilt.meta["max_length"] = max_length
     return rebuilt
-
-
-def _is_impure(node: fx.Node) -> bool:
-    impure = (torch.ops.llama.update_cache.default, _aten._assert_scalar.default)
-    ranged = _aten.sym_constrain_range_for_size.default
-    return node.is_impure() or node.target in impure or node.target is ranged
 
 
 class _Window:
@@ -58,6 +52,8 @@ class _Window:
         self.masks: dict[int | None, fx.Node] = {}
         graph = module.graph
         tokens, self.positions = graph.find_nodes(op="placeholder")
+        for size in [n for n in self.positions.users if n.target is _aten.sym_size.int]:
+            size.replace_input_with(self.positions, tokens)  # both are [B, S]
         with graph.inserting_after(tokens):
             input_pos = graph.placeholder("input_pos")
         with graph.inserting_before(self.positions.next):

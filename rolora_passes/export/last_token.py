@@ -7,8 +7,9 @@ import operator
 import torch
 from torch import fx
 
-from rolora_passes.export.shapes import Shape, constant_nodes, infer_shapes
-from rolora_passes.export.xnnpack_ops import EMITTERS, op_key
+from rolora_passes.export.shapes import Shape, constant_nodes, drop_unused, infer_shapes
+from rolora_passes.export.xnnpack_emitter import op_key
+from rolora_passes.export.xnnpack_ops import EMITTERS
 
 _MIXING = {"aten.matmul", "aten.softmax", "aten.cat", "aten.slice", "aten.permute", "aten.transpose"}
 
@@ -21,7 +22,7 @@ def keep_last_token(graph: fx.GraphModule) -> None:
     """
     shapes = infer_shapes(graph, {"tokens": (1, None), "input_pos": (1,)})
     _Narrow(graph, {node: shape for node, (shape, _) in shapes.items()}).run()
-    graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or not n.users)
+    drop_unused(graph.graph)
     graph.recompile()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -37,8 +39,31 @@ def generate(
             on_text(text)
 
     config = llm.GenerationConfig(echo=False, max_new_tokens=max_new_tokens, temperature=temperature)
-    llm.TextLLMRunner(os.fspath(pte), os.fspath(tokenizer_json)).generate(prompt, config, collect)
+    with _put_aside_output():
+        llm.TextLLMRunner(os.fspath(pte), os.fspath(tokenizer_json)).generate(prompt, config, collect)
     return "".join(pieces)
+
+
+@contextmanager
+def _put_aside_output() -> Iterator[None]:
+    """Send what native code writes to the process's output elsewhere: the runner prints text and logs itself.
+
+    If the runner fails, what it said is written to standard error.
+    """
+    with tempfile.TemporaryFile() as file:
+        kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+        try:
+            for descriptor in kept:
+                os.dup2(file.fileno(), descriptor)
+            yield
+        except BaseException:
+            file.seek(0)
+            os.write(kept[2], file.read())
+            raise
+        finally:
+            for descriptor, original in kept.items():
+                os.dup2(original, descriptor)
+                os.close(original)
 
 
 def load_pte(pte: str | os.PathLike[str]) -> Forward:

@@ -12,6 +12,7 @@ Shape = tuple[int | None, ...]
 """Sizes of one tensor; None where the size follows the sequence length."""
 
 _PROBES = (7, 11)
+_ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch.ops.aten.sym_constrain_range_for_size.default)
 
 
 class _Propagate(fx.Interpreter):
@@ -94,3 +95,14 @@ def is_written(node: fx.Node) -> bool:
         )
         for user in node.users
     )
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Remove nodes nothing reads, except those with an effect: cache updates and assertions."""
+
+    def has_effect(node: fx.Node) -> bool:
+        target = node.target
+        writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+        return writes or target in _ASSERTIONS or node.is_impure()
+
+    graph.eliminate_dead_code(is_impure_node=has_effect)

@@ -21,7 +21,8 @@ from torch import Tensor, fx
 
 import rolora_passes.export.xnnpack_hadamard  # noqa: F401  (adds its emitter)
 from rolora_passes.export.shapes import Shape, constant_nodes, infer_shapes, is_written
-from rolora_passes.export.xnnpack_ops import Emitter, Typed, supported
+from rolora_passes.export.xnnpack_emitter import Emitter, Typed, op_key
+from rolora_passes.export.xnnpack_ops import EMITTERS, supported
 from rolora_passes.graphs.graph import copy_graph
 
 _call_delegate = torch.ops.higher_order.executorch_call_delegate
@@ -119,7 +120,7 @@ def _replace(module: fx.GraphModule, region: _Region, shapes: dict[fx.Node, Type
     for node in region.inputs:
         emitter.values[node] = emitter.delegate.input(shapes[node][0])
     for node in region.nodes:
-        emitter.emit(node)
+        emitter.values[node] = EMITTERS[op_key(node)](emitter, node)
     emitter.delegate.mark_outputs([emitter.values[n] for n in region.outputs])
     blob, data = emitter.delegate.finish()
     signature = Signature([shapes[n][0] for n in region.inputs], [shapes[n][0] for n in region.outputs])

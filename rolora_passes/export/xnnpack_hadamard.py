@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.export.shapes import Shape
-from rolora_passes.export.xnnpack_ops import EMITTERS, Emitter, permute, reshape
+from rolora_passes.export.xnnpack_emitter import Emitter
+from rolora_passes.export.xnnpack_ops import EMITTERS, permute, reshape
 from rolora_passes.graphs import hadamard
 from rolora_passes.graphs.graph import argument
 

@@ -12,67 +12,18 @@ from typing import Any
 
 import torch
 from executorch.backends.xnnpack.utils.xnnpack_constants import XNN_INVALID_VALUE_ID
-from torch import Tensor, fx
+from torch import fx
 
-from rolora_passes.errors import LoweringError
 from rolora_passes.export.shapes import Shape
-from rolora_passes.export.xnnpack_graph import Delegate
-from rolora_passes.graphs.graph import argument, get_tensor, is_op, op_name
-
-Typed = tuple[Shape, torch.dtype]
-
-
-class Emitter:
-    """The state of one delegate's emission: which value stands for which node."""
-
-    def __init__(self, module: fx.GraphModule, shapes: dict[fx.Node, Typed]) -> None:
-        self.module, self.shapes = module, shapes
-        self.delegate = Delegate()
-        self.values: dict[fx.Node, int] = {}
-        self._quantized: dict[int, int] = {}
-
-    def emit(self, node: fx.Node) -> None:
-        """Add one supported node."""
-        self.values[node] = EMITTERS[op_key(node)](self, node)
-
-    def value(self, item: Any) -> int:
-        """The value of a node, a parameter or a number."""
-        if not isinstance(item, fx.Node):
-            return self.delegate.constant(torch.tensor([float(item)]))
-        if item not in self.values:
-            self.values[item] = self.delegate.constant(self.tensor(item))
-        return self.values[item]
-
-    def tensor(self, node: fx.Node) -> Tensor:
-        """A parameter, dequantized if it is stored quantized."""
-        if node.op == "get_attr":
-            return get_tensor(self.module, str(node.target))
-        arguments = [self.tensor(a) if isinstance(a, fx.Node) else a for a in node.args]
-        with torch.no_grad():
-            result: Tensor = node.target(*arguments, **node.kwargs)  # type: ignore[operator]
-        return result
-
-    def shape(self, node: fx.Node) -> Shape:
-        return self.shapes[node][0]
-
-    def quantized(self, value: int) -> int:
-        """Dynamic int8 of a value; linears that read one value share it."""
-        if value not in self._quantized:
-            self._quantized[value] = self.delegate.quantize_rows(value)
-        return self._quantized[value]
-
-
-def op_key(node: fx.Node) -> str:
-    """`aten.linear` for any overload of aten's linear; `getitem ..` of an operator; else the empty string."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.replace("::", ".")
-    return f"getitem {op_name(node.args[0])}" if is_op(node, "getitem") else ""  # type: ignore[arg-type]
+from rolora_passes.export.xnnpack_emitter import Emitter, Typed, op_key
+from rolora_passes.export.xnnpack_linear import QUANTIZER, linear, quantize
+from rolora_passes.graphs.graph import argument, is_op
 
 
 def supported(node: fx.Node, shapes: dict[fx.Node, Typed], constant: set[fx.Node]) -> bool:
     """Whether a delegate may hold this node."""
     key = op_key(node)
-    if key in _QUANTIZER:
+    if key in QUANTIZER:
         return all(op_key(u) == "aten.linear" or supported(u, shapes, constant) for u in node.users)
     if key not in EMITTERS or shapes.get(node, ((), None))[1] is not torch.float32:
         return False
@@ -114,6 +65,12 @@ def _silu(e: Emitter, node: fx.Node) -> int:
 
 def _relu(e: Emitter, node: fx.Node) -> int:
     return e.delegate.node("Clamp", e.shape(node), minimum=0.0, input_id=e.value(node.args[0]))
+
+
+def _pow(e: Emitter, node: fx.Node) -> int:
+    x, shape = e.value(node.args[0]), e.shape(node)
+    square = e.delegate.node("Square", shape, input_id=x)
+    return square if node.args[1] == 2 else multiply(e, square, x, shape)
 
 
 def _gelu(e: Emitter, node: fx.Node) -> int:
@@ -217,47 +174,6 @@ def narrow(e: Emitter, x: int, dim: int, start: int, shape: Shape) -> int:
     )
 
 
-def _linear(e: Emitter, node: fx.Node) -> int:
-    x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
-    quantized = op_key(x) in _QUANTIZER
-    return e.delegate.linear(
-        e.value(x), _weight(e, weight, quantized), None if bias is None else e.value(bias)
-    )
-
-
-def _weight(e: Emitter, node: fx.Node, quantized: bool) -> int:
-    """The constant of a linear's weight, in the narrowest form its kernel takes."""
-    if is_op(node, "dequantize_per_channel_group", "dequantize_per_channel"):
-        stored = e.tensor(node.args[0])  # type: ignore[arg-type]
-        scale = e.tensor(node.args[1]).reshape(stored.shape[0], -1)  # type: ignore[arg-type]
-        limits = (argument(node, "quant_min"), argument(node, "quant_max"))
-        _check_symmetric(e, node)
-        if scale.shape[1] == 1 and is_op(node, "dequantize_per_channel"):
-            return e.delegate.channel_weight(stored, scale.flatten(), 4 if limits == (-8, 7) else 8)
-        group = stored.shape[1] // scale.shape[1]
-        if quantized and limits == (-8, 7) and group % 32 == 0:
-            return e.delegate.group_weight(stored, scale, group)
-        if scale.shape[1] == 1 and limits != (-8, 7):
-            return e.delegate.channel_weight(stored, scale.flatten(), 8)
-    if quantized:
-        raise LoweringError(
-            f"`{node.name}`: XNNPACK multiplies int8 activations by int4 weights in [-8, 7] with groups of a "
-            f"multiple of 32, or by int4 or int8 weights with one scale for each row; found {node.target} "
-            f"with {node.args[2:]}"
-        )
-    return e.value(node)
-
-
-def _check_symmetric(e: Emitter, node: fx.Node) -> None:
-    zero = node.args[2]
-    if isinstance(zero, fx.Node) and bool(e.tensor(zero).count_nonzero()):
-        raise LoweringError(f"`{node.name}`: XNNPACK weights are symmetric, found non-zero zero points")
-
-
-def _quantize(e: Emitter, node: fx.Node) -> int:
-    return e.quantized(e.value(node.args[0]))
-
-
 def _same(e: Emitter, node: fx.Node) -> int:
     return e.value(node.args[0])
 
@@ -277,6 +193,10 @@ def _last_axis(node: fx.Node, shapes: dict[fx.Node, Typed], constant: set[fx.Nod
     return len(argument(node, "normalized_shape")) == 1
 
 
+def _small_power(node: fx.Node, shapes: dict[fx.Node, Typed], constant: set[fx.Node]) -> bool:
+    return node.args[1] in (2, 3)
+
+
 def _few_parts(node: fx.Node, shapes: dict[fx.Node, Typed], constant: set[fx.Node]) -> bool:
     return 2 <= len(node.args[0]) <= 5  # type: ignore[arg-type]
 
@@ -291,18 +211,12 @@ def _float_numbers(node: fx.Node, shapes: dict[fx.Node, Typed], constant: set[fx
     return all(isinstance(a, fx.Node | int | float) for a in node.args[:2])
 
 
-_QUANTIZER = {
-    "quantized_decomposed.choose_qparams_per_token_asymmetric",
-    "getitem choose_qparams_per_token_asymmetric",
-    "quantized_decomposed.quantize_per_token",
-    "quantized_decomposed.dequantize_per_token",
-}
-
 _CONDITIONS: dict[str, Callable[[fx.Node, dict[fx.Node, Typed], set[fx.Node]], bool]] = {
     "aten.linear": _constant_weight,
     "aten.rms_norm": _last_axis,
     "aten.layer_norm": _last_axis,
     "aten.softmax": _last_axis,
+    "aten.pow": _small_power,
     "aten.cat": _few_parts,
     "aten.slice": _static_slice,
     **{f"aten.{name}": _one_unknown for name in ("view", "reshape", "unflatten", "flatten")},
@@ -310,11 +224,12 @@ _CONDITIONS: dict[str, Callable[[fx.Node, dict[fx.Node, Typed], set[fx.Node]], b
 }
 
 EMITTERS: dict[str, Callable[[Emitter, fx.Node], int]] = {
-    "aten.linear": _linear,
+    "aten.linear": linear,
     "aten.rms_norm": _rms_norm,
     "aten.layer_norm": _layer_norm,
     "aten.silu": _silu,
     "aten.gelu": _gelu,
+    "aten.pow": _pow,
     "aten.relu": _relu,
     "aten.sigmoid": _unary("Sigmoid"),
     "aten.tanh": _unary("Tanh"),
@@ -334,7 +249,7 @@ EMITTERS: dict[str, Callable[[Emitter, fx.Node], int]] = {
     "aten.transpose": _permute,
     **{f"aten.{name}": _reshape for name in ("view", "reshape", "unflatten", "flatten", "unsqueeze")},
     "quantized_decomposed.choose_qparams_per_token_asymmetric": _same,
-    "quantized_decomposed.quantize_per_token": _quantize,
+    "quantized_decomposed.quantize_per_token": quantize,
     "quantized_decomposed.dequantize_per_token": _same,
     "getitem choose_qparams_per_token_asymmetric": _same,
 }

@@ -13,6 +13,7 @@ orthogonal R is R itself.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rolora_passes.graphs.basis_rules import RULES
+from rolora_passes.graphs.basis_rules import RULES, Rule
 from rolora_passes.graphs.basis_variables import Axis, Group, Variable, limit, product, resolve
 from rolora_passes.graphs.graph import constants, leaves, op_name, root_names
 from rolora_passes.graphs.shapes import infer_shapes
@@ -105,7 +106,7 @@ class Bases:
     _axes: dict[fx.Node, Any]
     _by_variable: dict[Variable, BasisClass] = field(repr=False)
 
-    def of(self, node: fx.Node, dim: int = -1) -> list[tuple[BasisClass, bool]]:
+    def of(self, node: Any, dim: int = -1) -> list[tuple[BasisClass, bool]]:
         """The factors of an axis of a value, outermost first: (class, flipped)."""
         axes = self._axes.get(node)
         if not isinstance(axes, list) or not axes:
@@ -161,14 +162,19 @@ class _Inference:
             limit(axis, Group.NONE, node, why)
         return axis
 
-    def shape(self, node: object) -> tuple[int, ...] | None:
-        value = self.shapes.get(node) if isinstance(node, fx.Node) else None  # type: ignore[call-overload]
+    def shape(self, node: object) -> Any:
+        """The sizes of a value, or None where it is no tensor or its shape is unknown."""
+        value = self.shapes.get(node) if isinstance(node, fx.Node) else None
         return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
-    def of(self, node: object) -> list[Axis]:
-        found = self.axes[node]  # type: ignore[index]
+    def of(self, node: Any) -> list[Axis]:
+        found = self.axes[node]
         assert isinstance(found, list)
         return found
+
+    def masks(self, node: object) -> bool:
+        """Whether a value is true or false."""
+        return self.shapes[node].dtype == torch.bool  # type: ignore[index,no-any-return]
 
     def known(self, node: object) -> bool:
         return isinstance(node, fx.Node) and isinstance(self.axes.get(node), list)
@@ -179,7 +185,8 @@ class _Inference:
         constant, leaf = constants(self.graph), leaves(self.graph)
         for node in self.graph.graph.nodes:
             if node in leaf:
-                self.axes[node] = [self.fresh(size) for size in self.shape(node) or ()]
+                why = "" if self._floating(node) else "is read as whole numbers"
+                self.axes[node] = [self.fresh(size, node, why) for size in self.shape(node) or ()]
             elif node not in constant:
                 self.axes[node] = self._visit(node)
         return self._classes(list(leaf))
@@ -192,16 +199,32 @@ class _Inference:
             return None
         if node in self.cut:
             return self._cut(node)
-        rule = RULES.get(op_name(node))
+        rule = self._rule(node)
         if op_name(node) == "sym_size" or not isinstance(self.shapes.get(node), (torch.Tensor, tuple, list)):
             if op_name(node) != "sym_size":
                 self._block(node, "has no rule")
             return None
         found = rule(self, node) if rule and all(self._readable(a) for a in node.all_input_nodes) else None
-        if found is None:
+        if found is None or not _fits(found, self.shapes[node]):
             self._block(node, "has no rule" if rule is None else "has no rule for these operands")
             return self._rigid_like(node, "comes out of an operator without a rule")
         return found
+
+    def _rule(self, node: fx.Node) -> Rule | None:
+        """The rule for an operator we know in the form that export writes: ATen's or ours, arguments in place."""
+        if node.target is operator.getitem:
+            return RULES["getitem"]
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in ("aten", "rolora"):
+            return None
+        if any(a.name in node.kwargs and not a.kwarg_only for a in node.target._schema.arguments):
+            return None
+        rounds = not self._floating(node) and any(self._floating(a) for a in node.all_input_nodes)
+        return None if rounds else RULES.get(op_name(node))
+
+    def _floating(self, node: fx.Node) -> bool:
+        value = self.shapes.get(node)
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        return all(v.is_floating_point() for v in parts if isinstance(v, torch.Tensor))
 
     def _readable(self, node: fx.Node) -> bool:
         """Whether a rule may ask for this operand's axes (sizes and tuples have none of their own)."""
@@ -250,6 +273,13 @@ class _Inference:
             counts[kind] = counts.get(kind, 0) + (bool(parameters) if kind == "inner" else 1)
         classes = [c for c in by_variable.values() if c.parameters]
         return Bases(classes, self.axes, by_variable)
+
+
+def _fits(axes: Any, value: Any) -> bool:
+    """Whether a rule accounted for every element along every axis of a result."""
+    if isinstance(value, (tuple, list)):
+        return isinstance(axes, tuple) and all(_fits(a, v) for a, v in zip(axes, value, strict=True))
+    return isinstance(axes, list) and [product(resolve(a)) for a in axes] == list(value.shape)
 
 
 def _flat(axes: Any) -> Iterator[Axis]:

@@ -14,6 +14,7 @@ shapes, never at names.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -64,7 +65,7 @@ def canonicalize(module: torch.nn.Module) -> fx.GraphModule:
 
 def _own(module: torch.nn.Module) -> fx.GraphModule:
     """A flat copy: no higher-order calls, one node a tensor, parameters first, names without wrapper."""
-    gm = fx.GraphModule(module, module.graph)  # type: ignore[arg-type]
+    gm = fx.GraphModule(module, cast(fx.Graph, module.graph))
     _inline(gm)
     result = fx.GraphModule(torch.nn.Module(), fx.Graph())
     renamed: dict[fx.Node, fx.Node] = {}
@@ -101,12 +102,12 @@ def _inline(gm: fx.GraphModule) -> None:
         if op_name(node) not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             continue
         place = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
-        body = gm.get_submodule(str(node.args[place].target))
+        body = cast(fx.GraphModule, gm.get_submodule(str(node.args[place].target)))
         outer = iter(node.args[place + 1 :])
         renamed: dict[fx.Node, fx.Node] = {}
-        for inner in body.graph.nodes:  # type: ignore[union-attr]
+        for inner in body.graph.nodes:
             if inner.op == "placeholder":
-                renamed[inner] = next(outer)  # type: ignore[assignment]
+                renamed[inner] = next(outer)
             elif inner.op == "output":
                 results = fx.node.map_arg(inner.args[0], lambda n: renamed[n])
             else:
@@ -244,8 +245,8 @@ def _axes(node: object) -> tuple[int, int] | None:
     """The two axes a node transposes, neither of them the last; else None."""
     if not is_op(node, "transpose") or shape_of(node) is None:
         return None
-    rank = len(shape_of(node))  # type: ignore[arg-type]
-    first, second = sorted(a % rank for a in node.args[1:3])  # type: ignore[union-attr]
+    rank = len(shape_of(node))
+    first, second = sorted(a % rank for a in node.args[1:3])
     return (first, second) if second < rank - 1 else None
 
 
@@ -254,11 +255,11 @@ def _cancel(node: fx.Node) -> bool:
         return False
     if _axes(node.args[0]) != _axes(node):
         return False
-    node.replace_all_uses_with(node.args[0].args[0])  # type: ignore[union-attr]
+    node.replace_all_uses_with(node.args[0].args[0])
     return True
 
 
-def _swap(gm: fx.GraphModule, node: fx.Node) -> bool:
+def _swap(gm: fx.GraphModule, node: Any) -> bool:
     if not is_op(node, "rms_norm", "layer_norm", "mul", "add", "silu", "slice") or not node.users:
         return False
     moved = [a for a in node.all_input_nodes if _axes(a) is not None]
@@ -266,12 +267,13 @@ def _swap(gm: fx.GraphModule, node: fx.Node) -> bool:
     if len(moved) != 1 or any(len(shape_of(o) or (0, 0)) > 1 for o in others):
         return False
     transposed = moved[0]
-    if is_op(node, "slice") and node.args[1] % len(shape_of(node)) != len(shape_of(node)) - 1:  # type: ignore
+    if is_op(node, "slice") and node.args[1] % len(shape_of(node)) != len(shape_of(node)) - 1:
         return False
     new = gm.graph.node_copy(node)
     node.append(new)
-    new.replace_input_with(transposed, transposed.args[0])  # type: ignore[arg-type]
-    new.meta = {"val": node.meta["val"].transpose(*_axes(transposed))}
+    new.replace_input_with(transposed, transposed.args[0])
+    first, second = _axes(transposed) or (0, 0)
+    new.meta = {"val": node.meta["val"].transpose(first, second)}
     back = graph.insert_after(gm, new, aten.transpose.int, new, *transposed.args[1:3])
     back.meta = dict(node.meta)
     node.replace_all_uses_with(back)

@@ -199,7 +199,7 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
 
 def _compare(graph: fx.GraphModule, model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
     tokens = torch.randint(0, vocabulary, (2, 12), generator=generator)
     with torch.no_grad(), _static_experts(model):
         expected = model(input_ids=tokens, use_cache=False).logits

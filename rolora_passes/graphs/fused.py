@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from rolora_passes.graphs.graph import argument, aten, constants, insert, is_op
@@ -55,7 +57,7 @@ def parts_to_slices(gm: fx.GraphModule) -> None:
             starts.append(starts[-1] + part.shape[dim])
         if all(isinstance(s, int) for s in starts):
             for reader in list(node.users):
-                start, end = starts[reader.args[1]], starts[reader.args[1] + 1]  # type: ignore[index,operator]
+                start, end = starts[reader.args[1]], starts[reader.args[1] + 1]
                 new = insert(gm, reader, aten.slice.Tensor, node.args[0], dim, start, end)
                 new.meta = dict(reader.meta)
                 reader.replace_all_uses_with(new)
@@ -78,9 +80,9 @@ def _to_linear(node: fx.Node) -> list[fx.Node]:
     """[node, …, linear]: the linear itself, or what only splits it into heads and moves them; else []."""
     path = [node]
     if is_op(path[-1], "transpose"):
-        path.append(path[-1].args[0])  # type: ignore[arg-type]
+        path.append(path[-1].args[0])
     if is_op(path[-1], "unflatten"):
-        path.append(path[-1].args[0])  # type: ignore[arg-type]
+        path.append(path[-1].args[0])
     elif len(path) > 1:
         return []
     return path if is_op(path[-1], "linear") else []
@@ -91,16 +93,16 @@ def _ranges(node: fx.Node) -> dict[fx.Node, tuple[int, int]]:
     found: dict[fx.Node, tuple[int, int]] = {}
     shape = shape_of(node) or (None,)
     for user in node.users:
-        if not is_op(user, "slice") or user.args[1] % len(shape) != len(shape) - 1:  # type: ignore[operator]
+        if not is_op(user, "slice") or user.args[1] % len(shape) != len(shape) - 1:
             return {}
         if not isinstance(shape[-1], int) or argument(user, "step") != 1:
             return {}
-        span = range(shape[-1])[user.args[2] : user.args[3]]  # type: ignore[misc]
+        span = range(shape[-1])[user.args[2] : user.args[3]]
         found[user] = (span.start, span.stop)
     return found
 
 
-def _split(gm: fx.GraphModule, path: list[fx.Node], user: fx.Node, start: int, end: int) -> None:
+def _split(gm: fx.GraphModule, path: list[Any], user: fx.Node, start: int, end: int) -> None:
     """Replace a range of path[0] by a linear on those rows, led through the rest of the path."""
     heads = path[-2].args[2] if len(path) > 1 else None
     x, *tensors = path[-1].args
@@ -110,7 +112,7 @@ def _split(gm: fx.GraphModule, path: list[fx.Node], user: fx.Node, start: int, e
         value = value.transpose(*path[0].args[1:3])
     if heads is not None:
         new.meta["val"] = value.flatten(-2)
-        new = insert(gm, user, aten.unflatten.int, new, -1, [heads[0], end - start])  # type: ignore[index]
+        new = insert(gm, user, aten.unflatten.int, new, -1, [heads[0], end - start])
         new.meta["val"] = value
     if len(path) == 3:
         new = insert(gm, user, aten.transpose.int, new, *path[0].args[1:3])
@@ -118,7 +120,7 @@ def _split(gm: fx.GraphModule, path: list[fx.Node], user: fx.Node, start: int, e
     user.replace_all_uses_with(new)
 
 
-def _rows(gm: fx.GraphModule, before: fx.Node, tensor: object, heads: object, start: int, end: int) -> fx.Node | None:
+def _rows(gm: fx.GraphModule, before: fx.Node, tensor: object, heads: Any, start: int, end: int) -> fx.Node | None:
     if not isinstance(tensor, fx.Node):
         return None
     value = tensor.meta["val"]
@@ -126,8 +128,8 @@ def _rows(gm: fx.GraphModule, before: fx.Node, tensor: object, heads: object, st
         part = insert(gm, before, aten.slice.Tensor, tensor, 0, start, end)
         part.meta["val"] = value[start:end]
         return part
-    by_head = insert(gm, before, aten.unflatten.int, tensor, 0, list(heads))  # type: ignore[call-overload]
+    by_head = insert(gm, before, aten.unflatten.int, tensor, 0, list(heads))
     part = insert(gm, before, aten.slice.Tensor, by_head, 1, start, end)
     rows = insert(gm, before, aten.flatten.using_ints, part, 0, 1)
-    rows.meta["val"] = value.unflatten(0, list(heads))[:, start:end].flatten(0, 1)  # type: ignore[call-overload]
+    rows.meta["val"] = value.unflatten(0, list(heads))[:, start:end].flatten(0, 1)
     return rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -93,7 +93,8 @@ def add_parameter(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
 
 def first_compute(graph: fx.GraphModule) -> fx.Node:
     """The first node that is not a parameter."""
-    return next(n for n in graph.graph.nodes if n.op != "get_attr")
+    found: fx.Node = next(n for n in graph.graph.nodes if n.op != "get_attr")
+    return found
 
 
 def constants(graph: fx.GraphModule) -> set[fx.Node]:
@@ -116,10 +117,10 @@ def leaves(graph: fx.GraphModule) -> dict[fx.Node, None]:
     return {n: None for n in graph.graph.nodes if n in known and any(u not in known for u in n.users)}
 
 
-def root_names(node: fx.Node) -> list[str]:
+def root_names(node: Any) -> list[str]:
     """Names of the parameters a constant expression is made of, its subject first."""
     seen: dict[str, None] = {}
-    stack = [node]
+    stack: list[fx.Node] = [node]
     while stack:
         current = stack.pop()
         if current.op == "get_attr":
@@ -137,16 +138,19 @@ def op_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def is_op(node: object, *names: str) -> bool:
-    """Whether a value is a call of one of these operators, in any overload."""
+def is_op(node: object, *names: str) -> TypeGuard[Any]:
+    """Whether a value is a call of one of these operators, in any overload.
+
+    To a type checker the node is `Any` from here: what its arguments are, its operator says.
+    """
     return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) in names
 
 
-def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+def argument(node: Any, name: str, default: Any = None) -> Any:
     """An operator's argument by the name its schema gives, or the schema's default."""
     if name in node.kwargs:
         return node.kwargs[name]
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = node.target._schema.arguments
     for position, declared in enumerate(schema):
         if declared.name == name:
             if position < len(node.args):
@@ -169,7 +173,7 @@ def site_names(graph: fx.GraphModule) -> dict[fx.Node, str]:
     """A name for every linear: the module that held its weight, numbered where a fused one was split."""
     owners: dict[str, list[fx.Node]] = {}
     for node in linears(graph):
-        owners.setdefault(root_names(node.args[1])[0].removesuffix(".weight"), []).append(node)  # type: ignore[arg-type]
+        owners.setdefault(root_names(node.args[1])[0].removesuffix(".weight"), []).append(node)
     return {
         node: owner if len(nodes) == 1 else f"{owner}.{i}"
         for owner, nodes in owners.items()
@@ -186,7 +190,7 @@ def insert(
 
 
 def insert_after(
-    graph: fx.GraphModule, after: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
+    graph: fx.GraphModule, after: Any, target: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> fx.Node:
     """Insert one call right after a node."""
     with graph.graph.inserting_after(after):

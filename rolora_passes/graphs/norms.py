@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from rolora_passes.graphs.graph import aten, insert, is_op
@@ -36,16 +38,16 @@ def _inverse_rms(factor: object, x: object, divided: bool) -> float | None:
     """eps if `factor` is (mean(x², -1) + eps)^-½, or ^½ where it divides."""
     inside: object = None
     if not divided and is_op(factor, "rsqrt"):
-        inside = factor.args[0]  # type: ignore[union-attr]
-    elif is_op(factor, "pow") and factor.args[1] == (0.5 if divided else -0.5):  # type: ignore[union-attr]
-        inside = factor.args[0]  # type: ignore[union-attr]
+        inside = factor.args[0]
+    elif is_op(factor, "pow") and factor.args[1] == (0.5 if divided else -0.5):
+        inside = factor.args[0]
     elif divided and is_op(factor, "sqrt"):
-        inside = factor.args[0]  # type: ignore[union-attr]
-    elif not divided and is_op(factor, "reciprocal") and is_op(factor.args[0], "sqrt"):  # type: ignore[union-attr]
-        inside = factor.args[0].args[0]  # type: ignore[union-attr]
+        inside = factor.args[0]
+    elif not divided and is_op(factor, "reciprocal") and is_op(factor.args[0], "sqrt"):
+        inside = factor.args[0].args[0]
     if not is_op(inside, "add"):
         return None
-    mean, eps = inside.args[:2]  # type: ignore[union-attr]
+    mean, eps = inside.args[:2]
     if not isinstance(eps, float) or not is_op(mean, "mean") or not _over_last(mean):
         return None
     return eps if _is_square(mean.args[0], x) else None
@@ -61,31 +63,31 @@ def _over_last(mean: fx.Node) -> bool:
 
 def _is_square(node: object, x: object) -> bool:
     if is_op(node, "pow"):
-        return node.args[0] is x and node.args[1] == 2  # type: ignore[union-attr]
+        return node.args[0] is x and node.args[1] == 2
     if is_op(node, "square"):
-        return node.args[0] is x  # type: ignore[union-attr]
-    return is_op(node, "mul") and node.args[0] is x and node.args[1] is x  # type: ignore[union-attr]
+        return node.args[0] is x
+    return is_op(node, "mul") and node.args[0] is x and node.args[1] is x
 
 
 def _centred(gm: fx.GraphModule, node: fx.Node) -> None:
     """rms_norm(x - mean(x)) is layer_norm(x)."""
     centred = node.args[0]
-    if node.args[2] is None and is_op(centred, "sub") and is_op(centred.args[1], "mean"):  # type: ignore[union-attr]
-        x, mean = centred.args[:2]  # type: ignore[union-attr]
-        if mean.args[0] is x and _over_last(mean):  # type: ignore[union-attr,arg-type]
+    if node.args[2] is None and is_op(centred, "sub") and is_op(centred.args[1], "mean"):
+        x, mean = centred.args[:2]
+        if mean.args[0] is x and _over_last(mean):
             new = insert(gm, node, aten.layer_norm.default, x, node.args[1], None, None, node.args[3])
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
 
 
-def _take_out_gain(gm: fx.GraphModule, node: fx.Node) -> None:
+def _take_out_gain(gm: fx.GraphModule, node: Any) -> None:
     """norm(x, gain, bias) -> norm(x) * gain + bias."""
     x, sizes, *rest = node.args
     affine = rest[:1] if is_op(node, "rms_norm") else rest[:2]
     if not any(isinstance(a, fx.Node) for a in affine):
         return
     eps = rest[len(affine)] if len(rest) > len(affine) else (None if is_op(node, "rms_norm") else 1e-5)
-    new = insert(gm, node, node.target, x, sizes, *[None] * len(affine), eps)  # type: ignore[arg-type]
+    new = insert(gm, node, node.target, x, sizes, *[None] * len(affine), eps)
     new.meta = dict(node.meta)
     for target, value in zip((aten.mul.Tensor, aten.add.Tensor), affine, strict=False):
         if isinstance(value, fx.Node):

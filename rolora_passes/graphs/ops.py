@@ -104,7 +104,7 @@ def rotate(x: Tensor, rotation: Tensor, dim: int = -1, inner: int = 1) -> Tensor
     if rotation.dim() == 1:
         signs = rotation.reshape([n, 1] + [1] * (x.dim() - dim - 1))
         return hadamard((split * signs).flatten(dim, dim + 2), _hadamard.largest_order(n), dim, inner)
-    moved = split.movedim(dim + 1, -1) @ rotation
+    moved: Tensor = split.movedim(dim + 1, -1) @ rotation
     return moved.movedim(-1, dim + 1).flatten(dim, dim + 2)
 
 
@@ -117,7 +117,7 @@ def choose_scale(weight: Tensor, group_size: int, quant_max: int) -> Tensor:
     Returns: [out, in / group_size] float32, never zero. Scales of groups are rounded to bfloat16,
         which is what the int4 kernels hold, so that graph and kernel agree.
     """
-    groups = weight.unflatten(-1, (-1, group_size)).abs().amax(-1).float() / quant_max
+    groups: Tensor = weight.unflatten(-1, (-1, group_size)).abs().amax(-1).float() / quant_max
     scale = groups.clamp_min(torch.finfo(torch.float32).tiny * 2**20)
     return scale if group_size == weight.shape[-1] else scale.bfloat16().float()
 

@@ -7,6 +7,8 @@ turned width (partial rotary embedding).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -41,8 +43,8 @@ def _match(gm: fx.GraphModule, node: fx.Node) -> None:
             return
 
 
-def _orders(product: object) -> list[tuple[fx.Node, fx.Node]]:
-    a, b = product.args[:2]  # type: ignore[union-attr]
+def _orders(product: Any) -> list[tuple[fx.Node, fx.Node]]:
+    a, b = product.args[:2]
     return [(a, b), (b, a)] if isinstance(a, fx.Node) and isinstance(b, fx.Node) else []
 
 
@@ -52,25 +54,25 @@ def _pairing(partner: fx.Node, x: fx.Node) -> bool | None:
     if not shape or not isinstance(shape[-1], int):
         return None
     half = shape[-1] // 2
-    if is_op(partner, "cat") and len(partner.args[0]) == 2:  # type: ignore[arg-type]
-        low, high = partner.args[0]  # type: ignore[misc]
-        if is_op(low, "neg") and _range(low.args[0], x) == (half, 2 * half, 1) and _range(high, x) == (0, half, 1):  # type: ignore[union-attr]
+    if is_op(partner, "cat") and len(partner.args[0]) == 2:
+        low, high = partner.args[0]
+        if is_op(low, "neg") and _range(low.args[0], x) == (half, 2 * half, 1) and _range(high, x) == (0, half, 1):
             return False
     if is_op(partner, "flatten", "view", "reshape") and is_op(partner.args[0], "stack"):
-        low, high = partner.args[0].args[0]  # type: ignore[union-attr,misc]
-        if is_op(low, "neg") and _range(low.args[0], x) == (1, 2 * half, 2) and _range(high, x) == (0, 2 * half, 2):  # type: ignore[union-attr]
+        low, high = partner.args[0].args[0]
+        if is_op(low, "neg") and _range(low.args[0], x) == (1, 2 * half, 2) and _range(high, x) == (0, 2 * half, 2):
             return True
     return None
 
 
 def _range(node: object, x: fx.Node) -> tuple[int, int, int] | None:
     """(start, end, step) if `node` is a range of x's last axis."""
-    width = shape_of(x)[-1]  # type: ignore[index]
+    width = shape_of(x)[-1]
     assert isinstance(width, int)
-    if not is_op(node, "slice") or node.args[0] is not x:  # type: ignore[union-attr]
+    if not is_op(node, "slice") or node.args[0] is not x:
         return None
-    _, dim, start, end, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])[:5]  # type: ignore[union-attr]
-    if dim % len(shape_of(x)) != len(shape_of(x)) - 1:  # type: ignore[arg-type]
+    _, dim, start, end, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])[:5]
+    if dim % len(shape_of(x)) != len(shape_of(x)) - 1:
         return None
     span = range(width)[slice(start, end, step)]
     return (span.start, span.stop if step == 1 else width, step)
@@ -79,9 +81,9 @@ def _range(node: object, x: fx.Node) -> tuple[int, int, int] | None:
 def _tables(cos: fx.Node, sin: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
     """The [B, S, R] tables under `unsqueeze(table, axis)`, and that axis."""
     if is_op(cos, "unsqueeze") and is_op(sin, "unsqueeze"):
-        axis = cos.args[1] % 4  # type: ignore[operator]
-        if axis in (1, 2) and sin.args[1] % 4 == axis and len(shape_of(cos.args[0]) or ()) == 3:  # type: ignore[operator]
-            return cos.args[0], sin.args[0], axis  # type: ignore[return-value]
+        axis = cos.args[1] % 4
+        if axis in (1, 2) and sin.args[1] % 4 == axis and len(shape_of(cos.args[0]) or ()) == 3:
+            return cos.args[0], sin.args[0], axis
     return None
 
 
@@ -89,7 +91,7 @@ def _replace(
     gm: fx.GraphModule, node: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node, interleaved: bool
 ) -> None:
     tables = _tables(cos, sin)
-    if tables is None or len(shape_of(x) or ()) != 4 or shape_of(tables[0])[-1] != shape_of(x)[-1]:  # type: ignore[index]
+    if tables is None or len(shape_of(x) or ()) != 4 or shape_of(tables[0])[-1] != shape_of(x)[-1]:
         return
     cos, sin, axis = tables
     heads_last = x if axis == 2 else insert(gm, node, aten.transpose.int, x, 1, 2)
@@ -103,22 +105,22 @@ def _replace(
     node.replace_all_uses_with(result)
 
 
-def _absorb_rest(gm: fx.GraphModule, node: fx.Node) -> None:
+def _absorb_rest(gm: fx.GraphModule, node: Any) -> None:
     """cat(rotary(x[..., :r]), x[..., r:]) -> rotary(x), whose tables are narrower than x."""
-    if len(node.args[0]) != 2:  # type: ignore[arg-type]
+    if len(node.args[0]) != 2:
         return
-    turned, rest = node.args[0]  # type: ignore[misc]
+    turned, rest = node.args[0]
     outer = is_op(turned, "transpose")
-    rotary = turned.args[0] if outer else turned  # type: ignore[union-attr]
+    rotary = turned.args[0] if outer else turned
     if not is_op(rotary, "rotary_embedding") or not is_op(rest, "slice"):
         return
-    inside = rotary.args[0].args[0] if outer else rotary.args[0]  # type: ignore[union-attr]
-    x = rest.args[0]  # type: ignore[union-attr]
-    width = shape_of(rotary)[-1]  # type: ignore[index]
-    if _range(inside, x) != (0, width, 1) or _range(rest, x) != (width, shape_of(x)[-1], 1):  # type: ignore
+    inside = rotary.args[0].args[0] if outer else rotary.args[0]
+    x = rest.args[0]
+    width = shape_of(rotary)[-1]
+    if _range(inside, x) != (0, width, 1) or _range(rest, x) != (width, shape_of(x)[-1], 1):
         return
     source = insert(gm, node, aten.transpose.int, x, 1, 2) if outer else x
-    whole = insert(gm, node, rotary.target, source, *rotary.args[1:])  # type: ignore[union-attr]
+    whole = insert(gm, node, rotary.target, source, *rotary.args[1:])
     result = insert(gm, node, aten.transpose.int, whole, 1, 2) if outer else whole
     value = node.meta["val"]
     for new in (source, whole):

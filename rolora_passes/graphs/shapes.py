@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 
-def shape_of(node: object) -> tuple[object, ...] | None:
-    """A node's shape: ints, and strings for symbolic sizes; None where capture recorded no tensor."""
+def shape_of(node: object) -> Any:
+    """A node's shape, a tuple of ints and, for symbolic sizes, strings; None where capture recorded no tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if not isinstance(value, torch.Tensor):
         return None

