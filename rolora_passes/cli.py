@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
+import logging
 import os
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from rolora_passes.errors import RoloraError
+from rolora_passes.errors import RoloraError, RunError
 
 if TYPE_CHECKING:
     from rolora_passes.export.compile import Compiled
@@ -28,16 +29,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (2 for an error the user can act on)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options = _parser().parse_args(arguments)
+    _hush()
     try:
         options.run(options)
+    except BrokenPipeError:  # the reader has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (RoloraError, OSError) as error:
         _console.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        _console.print(str(error), markup=False)
+        _console.print(str(error), markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         _console.print("interrupted; nothing was written")
         return 130
     return 0
+
+
+def _hush() -> None:
+    """Leave what other libraries say about themselves out, unless Python is asked for warnings (`-W`)."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _at_least(low: float, kind: type[int] | type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"expected {low} or more, found {text}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it where a text is no number
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,15 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("model", help="model folder, hub name, or .gguf file")
     compile_.add_argument("--recipe", default="rotated-8da4w", help="recipe name or .yaml (default: %(default)s)")
     compile_.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
-    compile_.add_argument("--max-length", type=int, default=512, help="tokens of context (default: %(default)s)")
+    compile_.add_argument("--max-length", type=_at_least(1, int), default=512, help="tokens of context (default: %(default)s)")
     compile_.add_argument("--no-verify", action="store_true", help="do not check that exact passes keep the function")
     compile_.set_defaults(run=_compile)
 
     run = commands.add_parser("run", help="generate text from a compiled folder in its stock runtime")
     run.add_argument("folder", type=Path)
     run.add_argument("--prompt", required=True)
-    run.add_argument("--max-new-tokens", type=int, default=64)
-    run.add_argument("--temperature", type=float, default=0.0)
+    run.add_argument("--max-new-tokens", type=_at_least(1, int), default=64)
+    run.add_argument("--temperature", type=_at_least(0, float), default=0.0)
     run.add_argument("--raw", action="store_true", help="do not wrap the prompt in the model's chat template")
     run.set_defaults(run=_run)
 
@@ -76,9 +100,6 @@ def _parser() -> argparse.ArgumentParser:
 def _compile(options: argparse.Namespace) -> None:
     from rolora_passes.export.compile import compile_model
 
-    if options.output.exists() and not (options.output / "manifest.json").is_file():
-        if not options.output.is_dir() or any(options.output.iterdir()):
-            raise FileExistsError(f"{options.output} exists and is not a compiled folder; choose another name")
     with _console.status("starting") as status:
         compiled = compile_model(
             options.model,
@@ -132,14 +153,17 @@ def _run(options: argparse.Namespace) -> None:
         raise FileNotFoundError(f"expected a folder that `rolora compile` wrote, found no manifest.json in {options.folder}")
     prompt = options.prompt if options.raw else _chat(options.folder, options.prompt)
     screen = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # the runner's own output is put aside
-    generate(
-        options.folder / "model.pte",
-        options.folder / "tokenizer.json",
-        prompt,
-        options.max_new_tokens,
-        options.temperature,
-        on_text=lambda text: print(text, end="", flush=True, file=screen),
-    )
+    try:
+        generate(
+            options.folder / "model.pte",
+            options.folder / "tokenizer.json",
+            prompt,
+            options.max_new_tokens,
+            options.temperature,
+            on_text=lambda text: print(text, end="", flush=True, file=screen),
+        )
+    except RuntimeError as error:  # the runner's own
+        raise RunError(f"the runner failed on {options.folder / 'model.pte'}: {error}; its log is above") from error
     print(file=screen, flush=True)
 
 
@@ -165,7 +189,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     folder = Path(options.model)
     if (folder / "manifest.json").is_file():
-        print(json.dumps(json.loads((folder / "manifest.json").read_text()), indent=1))
+        print((folder / "manifest.json").read_text("utf-8"))
         return
     if folder.suffix == ".safetensors":
         graph = load_graph(folder)

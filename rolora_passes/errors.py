@@ -31,3 +31,13 @@ class LoweringError(RoloraError):
 
 class MissingExtraError(RoloraError, ImportError):
     """An optional dependency is not installed."""
+
+
+class RunError(RoloraError):
+    """A compiled program cannot be run as asked."""
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """Another library's error for a message of ours: its type and the beginning of what it says."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text if len(text) <= length else text[:length] + ' …'}"

@@ -15,14 +15,16 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import (
     add_parameter,
     argument,
+    constants,
     delete_tensor,
     dtype_of,
     finish,
     get_tensor,
     is_op,
     leaves,
+    merge_equal,
     op_name,
-    parameters,
+    parameter_names,
     root_names,
     set_tensor,
 )
@@ -48,20 +50,25 @@ class FoldConstants(Pass):
 
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
+        merge_equal(graph, constants(graph))  # a table that two readers quantize alike is one table
         dtype = dtype_of(graph)
         groups: dict[str, list[fx.Node]] = {}  # a quantizer's integers and scales come from one value
         for node in leaves(graph):
             if node.op != "get_attr":
                 groups.setdefault(root_names(node)[0], []).append(node)
+        named: list[tuple[fx.Node, str]] = []
         for root, nodes in groups.items():
             for node, value in zip(nodes, evaluate(graph, nodes), strict=True):
                 if value.is_floating_point():
                     _require_finite(value, node, root)
                     value = value.to(torch.float32 if _is_scale(node) else dtype)
-                _replace(graph, node, root, value)
+                named.append((_replace(graph, node, root, value), root))
             del value
             _release()
             report.changed.append(root)
+        for folded, root in named:  # only now: another parameter's expression may have read this one
+            if str(folded.target).startswith(f"{root}_folded"):
+                _reclaim(graph, folded, root)
         finish(graph)
         return report
 
@@ -78,13 +85,11 @@ def _require_finite(value: Tensor, node: fx.Node, root: str) -> None:
         raise PassError(f"fold-constants: {root} came out NaN or infinite ({node.format_node()})")
 
 
-def _replace(graph: fx.GraphModule, node: fx.Node, root: str, value: Tensor) -> None:
-    suffix = _suffix(node)
-    folded = add_parameter(graph, root + (suffix or "_folded"), value.contiguous())
+def _replace(graph: fx.GraphModule, node: fx.Node, root: str, value: Tensor) -> fx.Node:
+    folded = add_parameter(graph, root + (_suffix(node) or "_folded"), value.contiguous())
     node.replace_all_uses_with(folded)
     _forget(graph, node)
-    if not suffix:
-        _reclaim(graph, folded, root)
+    return folded
 
 
 # Elements evaluated at a time where rows are independent (a token table): 8 MB in float64.
@@ -185,7 +190,7 @@ def _suffix(node: fx.Node) -> str:
 
 def _reclaim(graph: fx.GraphModule, folded: fx.Node, name: str) -> None:
     """Give the result the name of the parameter it came from, if nothing reads that one any more."""
-    if name not in parameters(graph):
+    if name not in parameter_names(graph):
         value = get_tensor(graph, str(folded.target))
         delete_tensor(graph, str(folded.target))
         set_tensor(graph, name, value)

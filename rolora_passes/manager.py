@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from rolora_passes.errors import PassOrderError
+from rolora_passes.errors import GraphFormatError, PassError, PassOrderError
 from rolora_passes.graphs.capture import from_exported
 from rolora_passes.graphs.graph import copy_graph
 from rolora_passes.graphs.text import graph_text
@@ -77,12 +77,19 @@ def apply_passes(
     Returns: the new graph; `history(graph)` has a Record for every pass.
 
     Raises:
+        GraphFormatError: not a captured graph.
         PassOrderError: a pass's requirement does not hold where it stands; nothing has been run.
         VerificationError: an exact pass changed the function.
         PassError: a pass cannot do what its options ask.
     """
     if isinstance(graph, torch.export.ExportedProgram):
         graph = from_exported(graph)
+    if not isinstance(graph, fx.GraphModule):
+        raise GraphFormatError(
+            f"expected a captured graph, found {type(graph).__name__}: call rolora_passes.graphs.capture on it first"
+        )
+    if isinstance(passes, (Pass, str, Mapping)) or not isinstance(passes, Iterable):
+        raise PassError(f"expected a list of passes, found {passes!r}: write [{passes!r}]")
     pipeline = [make_pass(p) for p in passes]
     check_order(pipeline, graph.meta.get("facts", []))
     current = graph
@@ -104,7 +111,7 @@ def check_order(pipeline: Iterable[Pass], facts: Iterable[str]) -> None:
     Raises:
         PassOrderError: names the pass, the fact, and the pass to run first or to leave out.
     """
-    known = set(facts)
+    known = dict.fromkeys(facts, "before these passes")
     for step in pipeline:
         for fact in step.requires:
             if fact not in known:
@@ -113,10 +120,10 @@ def check_order(pipeline: Iterable[Pass], facts: Iterable[str]) -> None:
         for fact in step.forbids:
             if fact in known:
                 raise PassOrderError(
-                    f"{step.name} cannot run on a graph that is already {fact!r}: "
-                    "move it before the pass that did that, or leave it out"
+                    f"{step.name} cannot run on a graph that is already {fact!r} ({known[fact]}): "
+                    "move it before what did that, or leave it out"
                 )
-        known |= set(step.ensures)
+        known |= dict.fromkeys(step.ensures, f"by {step.name}")
 
 
 def _apply(

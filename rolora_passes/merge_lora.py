@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from rolora_passes.graphs.graph import aten, constants, finish, insert, is_op, site_names
+from rolora_passes.graphs.graph import argument, aten, constants, finish, insert, is_op, site_names
 from rolora_passes.passes import Pass, Report
 
 
@@ -28,23 +28,38 @@ class MergeLoRA(Pass):
         report = Report()
         names, known = site_names(graph), constants(graph)
         for node in list(graph.graph.nodes):
-            branch = _branch(node, known)
-            if branch is None:
+            found = _branch(node, known)
+            if found is None:
                 continue
-            linear, a, b, scale = branch
-            product = insert(graph, linear, aten.matmul.default, b, a)
-            scaled = insert(graph, linear, aten.mul.Tensor, product, scale)
-            merged = insert(graph, linear, aten.add.Tensor, linear.args[1], scaled)
-            linear.update_arg(1, merged)
-            node.replace_all_uses_with(linear)
+            linear, low, high, scale = found
+            product = insert(graph, node, aten.matmul.default, high.args[1], low.args[1])
+            scaled = insert(graph, node, aten.mul.Tensor, product, scale)
+            weight = insert(graph, node, aten.add.Tensor, linear.args[1], scaled)
+            bias = _merged_bias(graph, node, linear, low, high, scale)
+            tensors = (weight,) if bias is None else (weight, bias)
+            merged = insert(graph, node, aten.linear.default, linear.args[0], *tensors)
+            known.update(tensors)
+            node.replace_all_uses_with(merged)
+            names[merged] = names[linear]
             report.changed.append(names[linear])
-            report.moved.add(linear.name)
         finish(graph)
         return report
 
 
+def _merged_bias(
+    graph: fx.GraphModule, before: fx.Node, linear: fx.Node, low: fx.Node, high: fx.Node, scale: float
+) -> fx.Node | None:
+    """b + s·(B·a + b') where the branch's halves have biases a and b' (fuse-norm gives them some)."""
+    own, inner, outer = (argument(n, "bias") for n in (linear, low, high))
+    branch = outer if inner is None else insert(graph, before, aten.linear.default, inner, high.args[1], outer)
+    if branch is None:
+        return own
+    scaled = insert(graph, before, aten.mul.Tensor, branch, scale)
+    return scaled if own is None else insert(graph, before, aten.add.Tensor, own, scaled)
+
+
 def _branch(node: fx.Node, known: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
-    """(linear, A, B, scale) if a node adds a low-rank branch to a linear that reads the same value."""
+    """(linear, A's linear, B's linear, scale) if a node adds a low-rank branch to a linear nothing else reads."""
     if not is_op(node, "add"):
         return None
     for linear, scaled in (node.args[:2], node.args[1::-1]):
@@ -52,8 +67,9 @@ def _branch(node: fx.Node, known: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.No
             continue
         high, scale = scaled.args[:2]
         low = high.args[0]
-        if not is_op(low, "linear") or low.args[0] is not linear.args[0] or len(high.args) > 2 or len(low.args) > 2:
+        if not is_op(low, "linear") or low.args[0] is not linear.args[0] or list(linear.users) != [node]:
             continue
-        if isinstance(scale, (int, float)) and {linear.args[1], low.args[1], high.args[1]} <= known:
-            return linear, low.args[1], high.args[1], float(scale)
+        tensors = {a for n in (linear, low, high) for a in n.args[1:] if a is not None}
+        if isinstance(scale, (int, float)) and tensors <= known:
+            return linear, low, high, float(scale)
     return None

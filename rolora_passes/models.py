@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from rolora_passes.errors import CaptureError
+from rolora_passes.errors import CaptureError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,18 +22,24 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     Weights of a quantized GGUF are dequantized.
 
     Raises:
-        CaptureError: nothing there, a damaged checkpoint, or not a causal language model.
+        CaptureError: nothing there, a damaged checkpoint, one that lacks weights, or not a causal language model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place, options = _resolve(source)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+    if not options:
+        _require_whole(Path(place))
+    with _explained(f"a causal language model from {source}"):
+        model, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise CaptureError(
+            f"expected all weights of a {type(model).__name__} in {source}, found no {some}: it is incomplete, "
+            "or was saved from another kind of model"
+        )
+    with _explained(f"the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise CaptureError(f"cannot load a causal language model from {source}: {_first_line(error)}") from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are floating point now
     return model.eval(), tokenizer
@@ -54,5 +63,24 @@ def _resolve(source: str) -> tuple[str, dict[str, str]]:
     return source, {}
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Say what could not be loaded when transformers fails, however it does."""
+    try:
+        yield
+    except (MemoryError, CaptureError):
+        raise
+    except Exception as error:
+        raise CaptureError(f"cannot load {what}: {one_line(error)}") from error
+
+
+def _require_whole(folder: Path) -> None:
+    """Name the file that was cut short, if one was: transformers does not."""
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CaptureError(
+                f"{path} is damaged or cut short ({path.stat().st_size} bytes): {error}; fetch it again"
+            ) from error

@@ -59,7 +59,8 @@ class Pass:
     @classmethod
     def pass_name(cls) -> str:
         """`FuseNorm` is `fuse-norm` in recipes and on the command line; `AddLoRA` is `add-lora`."""
-        return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
+        words = cls.__name__.replace("LoRA", "Lora")
+        return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", words).lower()
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ from torch import fx
 
 from rolora_passes.graphs.graph import finish, is_op, site_names
 from rolora_passes.graphs.quantizers import quantize_per_token
-from rolora_passes.graphs.sites import matches
+from rolora_passes.graphs.sites import matches, require_match
 from rolora_passes.passes import Pass, Report
 
 
@@ -38,7 +38,9 @@ class QuantizeActivations(Pass):
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
         quantized: dict[fx.Node, fx.Node] = {}
-        for node, name in site_names(graph).items():
+        names = site_names(graph)
+        require_match(self.name, self.targets, names.values())
+        for node, name in names.items():
             if not matches(name, self.targets):
                 report.left.append((name, "left in floating point by the options"))
             elif not is_op(node.args[1], "dequantize_per_channel_group", "dequantize_per_channel"):

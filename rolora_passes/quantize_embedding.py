@@ -38,6 +38,8 @@ class QuantizeEmbedding(Pass):
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise PassError(f"quantize-embedding: bits must be 4 or 8, found {self.bits}")
+        if self.group_size is not None and self.group_size < 1:
+            raise PassError(f"quantize-embedding: group_size must be positive or None, found {self.group_size}")
 
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()

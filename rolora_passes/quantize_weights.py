@@ -11,7 +11,7 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import constants, finish, site_names
 from rolora_passes.graphs.quantizers import quantize_weight
 from rolora_passes.graphs.shapes import infer_shapes
-from rolora_passes.graphs.sites import is_head, matches
+from rolora_passes.graphs.sites import is_head, matches, require_match
 from rolora_passes.passes import Pass, Report
 
 
@@ -31,7 +31,7 @@ class QuantizeWeights(Pass):
         head: bits of the head: 4, 8, or None to leave it. 8 is per channel.
 
     Raises:
-        PassError: a group size that does not divide a matched linear's input.
+        PassError: no linear matches a target, or a group size does not divide a matched linear's input.
     """
 
     kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
@@ -55,7 +55,9 @@ class QuantizeWeights(Pass):
         report = Report()
         known = constants(graph)
         shapes = infer_shapes(graph, only=known)
-        for node, name in site_names(graph).items():
+        names = site_names(graph)
+        require_match(self.name, self.targets, names.values())
+        for node, name in names.items():
             bits = self.head if is_head(node) else self.bits
             if bits is None or not matches(name, self.targets):
                 report.left.append((name, "left in floating point by the options"))

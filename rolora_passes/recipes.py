@@ -33,9 +33,11 @@ def load_recipe(source: str | Path) -> list[Pass]:
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise PassError(f"recipe {source} is not YAML: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("passes"), list):
-        raise PassError(f"expected a recipe {{passes: [...]}} in {source}, found {type(found).__name__}")
-    return [make_pass(entry) for entry in found["passes"]]
+    passes = found.get("passes") if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not isinstance(passes, list):
+        where = "passes: " if isinstance(found, dict) else ""
+        raise PassError(f"expected a recipe {{passes: [...]}} in {source}, found {where}{str(passes)[:60]}")
+    return [make_pass(entry) for entry in passes]
 
 
 def dump_recipe(passes: Iterable[Pass], **about: Any) -> str:
@@ -62,7 +64,10 @@ def _text(source: str | Path) -> str:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise PassError(f"expected a recipe at {path}, found nothing")
-        return path.read_text()
+        try:
+            return path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise PassError(f"recipe {path} is not a text file: {error}") from error
     if str(source) not in recipe_names():
         raise PassError(f"expected a recipe file (.yaml) or one of {', '.join(recipe_names())}, found {str(source)!r}")
     return (resources.files("rolora_passes") / "recipe_files" / f"{source}.yaml").read_text()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rolora_passes.errors import PassError
 from rolora_passes.passes import Pass
@@ -49,9 +51,37 @@ def make_pass(spec: Pass | str | Mapping[str, Any]) -> Pass:
     if isinstance(spec, str):
         return pass_class(spec)()
     if not isinstance(spec, Mapping) or len(spec) != 1:
-        raise PassError(f"expected a pass, a name, or one {{name: options}}, found {spec!r}")
+        call = f"; write {spec.__name__}()" if isinstance(spec, type) and issubclass(spec, Pass) else ""
+        raise PassError(f"expected a pass, a name, or one {{name: options}}, found {spec!r}{call}")
     ((name, options),) = spec.items()
-    try:
-        return pass_class(name)(**(options or {}))
-    except TypeError as error:
-        raise PassError(f"{name}: {error}; see `rolora passes {name}`") from error
+    cls = pass_class(name)
+    _check_options(cls, {} if options is None else options)
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in (options or {}).items()})
+
+
+def _check_options(cls: type[Pass], options: Any) -> None:
+    """That options, as a file gives them, exist and are of the declared types."""
+    name = cls.pass_name()
+    known = [f.name for f in dataclasses.fields(cls)]
+    if not isinstance(options, Mapping):
+        raise PassError(f"{name}: expected options as {{option: value}}, found {options!r}; there are {known}")
+    hints = get_type_hints(cls)
+    for key, value in options.items():
+        if key not in known:
+            raise PassError(f"{name} has no option {key!r}; there are {', '.join(known) or 'none'}")
+        if not _fits(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            raise PassError(f"{name}: expected {key} to be {wanted}, found {value!r}; see `rolora passes {name}`")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type as written; a list may stand for a tuple, an int for a float."""
+    origin = get_origin(hint)
+    if hint is Any or origin is Literal:  # the pass itself says which words it takes
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    accepted = {float: (int, float), tuple: (list, tuple)}.get(origin or hint, origin or hint)
+    return isinstance(value, accepted)

@@ -37,7 +37,7 @@ CONFIGS: dict[str, Callable[[], t.PretrainedConfig]] = {
     "mixtral": lambda: t.MixtralConfig(**UNTIED, num_local_experts=4),
     "cohere": lambda: t.CohereConfig(**BASE),
     "granite": lambda: t.GraniteConfig(**UNTIED, residual_multiplier=0.7, embedding_multiplier=1.3),
-    "stablelm": lambda: t.StableLmConfig(**UNTIED, hidden_act="gelu"),
+    "stablelm": lambda: t.StableLmConfig(**{**UNTIED, "hidden_size": 32}, hidden_act="gelu"),
     "olmo2": lambda: t.Olmo2Config(**UNTIED),
     "smollm3": lambda: t.SmolLM3Config(**UNTIED),
     "starcoder2": lambda: t.Starcoder2Config(**UNTIED),
@@ -59,3 +59,10 @@ def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> t.PreT
             else:
                 parameter.mul_(3)
     return model
+
+
+def tiny_wide(dtype: torch.dtype = torch.float32) -> t.PreTrainedModel:
+    """A llama whose linears are multiples of 64 wide: what groups of quantized weights need."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+    return t.LlamaForCausalLM(t.LlamaConfig(**{**UNTIED, **sizes})).to(dtype).eval()

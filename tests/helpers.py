@@ -11,6 +11,7 @@ import torch
 from architectures import tiny
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from rolora_passes import apply_passes, history
 from rolora_passes.graphs.capture import capture
@@ -21,9 +22,15 @@ from rolora_passes.manager import PassLike
 
 
 @functools.cache
+def model_of(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A tiny model of an architecture; shared, not to be changed."""
+    return tiny(name, dtype)
+
+
+@functools.cache
 def captured(name: str, dtype: torch.dtype = torch.float64) -> fx.GraphModule:
     """The graph of a tiny model of an architecture; shared, for no pass changes its input."""
-    return capture(tiny(name, dtype))
+    return capture(model_of(name, dtype))
 
 
 def tokens_for(graph: fx.GraphModule, batch: int = 3, length: int = 9, seed: int = 5) -> Tensor:

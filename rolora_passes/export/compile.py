@@ -11,7 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rolora_passes.errors import LoweringError
 from rolora_passes.export.executorch import LoweringReport, to_executorch
+from rolora_passes.export.extras import require
 from rolora_passes.graphs.accounting import Weights, weigh
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.files import writing_folder
@@ -52,11 +54,23 @@ def compile_model(
     Args:
         source: a model folder, a hub name, or a `.gguf` file.
         recipe: a recipe's name or file.
+        folder: where to write; a compiled folder there is replaced, anything else is not.
         max_length: tokens of context the program holds.
         on_stage, on_pass: called as the work goes on, for progress.
+
+    Raises:
+        LoweringError: a length below 1, or a graph that cannot be lowered.
+        FileExistsError: `folder` is something else than a compiled folder.
+        MissingExtraError: ExecuTorch is not installed.
+        Also what `load_model`, `load_recipe`, `capture` and `apply_passes` raise. All that can be known
+        before the model is loaded is checked before.
     """
+    if max_length < 1:
+        raise LoweringError(f"expected a context of at least 1 token, found max_length {max_length}")
     passes = load_recipe(recipe)
     check_order(passes, ["canonical"])
+    _require_replaceable(Path(folder))
+    require("executorch.exir", "executorch")
     seconds: dict[str, float] = {}
 
     def stage(name: str) -> _Clock:
@@ -82,6 +96,12 @@ def compile_model(
         manifest = _manifest(source, graph.meta.get("config", {}), compiled, max_length)
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return compiled
+
+
+def _require_replaceable(folder: Path) -> None:
+    compiled = (folder / "manifest.json").is_file() and (folder / "model.pte").is_file()
+    if folder.exists() and not compiled and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not a compiled folder; choose another name")
 
 
 class _Clock:

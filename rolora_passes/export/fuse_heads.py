@@ -60,7 +60,7 @@ def _source(node: fx.Node) -> tuple[fx.Node, bool]:
     x = node.args[0]
     assert isinstance(x, fx.Node)
     if is_op(x, "dequantize_per_token") and is_op(x.args[0], "quantize_per_token"):
-        return x.args[0].args[0], True  # type: ignore[union-attr, return-value]
+        return x.args[0].args[0], True
     return x, False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,8 +18,9 @@ _MIXING = {"aten.matmul", "aten.softmax", "aten.cat", "aten.slice", "aten.permut
 def keep_last_token(graph: fx.GraphModule) -> None:
     """Narrow a graph with caches to its last token, as early as nothing else needs the others.
 
-    Before:  o_proj(custom_sdpa(..)) .. norm, head -> logits [1, S, V]
-    After:   o_proj(narrow(custom_sdpa(..), 1, S - 1, 1)) .. norm, head -> logits [1, 1, V]
+    Before:  o_proj(custom_sdpa(q, k_cache, v_cache, start, ..)) .. norm, head -> logits [1, S, V]
+    After:   o_proj(custom_sdpa(narrow(q, 1, S - 1, 1), k_cache, v_cache, start + S - 1, ..)) .. norm, head
+             -> logits [1, 1, V]
     """
     shapes = infer_shapes(graph, {"tokens": (1, None), "input_pos": (1,)})
     _Narrow(graph, {node: shape for node, (shape, _) in shapes.items()}).run()
@@ -59,12 +61,25 @@ class _Narrow:
         if node in self.constant:
             return node
         if node not in self.narrowed:
-            if node not in self.whole and self._rowwise(node):
-                self.narrowed[node] = self.graph.node_copy(node, self.narrow)
-            else:
-                arguments = (node, 1, self.last, 1)
-                self.narrowed[node] = self.graph.call_function(torch.ops.aten.narrow.default, arguments)
+            self.narrowed[node] = self._narrow(node)
         return self.narrowed[node]
+
+    def _narrow(self, node: fx.Node) -> fx.Node:
+        if node not in self.whole and node.target is torch.ops.llama.custom_sdpa.default:
+            return self._attend(*node.args)
+        if node not in self.whole and self._rowwise(node):
+            return self.graph.node_copy(node, self.narrow)
+        return self._last_of(node, 1)
+
+    def _attend(self, query: Any, key: Any, value: Any, start: Any, mask: Any, *others: Any) -> fx.Node:
+        """Attention of the last token alone, over the same caches."""
+        position = self.graph.call_function(operator.add, (start, self.last))
+        row = None if mask is None else self._last_of(mask, 0)
+        arguments = (self.narrow(query), key, value, position, row, *others)
+        return self.graph.call_function(torch.ops.llama.custom_sdpa.default, arguments)
+
+    def _last_of(self, node: fx.Node, dim: int) -> fx.Node:
+        return self.graph.call_function(torch.ops.aten.narrow.default, (node, dim, self.last, 1))
 
     def _rowwise(self, node: fx.Node) -> bool:
         """Whether row s of a value [1, S, ..] depends on row s of its operands alone."""

@@ -43,16 +43,20 @@ class _Propagate(fx.Interpreter):
 def infer_shapes(
     graph: fx.GraphModule, inputs: Mapping[str, Shape]
 ) -> dict[fx.Node, tuple[Shape, torch.dtype]]:
-    """Shape and type of every tensor of `graph`, found by running it on meta tensors of two lengths.
+    """Shape and type of the tensors of `graph`, found by running it on meta tensors of two lengths.
+
+    A tensor with a size that is neither constant nor the length (twice the length, say) is left out.
 
     Args:
         inputs: for each placeholder, an int64 tensor's sizes, None for the sequence length.
     """
     runs = [_run(graph, inputs, length) for length in _PROBES]
-    return {
-        node: (tuple(a if a == b else None for a, b in zip(first, runs[1][node][0], strict=True)), dtype)
-        for node, (first, dtype) in runs[0].items()
-    }
+    found: dict[fx.Node, tuple[Shape, torch.dtype]] = {}
+    for node, (first, dtype) in runs[0].items():
+        pairs = list(zip(first, runs[1][node][0], strict=True))
+        if all(a == b or (a, b) == _PROBES for a, b in pairs):
+            found[node] = (tuple(a if a == b else None for a, b in pairs), dtype)
+    return found
 
 
 def _run(

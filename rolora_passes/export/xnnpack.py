@@ -5,7 +5,7 @@ Regions are found by level: the level of a node grows by one each time a path to
 what stands between two attentions.
 
     Before:  update_cache, custom_sdpa, linear, add, rms_norm, linear, silu, .., rms_norm, linear, rotary, ..
-    After:   update_cache, custom_sdpa, executorch_call_delegate, update_cache, custom_sdpa, ..
+    After:   update_cache, custom_sdpa, executorchcall_delegate, update_cache, custom_sdpa, ..
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import rolora_passes.export.xnnpack_hadamard  # noqa: F401  (adds its emitter)
 from rolora_passes.export.shapes import Shape, constant_nodes, infer_shapes, is_written
 from rolora_passes.export.xnnpack_emitter import Emitter, Typed, op_key
 from rolora_passes.export.xnnpack_ops import EMITTERS, supported
+from rolora_passes.export.xnnpack_attention import attend_to_fresh
+from rolora_passes.export.xnnpack_signature import Signature, call_delegate
 from rolora_passes.graphs.graph import copy_graph
-
-_call_delegate = torch.ops.higher_order.executorch_call_delegate
 
 
 @dataclass
@@ -37,25 +37,6 @@ class _Region:
     outputs: list[fx.Node]
 
 
-class Signature:
-    """What ExecuTorch asks of a delegate's original program: result sizes, and a graph without nodes."""
-
-    def __init__(self, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> None:
-        self.outputs = outputs
-        self.length = next(((i, s.index(None)) for i, s in enumerate(inputs) if None in s), None)
-        self.graph = fx.Graph()
-        self.graph.output([None] * len(outputs))
-
-    def module(self) -> Any:
-        return self._results
-
-    def _results(self, *inputs: Tensor) -> list[Tensor]:
-        """Empty results for these inputs."""
-        length = None if self.length is None else inputs[self.length[0]].shape[self.length[1]]
-        sizes: Any = [[length if d is None else d for d in shape] for shape in self.outputs]
-        return [torch.empty(size) for size in sizes]
-
-
 def delegate_to_xnnpack(graph: fx.GraphModule, inputs: Mapping[str, Shape]) -> tuple[fx.GraphModule, int]:
     """Replace everything XNNPACK computes by delegates; returns the new graph and their number."""
     result = copy_graph(graph)
@@ -63,7 +44,8 @@ def delegate_to_xnnpack(graph: fx.GraphModule, inputs: Mapping[str, Shape]) -> t
     constant = constant_nodes(result.graph)
     regions = _regions(result.graph, shapes, constant)
     for number, nodes in enumerate(regions):
-        _replace(result, _region(nodes, constant), shapes, number)
+        _replace(result, _region(nodes, shapes, constant), shapes, number)
+    attend_to_fresh(result, shapes)
     for node in reversed(result.graph.nodes):
         if node in constant and not node.users:
             result.graph.erase_node(node)
@@ -105,10 +87,13 @@ def _levels(graph: fx.Graph, shapes: dict[fx.Node, Typed], constant: set[fx.Node
     return levels
 
 
-def _region(nodes: list[fx.Node], constant: set[fx.Node]) -> _Region:
+def _region(nodes: list[fx.Node], shapes: dict[fx.Node, Typed], constant: set[fx.Node]) -> _Region:
     members = set(nodes)
     inputs = dict.fromkeys(
-        n for node in nodes for n in node.all_input_nodes if n not in members and n not in constant
+        n
+        for node in nodes
+        for n in node.all_input_nodes
+        if n in shapes and n not in members and n not in constant
     )
     outputs = [node for node in nodes if any(user not in members for user in node.users)]
     return _Region(nodes, list(inputs), outputs)
@@ -128,7 +113,7 @@ def _replace(module: fx.GraphModule, region: _Region, shapes: dict[fx.Node, Type
     name = f"xnnpack_{number}"
     module.add_module(name, lowered)
     with module.graph.inserting_before(region.nodes[0]):
-        call = module.graph.call_function(_call_delegate, (module.graph.get_attr(name), *region.inputs))
+        call = module.graph.call_function(call_delegate, (module.graph.get_attr(name), *region.inputs))
         results = [
             module.graph.call_function(operator.getitem, (call, i)) for i in range(len(region.outputs))
         ]

@@ -54,4 +54,4 @@ def op_key(node: fx.Node) -> str:
     """`aten.linear` for any overload of aten's linear; `getitem ..` of an operator; else the empty string."""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.replace("::", ".")
-    return f"getitem {op_name(node.args[0])}" if is_op(node, "getitem") else ""  # type: ignore[arg-type]
+    return f"getitem {op_name(node.args[0])}" if is_op(node, "getitem") else ""

@@ -71,6 +71,15 @@ class Delegate:
         self._append("Convert", result, None, input_id=value)
         return result
 
+    def reshape(self, value: int, shape: Shape) -> int:
+        """At most one size None, which XNNPACK infers."""
+        sizes = [0 if d is None else d for d in shape]
+        return self.node("StaticReshape", shape, num_dims=len(sizes), new_shape=sizes, input_id=value)
+
+    def permute(self, value: int, order: Sequence[int]) -> int:
+        shape = tuple(self.shapes[value][d] for d in order)
+        return self.node("StaticTranspose", shape, num_dims=len(shape), perm=list(order), input_id=value)
+
     def linear(self, value: int, weight: int, bias: int | None = None) -> int:
         """x [.., in], weight [out, in], bias [out] -> [.., out]."""
         return self.node(

@@ -28,8 +28,8 @@ def linear(e: Emitter, node: fx.Node) -> int:
 def _weight(e: Emitter, node: fx.Node, quantized: bool) -> int:
     """The constant of a linear's weight, in the narrowest form its kernel takes."""
     if is_op(node, "dequantize_per_channel_group", "dequantize_per_channel"):
-        stored = e.tensor(node.args[0])  # type: ignore[arg-type]
-        scale = e.tensor(node.args[1]).reshape(stored.shape[0], -1)  # type: ignore[arg-type]
+        stored = e.tensor(node.args[0])
+        scale = e.tensor(node.args[1]).reshape(stored.shape[0], -1)
         limits = (argument(node, "quant_min"), argument(node, "quant_max"))
         _check_symmetric(e, node)
         if scale.shape[1] == 1 and is_op(node, "dequantize_per_channel"):

@@ -27,7 +27,9 @@ def supported(node: fx.Node, shapes: dict[fx.Node, Typed], constant: set[fx.Node
         return all(op_key(u) == "aten.linear" or supported(u, shapes, constant) for u in node.users)
     if key not in EMITTERS or shapes.get(node, ((), None))[1] is not torch.float32:
         return False
-    inputs = [n for n in node.all_input_nodes if n not in constant]
+    inputs = [n for n in node.all_input_nodes if n not in constant and n in shapes]
+    if key not in _RESHAPES and not all(n in constant or n in shapes for n in node.all_input_nodes):
+        return False  # a size computed at run time; of a reshape the result's shape says enough
     if any(shapes[n][1] is not torch.float32 or len(shapes[n][0]) > 6 for n in inputs) or not inputs:
         return False
     check = _CONDITIONS.get(key)
@@ -120,8 +122,7 @@ def _reshape(e: Emitter, node: fx.Node) -> int:
 
 
 def reshape(e: Emitter, x: int, shape: Shape) -> int:
-    sizes = [0 if d is None else d for d in shape]  # XNNPACK infers a size given as 0
-    return e.delegate.node("StaticReshape", shape, num_dims=len(sizes), new_shape=sizes, input_id=x)
+    return e.delegate.reshape(x, shape)
 
 
 def _permute(e: Emitter, node: fx.Node) -> int:
@@ -132,17 +133,15 @@ def _permute(e: Emitter, node: fx.Node) -> int:
         order[first], order[second] = second, first
     else:
         order = [d % rank for d in argument(node, "dims")]
-    return permute(e, e.value(node.args[0]), order)
-
-
-def permute(e: Emitter, x: int, order: Sequence[int]) -> int:
-    shape = tuple(e.delegate.shapes[x][d] for d in order)
-    return e.delegate.node("StaticTranspose", shape, num_dims=len(shape), perm=list(order), input_id=x)
+    return e.delegate.permute(e.value(node.args[0]), order)
 
 
 def _matmul(e: Emitter, node: fx.Node) -> int:
-    left, right = e.value(node.args[0]), e.value(node.args[1])
-    return e.delegate.node("BatchMatrixMultiply", e.shape(node), input1_id=left, input2_id=right)
+    return matmul(e, e.value(node.args[0]), e.value(node.args[1]), e.shape(node))
+
+
+def matmul(e: Emitter, left: int, right: int, shape: Shape) -> int:
+    return e.delegate.node("BatchMatrixMultiply", shape, input1_id=left, input2_id=right)
 
 
 def _cat(e: Emitter, node: fx.Node) -> int:
@@ -211,6 +210,8 @@ def _float_numbers(node: fx.Node, shapes: dict[fx.Node, Typed], constant: set[fx
     return all(isinstance(a, fx.Node | int | float) for a in node.args[:2])
 
 
+_RESHAPES = tuple(f"aten.{name}" for name in ("view", "reshape", "unflatten", "flatten", "unsqueeze"))
+
 _CONDITIONS: dict[str, Callable[[fx.Node, dict[fx.Node, Typed], set[fx.Node]], bool]] = {
     "aten.linear": _constant_weight,
     "aten.rms_norm": _last_axis,
@@ -219,7 +220,7 @@ _CONDITIONS: dict[str, Callable[[fx.Node, dict[fx.Node, Typed], set[fx.Node]], b
     "aten.pow": _small_power,
     "aten.cat": _few_parts,
     "aten.slice": _static_slice,
-    **{f"aten.{name}": _one_unknown for name in ("view", "reshape", "unflatten", "flatten")},
+    **dict.fromkeys(_RESHAPES, _one_unknown),
     **{f"aten.{name}": _float_numbers for name in ("add", "sub", "mul", "div")},
 }
 
@@ -247,7 +248,7 @@ EMITTERS: dict[str, Callable[[Emitter, fx.Node], int]] = {
     "aten.slice": _slice,
     "aten.permute": _permute,
     "aten.transpose": _permute,
-    **{f"aten.{name}": _reshape for name in ("view", "reshape", "unflatten", "flatten", "unsqueeze")},
+    **dict.fromkeys(_RESHAPES, _reshape),
     "quantized_decomposed.choose_qparams_per_token_asymmetric": _same,
     "quantized_decomposed.quantize_per_token": quantize,
     "quantized_decomposed.dequantize_per_token": _same,

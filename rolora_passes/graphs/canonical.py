@@ -21,7 +21,7 @@ from torch import fx
 
 from rolora_passes.errors import CaptureError
 from rolora_passes.graphs import fused, graph, norms, rotary
-from rolora_passes.graphs.graph import aten, finish, is_op, op_name
+from rolora_passes.graphs.graph import aten, finish, is_op, merge_equal, op_name
 from rolora_passes.graphs.shapes import same_shape, shape_of
 
 _COPIES = {
@@ -46,7 +46,7 @@ def canonicalize(module: torch.nn.Module) -> fx.GraphModule:
         _remove_copies,
         fused.parts_to_slices,
         _static_views,
-        _merge_equal,
+        merge_equal,  # the model computes some values twice (a centred x, a table's unsqueeze)
         fused.addmm_to_linear,
         norms.normalize,
         rotary.one_node,
@@ -158,17 +158,6 @@ def _raise_precision(gm: fx.GraphModule) -> None:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and node.op != "get_attr":
             node.meta["val"] = value.to(torch.float64)
-
-
-def _merge_equal(gm: fx.GraphModule) -> None:
-    """One node where the model computes the same value twice (a centred x, a table's unsqueeze)."""
-    seen: dict[object, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node.op == "call_function":
-            key = (node.target, repr(node.args), repr(node.kwargs))
-            first = seen.setdefault(key, node)
-            if first is not node:
-                node.replace_all_uses_with(first)
 
 
 def _remove_copies(gm: fx.GraphModule) -> None:

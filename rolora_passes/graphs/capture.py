@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from rolora_passes.errors import CaptureError
+from rolora_passes.errors import CaptureError, one_line
 from rolora_passes.graphs import ops as _ops  # noqa: F401  (registers the operators)
 from rolora_passes.graphs.canonical import canonicalize
 from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.verify import relative_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,10 +87,16 @@ def _export(model: PreTrainedModel) -> torch.export.ExportedProgram:
     tokens = torch.zeros(2, 6, dtype=torch.int64)  # a batch of 1 would be specialised
     positions = torch.arange(6).expand(2, 6)
     shapes = ({0: auto, 1: auto}, {0: auto, 1: auto})
-    with torch.no_grad():
-        return torch.export.export(
-            _Forward(model), (tokens, positions), dynamic_shapes=shapes, strict=False
-        )
+    try:
+        with torch.no_grad():
+            return torch.export.export(_Forward(model), (tokens, positions), dynamic_shapes=shapes, strict=False)
+    except (CaptureError, MemoryError):
+        raise
+    except Exception as error:  # whatever the model's own code does with what it is given
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured without a cache, with one node for attention: "
+            f"{one_line(error)}"
+        ) from error
 
 
 def _require_causal_lm(model: object) -> None:
@@ -100,15 +107,21 @@ def _require_causal_lm(model: object) -> None:
     if not isinstance(model, PreTrainedModel):
         raise CaptureError(f"expected a transformers causal language model, found {kind}; {advice}")
     head = model.get_output_embeddings()
-    if not model.can_generate() or head is None or getattr(model.config, "is_encoder_decoder", False):
+    lack = (
+        (getattr(model.config, "is_encoder_decoder", False) and "also needs an encoder")
+        or (head is None and "has no such head")
+        or (not model.can_generate() and "does not generate")
+    )
+    if lack:
         raise CaptureError(
-            f"expected a decoder-only model with a language-model head, found {kind}, "
-            f"which has none or also needs an encoder; {advice}"
+            f"expected a decoder-only model with a language-model head, found {kind}, which {lack}; {advice}"
         )
 
 
 def _require_finite(model: PreTrainedModel) -> None:
     for name, value in model.named_parameters():
+        if value.is_meta:
+            raise CaptureError(f"expected weights, found {name} on the meta device; load the model's weights first")
         if value.is_floating_point() and not torch.isfinite(value.sum()):
             count = int((~torch.isfinite(value)).sum())
             if count:
@@ -197,14 +210,28 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
     return facts
 
 
+def _run(graph: fx.GraphModule, tokens: Tensor, model: PreTrainedModel) -> Tensor:
+    try:
+        return run(graph, tokens)
+    except RuntimeError as error:
+        raise CaptureError(
+            f"the graph of {type(model).__name__} does not run at another sequence length than it was captured at "
+            f"(a state space or recurrence?): {one_line(error)}"
+        ) from error
+
+
 def _compare(graph: fx.GraphModule, model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     tokens = torch.randint(0, vocabulary, (2, 12), generator=generator)
     with torch.no_grad(), _static_experts(model):
         expected = model(input_ids=tokens, use_cache=False).logits
-    found = run(graph, tokens)
-    error = float((found - expected).abs().max() / expected.abs().max())
+    if not bool(torch.isfinite(expected).all()):
+        raise CaptureError(
+            f"{type(model).__name__} itself returns NaN or infinite logits on random tokens in {expected.dtype}: "
+            "its weights are damaged, or too large for that type; fetch it again, or load it in torch.float32"
+        )
+    error = relative_error(_run(graph, tokens, model), expected)
     # Above fp32's rounding the model's own float32 islands bound the agreement; below, its own type does.
     allowed = max(1e-4, 50 * torch.finfo(expected.dtype).eps)
     if not error <= allowed:

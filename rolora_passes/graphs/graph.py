@@ -9,7 +9,7 @@ FoldConstants.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeGuard
 
 import torch
@@ -77,12 +77,17 @@ def parameters(graph: fx.GraphModule) -> dict[str, Tensor]:
     return {n.target: get_tensor(graph, n.target) for n in graph.graph.nodes if n.op == "get_attr"}
 
 
+def parameter_names(graph: fx.GraphModule) -> set[str]:
+    """The names of the tensors the graph reads."""
+    return {str(n.target) for n in graph.graph.find_nodes(op="get_attr")}
+
+
 def add_parameter(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     """Add a tensor under a name not used yet (a number is appended) and return its node.
 
     The node stands before every node that is not a `get_attr`, so any expression may read it.
     """
-    taken, unique, count = parameters(graph), name, 0
+    taken, unique, count = parameter_names(graph), name, 0
     while unique in taken:
         count += 1
         unique = f"{name}_{count}"
@@ -221,6 +226,16 @@ class Expressions:
     def top(self, leaf: fx.Node) -> fx.Node:
         """The leaf's expression as it stands."""
         return self._top.get(leaf, leaf)
+
+
+def merge_equal(graph: fx.GraphModule, among: Collection[fx.Node] | None = None) -> None:
+    """Keep one of all nodes that call the same operator on the same arguments (of those in `among`)."""
+    seen: dict[object, fx.Node] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and (among is None or node in among):
+            first = seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
 
 
 def finish(graph: fx.GraphModule) -> fx.GraphModule:

@@ -108,18 +108,19 @@ def rotate(x: Tensor, rotation: Tensor, dim: int = -1, inner: int = 1) -> Tensor
     return moved.movedim(-1, dim + 1).flatten(dim, dim + 2)
 
 
-def choose_scale(weight: Tensor, group_size: int, quant_max: int) -> Tensor:
+def choose_scale(weight: Tensor, group_size: int, quant_max: int, bfloat16: bool = False) -> Tensor:
     """Symmetric round-to-nearest scales: max|w| / quant_max for each row and group.
 
     Args:
         weight: [out, in], in a multiple of `group_size`.
+        bfloat16: round the scales to bfloat16, which is what the int4 kernels hold for groups, so that
+            graph and kernel agree.
 
-    Returns: [out, in / group_size] float32, never zero. Scales of groups are rounded to bfloat16,
-        which is what the int4 kernels hold, so that graph and kernel agree.
+    Returns: [out, in / group_size] float32, never zero.
     """
     groups: Tensor = weight.unflatten(-1, (-1, group_size)).abs().amax(-1).float() / quant_max
     scale = groups.clamp_min(torch.finfo(torch.float32).tiny * 2**20)
-    return scale if group_size == weight.shape[-1] else scale.bfloat16().float()
+    return scale.bfloat16().float() if bfloat16 else scale
 
 
 def quantize(weight: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -142,7 +143,7 @@ for _function, _schema in {
     rotary_embedding: "(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor",
     hadamard: "(Tensor x, int order, int dim=-1, int inner=1) -> Tensor",
     rotate: "(Tensor x, Tensor rotation, int dim=-1, int inner=1) -> Tensor",
-    choose_scale: "(Tensor weight, int group_size, int quant_max) -> Tensor",
+    choose_scale: "(Tensor weight, int group_size, int quant_max, bool bfloat16=False) -> Tensor",
     quantize: "(Tensor weight, Tensor scale, int quant_min, int quant_max) -> Tensor",
 }.items():
     _library.define(_function.__name__ + _schema)

@@ -23,7 +23,7 @@ def quantize_weight(
     """
     high = 2 ** (bits - 1) - 1
     low = -high - 1 if bits == 4 else -high  # the range of each kernel
-    scale = insert(graph, before, torch.ops.rolora.choose_scale.default, weight, group or width, high)
+    scale = insert(graph, before, torch.ops.rolora.choose_scale.default, weight, group or width, high, bool(group))
     integers = insert(graph, before, torch.ops.rolora.quantize.default, weight, scale, low, high)
     if group:
         return insert(

@@ -34,9 +34,11 @@ def check_orthogonal(matrix: Tensor, size: int, key: str) -> Tensor:
     Raises:
         PassError: wrong shape, not finite, or further than 1e-3 from orthogonal.
     """
+    if not isinstance(matrix, Tensor):
+        raise PassError(f"rotate: expected {key} to be a tensor, found {type(matrix).__name__}")
     shape = list(matrix.shape)
     if shape not in ([size], [size, size]):
-        raise PassError(f"rotate: expected {key} of size {size} x {size}, found {shape}")
+        raise PassError(f"rotate: expected {key} to be {size} x {size} (or {size} signs), found {shape}")
     exact = matrix.detach().to("cpu", torch.float64)
     if exact.dim() == 1:
         if not bool((exact.abs() == 1).all()):
@@ -47,7 +49,7 @@ def check_orthogonal(matrix: Tensor, size: int, key: str) -> Tensor:
     if not error < 1e-3:
         raise PassError(
             f"rotate: expected {key} to be orthogonal, found |RᵀR - 1| up to {error:.1e}; "
-            "was the file trained with another tool, or cut short?"
+            "was it stored in less than 16 bits, or trained without the constraint?"
         )
     for _ in range(2):
         exact = exact @ (1.5 * torch.eye(size, dtype=torch.float64) - 0.5 * (exact.T @ exact))
@@ -93,15 +95,19 @@ def load_rotations(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tenso
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise PassError(f"rotate: {path} is not a file that torch.save wrote: {error}") from error
+        raise PassError(f"rotate: {path} is damaged, or not a file of tensors that torch.save wrote") from error
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise PassError(f"rotate: expected {path} to hold matrices by name, found {type(found).__name__}")
+        raise PassError(f"rotate: expected {path} to hold tensors by name (R1, …), found something else")
     return found
 
 
 def _from_manifest(path: Path) -> dict[str, Tensor]:
-    manifest = json.loads(path.read_text())
-    dense = load_rotations(path.with_name("R.bin")) if any("signs" not in e for e in manifest.values()) else {}
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        entries = [dict(entry) for entry in manifest.values()]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise PassError(f"rotate: {path} is damaged, or not a manifest that save_rotations wrote") from error
+    dense = load_rotations(path.with_name("R.bin")) if any("signs" not in e for e in entries) else {}
     return {
         key: torch.tensor([1.0 if s == "+" else -1.0 for s in entry["signs"]], dtype=torch.float64)
         if "signs" in entry

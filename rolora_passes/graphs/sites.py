@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import fx
 
+from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import is_op
 
 
 def matches(name: str, targets: str | Sequence[str]) -> bool:
     """Whether a site is meant by "all-linear", by its last parts ("q_proj"), or by "re:…" (full match)."""
     patterns = [targets] if isinstance(targets, str) else targets
-    return any(
-        pattern == "all-linear"
-        or (re.fullmatch(pattern[3:], name) is not None if pattern.startswith("re:") else _ends(name, pattern))
-        for pattern in patterns
-    )
+    return any(pattern == "all-linear" or _matches(name, pattern) for pattern in patterns)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if not pattern.startswith("re:"):
+        return _ends(name, pattern)
+    try:
+        return re.fullmatch(pattern[3:], name) is not None
+    except re.error as error:
+        raise PassError(f"targets: {pattern!r} is not a regular expression: {error}") from error
+
+
+def require_match(name: str, targets: str | Sequence[str], sites: Iterable[str]) -> None:
+    """Refuse targets that mean nothing in a graph: a misspelt one would pass unnoticed.
+
+    Raises:
+        PassError: from the pass `name`; says how sites are named.
+    """
+    known = list(sites)
+    if not any(matches(site, targets) for site in known):
+        raise PassError(f"{name}: no linear matches {targets!r}; sites are named like {', '.join(known[:4])}")
 
 
 def _ends(name: str, pattern: str) -> bool:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.errors import LoweringError
+from rolora_passes.errors import LoweringError, MissingExtraError
+from rolora_passes.export.extras import require
 from rolora_passes.export.kv_cache import add_kv_cache
 
 pytest.importorskip("executorch")
@@ -139,3 +140,8 @@ def test_metadata_for_the_runner(tmp_path: Path) -> None:
     program = _deserialize_pte_binary((tmp_path / "model.pte").read_bytes()).program
     names = {plan.name for plan in program.execution_plan}
     assert {"forward", "get_max_seq_len", "get_eos_ids", "get_bos_id", "use_kv_cache"} <= names
+
+
+def test_missing_extra_is_named() -> None:
+    with pytest.raises(MissingExtraError, match=r"pip install rolora-passes\[executorch\]"):
+        require("no_such_runtime.module", "executorch")

@@ -142,7 +142,7 @@ class Builder:
     def grow(self, name: str) -> None:
         try:
             found = OPERATORS[name](self)
-        except Impossible:
+        except (Impossible, IndexError):  # nothing to choose from
             return
         self.used.append(name)
         for node in found if isinstance(found, list) else [found]:
@@ -405,10 +405,10 @@ def _index(b: Builder) -> fx.Node:
 
 def _index_put(b: Builder) -> fx.Node:
     """Rows replaced; by a table of numbers, or by a mask over one or two axes."""
-    x = b.any(lambda s: len(s) >= 2 and s[0] in SIZES and s[1] in SIZES)
+    x = b.call(aten.embedding.default, b.param(VOCABULARY, b.choose.choice((2, 4))), _numbers(b, VOCABULARY, 3, 2))
+    if b.choose.random() < 0.5:
+        x = b.call(aten.silu.default, b.call(aten.permute.default, x, [2, 0, 1]))
     shape = b.size(x)
-    if any(s not in SIZES for s in shape):
-        raise Impossible("batch or length inside")
     if b.choose.random() < 0.5:
         numbers = _numbers(b, shape[0], 2)
         return b.call(aten.index_put.default, x, [numbers], b.param(2, *shape[1:]))
@@ -459,7 +459,7 @@ def _where(b: Builder) -> fx.Node:
     if kind == 0:
         return b.call(aten.where.ScalarOther, mask, x, 0.3)
     if kind == 1:
-        return b.call(aten.where.Scalar, mask, 1.5, 0.3)
+        return b.call(aten.to.dtype, b.call(aten.where.Scalar, mask, 1.5, 0.3), torch.float64)
     if kind == 2:
         ones = [b.param(1), b.param(1)]
         return b.call(aten.where.self, mask, *ones)

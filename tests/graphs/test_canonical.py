@@ -1,0 +1,228 @@
+"""Every spelling of a composite becomes its one node."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import count
+from torch import Tensor, fx, nn
+
+from rolora_passes.errors import CaptureError
+from rolora_passes.graphs.capture import from_exported
+from rolora_passes.graphs.graph import is_op, run
+from rolora_passes.graphs.text import graph_text
+
+pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute")
+WIDTH, EPS = 8, 1e-5
+Function = Callable[["Model", Tensor], Tensor]
+
+
+class Model(nn.Module):
+    """An embedding, some function of it, and a head."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(11, WIDTH)
+        self.gain, self.bias = nn.Parameter(torch.randn(WIDTH)), nn.Parameter(torch.randn(WIDTH))
+        self.fused = nn.Linear(WIDTH, 3 * WIDTH)
+        self.turned = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.head = nn.Linear(WIDTH, 11, bias=False)
+        self.function = function
+        self.positions: list[Tensor] = []
+        self.double()
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        self.positions.append(positions)
+        found: Tensor = self.head(self.function(self, self.table(tokens)))
+        return found
+
+
+def canonical(function: Function) -> fx.GraphModule:
+    """The canonical graph of a function, checked to compute what the function does."""
+    model, auto = Model(function), torch.export.Dim.AUTO
+    tokens = torch.zeros(2, 6, dtype=torch.int64)
+    shapes = ({0: auto, 1: auto}, {0: auto, 1: auto})
+    with torch.no_grad():
+        positions = torch.arange(6).expand(2, 6)  # the same tensor twice would be one input
+        graph = from_exported(torch.export.export(model, (tokens, positions), dynamic_shapes=shapes))
+        some = torch.randint(0, 11, (3, 5))
+        expected = model(some, torch.arange(5).expand(3, 5))
+    torch.testing.assert_close(run(graph, some), expected, rtol=1e-12, atol=1e-12)
+    return graph
+
+
+def squares(x: Tensor) -> Tensor:
+    return x.pow(2).mean(-1, keepdim=True)
+
+
+def centred(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+RMS: dict[str, Function] = {
+    "x * rsqrt": lambda m, x: x * torch.rsqrt(squares(x) + EPS),
+    "rsqrt * x": lambda m, x: torch.rsqrt(squares(x) + EPS) * x,
+    "x / sqrt": lambda m, x: x / torch.sqrt(squares(x) + EPS),
+    "x * reciprocal(sqrt)": lambda m, x: x * torch.reciprocal(torch.sqrt(squares(x) + EPS)),
+    "x * pow(-0.5)": lambda m, x: x * torch.pow(squares(x) + EPS, -0.5),
+    "x / pow(0.5)": lambda m, x: x / torch.pow(squares(x) + EPS, 0.5),
+    "x * x": lambda m, x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS),
+    "square": lambda m, x: x * torch.rsqrt(x.square().mean(-1, True) + EPS),
+    "the operator": lambda m, x: nn.functional.rms_norm(x, [WIDTH], None, EPS),
+    "through float64": lambda m, x: (x.double() * torch.rsqrt(squares(x.double()) + EPS)).to(x.dtype),
+}
+NOT_RMS: dict[str, Function] = {
+    "a sum, not a mean": lambda m, x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS),
+    "of another value": lambda m, x: x * torch.rsqrt(squares(x + 1) + EPS),
+    "over another axis": lambda m, x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + EPS),
+    "cubes": lambda m, x: x * torch.rsqrt(x.abs().pow(3).mean(-1, keepdim=True) + EPS),
+    "sqrt divided by x": lambda m, x: torch.sqrt(squares(x) + EPS) / (x + 10),
+    "times sqrt": lambda m, x: x * torch.sqrt(squares(x) + EPS),
+}
+
+
+@pytest.mark.parametrize("spelling", RMS)
+def test_rms_norm(spelling: str) -> None:
+    graph = canonical(lambda m, x: RMS[spelling](m, x) * m.gain)
+    (norm,) = [n for n in graph.graph.nodes if is_op(n, "rms_norm")]
+    assert norm.args[1:] == ([WIDTH], None, EPS)
+    assert not count(graph, "rsqrt", "mean", "pow", "div")
+    (gain,) = norm.users
+    assert is_op(gain, "mul") and {a.op for a in gain.args} == {"get_attr", "call_function"}
+
+
+@pytest.mark.parametrize("spelling", NOT_RMS)
+def test_what_is_not_an_rms_norm_is_left(spelling: str) -> None:
+    assert not count(canonical(NOT_RMS[spelling]), "rms_norm", "layer_norm")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: nn.functional.layer_norm(x, [WIDTH], m.gain, m.bias, EPS),
+        lambda m, x: centred(x) * torch.rsqrt(squares(centred(x)) + EPS) * m.gain + m.bias,
+    ],
+)
+def test_layer_norm(function: Function) -> None:
+    graph = canonical(function)
+    (norm,) = [n for n in graph.graph.nodes if is_op(n, "layer_norm")]
+    assert norm.args[1:4] == ([WIDTH], None, None) and norm.args[4] == EPS
+    assert count(graph, "mul") == count(graph, "add") == 1 and not count(graph, "rms_norm", "mean")
+
+
+def gate(parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    a, b, c = parts
+    return a * torch.sigmoid(b) + c
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: gate(m.fused(x).chunk(3, -1)),
+        lambda m, x: gate(m.fused(x).split(WIDTH, -1)),
+        lambda m, x: gate(m.fused(x).split([WIDTH, WIDTH, WIDTH], 2)),
+        lambda m, x: gate([m.fused(x)[..., i * WIDTH : (i + 1) * WIDTH] for i in range(3)]),
+    ],
+)
+def test_a_fused_projection_becomes_one_linear_a_part(function: Function) -> None:
+    graph = canonical(function)
+    assert count(graph, "linear") == 4
+    for node in graph.graph.nodes:
+        assert not is_op(node, "chunk", "split", "split_with_sizes", "getitem")
+        assert not is_op(node, "slice") or node.args[0].op == "get_attr"
+
+
+def test_a_projection_that_is_also_read_whole_stays() -> None:
+    graph = canonical(lambda m, x: gate(m.fused(x).chunk(3, -1)) + m.fused(x).sum(-1, keepdim=True))
+    assert count(graph, "linear") == 2
+
+
+def test_matrix_products_by_parameters_become_linears() -> None:
+    graph = canonical(lambda m, x: torch.addmm(m.bias, x.view(-1, WIDTH), m.turned).view(x.shape) @ m.turned)
+    assert count(graph, "linear") == 3 and not count(graph, "addmm", "mm", "matmul", "view")
+
+
+def tables(m: Model, width: int) -> tuple[Tensor, Tensor]:
+    steps = m.positions[-1][:, :, None].double() * torch.arange(1, width // 2 + 1)
+    angles = torch.cat((steps, steps), -1)
+    return angles.cos(), angles.sin()
+
+
+def halves(x: Tensor) -> Tensor:
+    middle = x.shape[-1] // 2
+    return torch.cat((-x[..., middle:], x[..., :middle]), -1)
+
+
+def neighbours(x: Tensor) -> Tensor:
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+def rotary(partner: Callable[[Tensor], Tensor], width: int = 4) -> Function:
+    def function(m: Model, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        cos, sin = (t.unsqueeze(1) for t in tables(m, width))
+        turned, rest = heads[..., :width], heads[..., width:]
+        out = turned * cos + partner(turned) * sin
+        return torch.cat((out, rest), -1).transpose(1, 2).flatten(-2)
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("partner", "width", "interleaved"),
+    [(halves, 4, False), (neighbours, 4, True), (halves, 2, False), (neighbours, 2, True)],
+)
+def test_rotary_embedding(partner: Callable[[Tensor], Tensor], width: int, interleaved: bool) -> None:
+    graph = canonical(rotary(partner, width))
+    (node,) = [n for n in graph.graph.nodes if is_op(n, "rotary_embedding")]
+    assert width == 2 or node.args[3] is interleaved  # two channels are halves and neighbours
+    assert not count(graph, "transpose", "neg", "stack", "slice")
+
+
+def test_a_turn_the_other_way_is_not_rotary_embedding() -> None:
+    assert not count(canonical(rotary(lambda x: -halves(x))), "rotary_embedding")
+
+
+def test_copies_casts_and_transpositions_cancel() -> None:
+    def function(m: Model, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(x.clone().contiguous().to(x.dtype), 0.5, training=False)
+        turned = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        return (torch.nn.functional.silu(turned) * 2).transpose(1, 2).flatten(-2).detach()
+
+    text = re.sub(r"_\d+\b", "", graph_text(canonical(function)))
+    assert text.split("input positions\n")[1] == (
+        "embedding = embedding(table.weight, tokens)\n"
+        "unflatten = unflatten(embedding, -1, [2, 4])\n"
+        "silu = silu(unflatten)\n"
+        "mul = mul(silu, 2)\n"
+        "flatten_using_ints = flatten(mul, -2, -1)\n"
+        "linear = linear(flatten_using_ints, head.weight)\n"
+        "return linear\n"
+    )
+
+
+def test_what_is_written_in_place_becomes_functional() -> None:
+    graph = canonical(lambda m, x: (x * 2).add_(m.bias).mul_(m.gain))
+    assert count(graph, "add") == 1 and count(graph, "mul") == 2
+
+
+def test_other_forwards_are_refused() -> None:
+    class Wrong(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return tokens * 2
+
+    program = torch.export.export(Wrong(), (torch.zeros(2, 3, dtype=torch.int64),))
+    with pytest.raises(CaptureError, match=r"forward\(tokens, positions\), found inputs \['tokens'\]"):
+        from_exported(program)
+
+    class Two(nn.Module):
+        def forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            return tokens * 2, positions * 2
+
+    numbers = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(CaptureError, match="returns logits alone"):
+        from_exported(torch.export.export(Two(), (numbers, numbers)))

@@ -1,0 +1,156 @@
+"""A captured graph computes what the model computes, for every architecture, batch and length."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import transformers as t
+from architectures import BASE, CONFIGS, tiny
+from helpers import captured, count, everything_in_float64, model_of, tokens_for
+from torch import fx
+
+from rolora_passes.errors import CaptureError
+from rolora_passes.graphs.canonical import canonicalize
+from rolora_passes.graphs.capture import _static_experts, capture
+from rolora_passes.graphs.graph import is_op, linears, op_name, parameters, run
+from rolora_passes.graphs.verify import relative_error
+
+# Per layer: linears, and norms; at the end: one head, one norm.
+LINEARS = {name: 7 for name in CONFIGS} | {"phi": 6, "opt": 6, "gpt2": 6, "gpt_neox": 6, "starcoder2": 6, "mixtral": 5}
+NORMS = {name: 2 for name in CONFIGS} | {
+    "qwen3": 4, "gemma2": 4, "gemma3": 6, "phi": 1, "cohere": 1, "olmo2": 4,
+}  # fmt: skip
+LAYER_NORMS = {"opt", "gpt2", "gpt_neox", "phi", "cohere", "starcoder2", "stablelm"}
+WITHOUT_ROTARY = {"opt": 2, "gpt2": 2}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_float32_logits_equal_the_models(name: str) -> None:
+    graph, model = captured(name, torch.float32), model_of(name, torch.float32)
+    tokens = tokens_for(graph)
+    with torch.no_grad(), _static_experts(model):
+        assert relative_error(run(graph, tokens), model(tokens, use_cache=False).logits) < 2e-6
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("batch", "length"), [(3, 9), (1, 1), (1, 23), (2, 2)])
+def test_float64_logits_equal_the_models_run_in_float64(name: str, batch: int, length: int) -> None:
+    graph, model = captured(name), model_of(name)
+    tokens = tokens_for(graph, batch, length)
+    with torch.no_grad(), _static_experts(model), everything_in_float64():
+        expected = model(tokens, use_cache=False).logits
+    assert expected.dtype == torch.float64
+    assert relative_error(run(graph, tokens), expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_is_left_of_the_capture(name: str) -> None:
+    graph = captured(name)
+    left = ("_assert", "sym_constrain", "_guards", "dropout", "alias", "detach", "clone", "wrap_with")
+    left += () if name in ("opt", "mixtral") else ("sym_size",)  # they make tables of the input's size
+    for node in graph.graph.nodes:
+        assert node.op in ("get_attr", "placeholder", "call_function", "output")
+        assert not op_name(node).startswith(left), node.format_node()
+        assert not (node.op == "call_function" and not node.users), f"{node} has no use"
+        if isinstance(node.target, torch._ops.OpOverload):
+            assert not node.target._schema.is_mutable
+    assert all(not value.is_meta and value.dtype != torch.float32 for value in parameters(graph).values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_cast_to_the_type_a_value_has(name: str) -> None:
+    graph = captured(name, torch.float32)
+
+    class Casts(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            if is_op(n, "to", "_to_copy", "type_as"):
+                assert value.dtype != self.env[n.args[0]].dtype, n.format_node()  # type: ignore[attr-defined,index]
+            return value
+
+    tokens = tokens_for(graph)
+    Casts(graph).run(tokens, torch.arange(9).expand(3, 9))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_composites_are_one_node_each(name: str) -> None:
+    graph = captured(name)
+    norm = "layer_norm" if name in LAYER_NORMS else "rms_norm"
+    assert count(graph, "attention") == 2
+    assert count(graph, "rotary_embedding") == 4 - 2 * WITHOUT_ROTARY.get(name, {"smollm3": 0}.get(name, 0))
+    assert count(graph, "rms_norm", "layer_norm") == count(graph, norm) == 2 * NORMS[name] + 1
+    assert len(linears(graph)) == 2 * LINEARS[name] + 1
+    assert not count(graph, "addmm", "chunk", "split", "scaled_dot_product_attention", "rsqrt", "var")
+    assert all(n.args[2] is None for n in graph.graph.nodes if is_op(n, "rms_norm", "layer_norm"))
+
+
+def test_attention_keeps_window_scale_and_soft_cap() -> None:
+    graph = captured("gemma2")
+    first, second = (n.args[3:] for n in graph.graph.nodes if is_op(n, "attention"))
+    assert first == (8**-0.5, True, 4, 50.0)
+    assert second == (8**-0.5, True, None, 50.0)
+
+
+def test_parameters_keep_names_and_are_shared_with_the_model() -> None:
+    model = tiny("llama")
+    known = dict(model.named_parameters())
+    found = parameters(capture(model))
+    assert set(known) <= set(found)
+    assert all(found[name].data_ptr() == known[name].data_ptr() for name in known)
+
+
+def test_capture_leaves_the_model_as_it_was() -> None:
+    model = tiny("llama", torch.float32).train()
+    before = model.config._attn_implementation
+    capture(model)
+    assert model.training and model.config._attn_implementation == before
+
+
+def test_capture_records_what_later_stages_need() -> None:
+    config = captured("llama").meta["config"]
+    assert config["vocab_size"] == 97 and config["max_position_embeddings"] == 64 and config["eos_token_id"] == 2
+
+
+def test_not_a_causal_language_model() -> None:
+    small = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16, vocab_size=31)
+    with pytest.raises(CaptureError, match=r"BertModel.*AutoModelForCausalLM"):
+        capture(t.BertModel(t.BertConfig(**small)))
+    config = t.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=31)
+    with pytest.raises(CaptureError, match=r"T5ForConditionalGeneration.*encoder"):
+        capture(t.T5ForConditionalGeneration(config))
+    with pytest.raises(CaptureError, match=r"found LlamaModel"):
+        capture(t.LlamaModel(t.LlamaConfig(**BASE)))
+    with pytest.raises(CaptureError, match=r"found Linear"):
+        capture(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_named(value: float) -> None:
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+    with pytest.raises(CaptureError, match=r"1 NaN or infinite values in model\.layers\.1\.mlp\.up_proj\.weight"):
+        capture(model)
+
+
+def test_bidirectional_attention_is_refused() -> None:
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(CaptureError, match="bidirectional"):
+        capture(model)
+
+
+def test_a_graph_that_disagrees_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["rolora_passes.graphs.capture"]
+
+    def wrong(exported: torch.nn.Module) -> fx.GraphModule:
+        graph = canonicalize(exported)
+        next(n for n in graph.graph.nodes if is_op(n, "attention")).update_arg(3, 0.5)
+        graph.recompile()
+        return graph
+
+    monkeypatch.setattr(module, "canonicalize", wrong)
+    with pytest.raises(CaptureError, match="relative difference"):
+        capture(tiny("llama"))

@@ -1,0 +1,148 @@
+"""A saved graph is the same graph, also where transformers is not installed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import CONFIGS
+from helpers import captured, difference, tokens_for
+from safetensors.torch import save_file
+from torch import fx
+
+from rolora_passes import FoldConstants, FuseNorm, QuantizeActivations, QuantizeWeights, Rotate, apply_passes
+from rolora_passes.errors import GraphFormatError
+from rolora_passes.graphs import files
+from rolora_passes.graphs.graph import copy_graph, dtype_of, insert_after, parameters, run
+from rolora_passes.graphs.serialize import load_graph, save_graph
+from rolora_passes.graphs.text import graph_text
+from rolora_passes.graphs.verify import relative_error
+
+
+def same(found: fx.GraphModule, expected: fx.GraphModule) -> None:
+    assert graph_text(found) == graph_text(expected)
+    old, new = parameters(expected), parameters(found)
+    assert all(torch.equal(new[name], old[name]) and new[name].dtype == old[name].dtype for name in old)
+    tokens = tokens_for(expected)  # memory is aligned differently: kernels may sum in another order
+    allowed = 1e-5 if dtype_of(expected) == torch.float32 else 1e-13
+    assert relative_error(run(found, tokens), run(expected, tokens)) < allowed
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    graph = captured(name)
+    loaded = load_graph(save_graph(graph, tmp_path / "graph.safetensors"))
+    same(loaded, graph)
+    assert loaded.meta["config"] == graph.meta["config"] and loaded.meta["facts"] == ["canonical"]
+
+
+def test_round_trip_of_a_quantized_graph(tmp_path: Path) -> None:
+    single = captured("llama", torch.float32)
+    graph = apply_passes(single, [QuantizeWeights(group_size=None), QuantizeActivations(), FoldConstants()])
+    same(load_graph(save_graph(graph, tmp_path / "graph.safetensors")), graph)
+
+
+def test_expressions_and_rotations_survive(tmp_path: Path) -> None:
+    graph = apply_passes(captured("llama"), [FuseNorm(), Rotate(residual="orthogonal")])
+    loaded = load_graph(save_graph(graph, tmp_path / "graph.safetensors"))
+    same(loaded, graph)
+    assert loaded.meta["rotations"] == json.loads(json.dumps(graph.meta["rotations"]))
+    for key, value in graph.meta["rotation_tensors"].items():
+        assert torch.equal(loaded.meta["rotation_tensors"][key], value)
+    assert difference(apply_passes(loaded, [FoldConstants()]), graph) < 1e-10
+
+
+def test_shared_tensors_are_written_once(tmp_path: Path) -> None:
+    graph = apply_passes(captured("llama-tied"), [FuseNorm()])  # two names, one table
+    path = save_graph(graph, tmp_path / "graph.safetensors")
+    names = [name for name, value in parameters(graph).items() if tuple(value.shape) == (97, 24)]
+    assert len(names) == 2
+    size = sum(v.numel() * v.element_size() for v in {v.data_ptr(): v for v in parameters(graph).values()}.values())
+    assert path.stat().st_size < size + 97 * 24 * 8 // 2 + len(json.dumps(graph_text(graph))) * 12
+
+
+def test_loads_without_transformers(tmp_path: Path) -> None:
+    graph = captured("gemma2")
+    path = save_graph(graph, tmp_path / "graph.safetensors")
+    tokens = tokens_for(graph)
+    torch.save((tokens, run(graph, tokens)), tmp_path / "expected.pt")
+    code = f"""
+import sys, torch
+from rolora_passes.graphs.serialize import load_graph
+from rolora_passes.graphs.graph import run
+torch.set_num_threads(1)
+tokens, expected = torch.load({str(tmp_path / "expected.pt")!r})
+torch.testing.assert_close(run(load_graph({str(path)!r}), tokens), expected, rtol=1e-12, atol=1e-12)
+assert not [m for m in sys.modules if m.split(".")[0] == "transformers"], "transformers was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(GraphFormatError, match="expected a saved graph at"):
+        load_graph(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 0.5, 0.99])
+def test_a_file_cut_short(keep: float, tmp_path: Path) -> None:
+    path = save_graph(captured("llama"), tmp_path / "graph.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep if keep >= 1 else keep * len(content))])
+    with pytest.raises(GraphFormatError, match=r"graph\.safetensors is damaged"):
+        load_graph(path)
+
+
+def test_safetensors_that_are_not_a_graph(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"x": torch.ones(2)}, path)
+    with pytest.raises(GraphFormatError, match="found no graph"):
+        load_graph(path)
+    save_file({"x": torch.ones(2)}, path, metadata={"graph": json.dumps({"format": "rolora-graph-0"})})
+    with pytest.raises(GraphFormatError, match="found rolora-graph-0"):
+        load_graph(path)
+    save_file({"x": torch.ones(2)}, path, metadata={"graph": "{"})
+    with pytest.raises(GraphFormatError, match="damaged"):
+        load_graph(path)
+
+
+def test_an_operator_this_torch_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    node = {"op": "call_function", "name": "a", "target": "aten.of_the_future.default", "args": [], "kwargs": {}}
+    described = {"format": "rolora-graph-1", "nodes": [node], "aliases": {}, "meta": {}}
+    save_file({"x": torch.ones(2)}, path, metadata={"graph": json.dumps(described)})
+    with pytest.raises(GraphFormatError, match="aten.of_the_future"):
+        load_graph(path)
+
+
+def test_what_cannot_be_named_cannot_be_saved(tmp_path: Path) -> None:
+    graph = copy_graph(captured("llama"))
+    last = next(n for n in reversed(graph.graph.nodes) if n.op == "call_function")
+    insert_after(graph, last, lambda x: x, last)
+    with pytest.raises(GraphFormatError, match="is not a registered operator"):
+        save_graph(graph, tmp_path / "graph.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["save_file", "replace"])
+def test_an_interrupted_write_leaves_what_was_there(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "graph.safetensors"
+    path.write_bytes(b"what was there")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    if where == "replace":
+        monkeypatch.setattr(files.os, "replace", fail)
+    else:
+        monkeypatch.setattr(sys.modules["rolora_passes.graphs.serialize"], "save_file", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_graph(captured("llama"), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["graph.safetensors"]
+    assert path.read_bytes() == b"what was there"

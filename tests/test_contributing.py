@@ -1,0 +1,61 @@
+"""The code in CONTRIBUTING.md works as the page says: the pass, its registration, its test, the checks."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rolora_passes
+from rolora_passes.registry import PASSES, make_pass
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> dict[str, Path]:
+    """The page's blocks of Python, in files named as the page names them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    names = ("sort_channels.py", "registry.txt", "test_sort_channels.py")
+    assert len(blocks) == len(names)
+    for name, block in zip(names, blocks, strict=True):
+        (tmp_path / name).write_text(block)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    return {name: tmp_path / name for name in names}
+
+
+def test_the_pass_and_its_test_run(page: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = page["sort_channels.py"].parent
+    monkeypatch.setattr(rolora_passes, "__path__", [*rolora_passes.__path__, str(folder)])
+    (registration,) = ast.literal_eval("{" + page["registry.txt"].read_text() + "}").items()
+    monkeypatch.setitem(PASSES, *registration)
+    try:
+        assert make_pass(registration[0]).name == registration[0]
+        test = str(page["test_sort_channels.py"])
+        assert pytest.main([test, "--rootdir", str(folder), "-p", "no:cacheprovider", "-q"]) == 0
+    finally:
+        for name in ("rolora_passes.sort_channels", "test_sort_channels"):
+            sys.modules.pop(name, None)
+
+
+def test_the_code_passes_the_checks(page: dict[str, Path]) -> None:
+    ours = ["--no-cache", "--config", 'lint.isort.known-first-party=["rolora_passes"]', "--stdin-filename"]
+    for place in ("rolora_passes/sort_channels.py", "tests/test_sort_channels.py"):
+        text = page[Path(place).name].read_text()
+        for command in (["check"], ["format", "--check", "--diff"]):
+            ruff = [sys.executable, "-m", "ruff", *command, *ours, str(ROOT / place), "-"]
+            done = subprocess.run(ruff, input=text, capture_output=True, text=True, cwd=ROOT)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_targets_exist() -> None:
+    text, makefile = (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"`make (\w+)`", text))
+    assert {"test", "demo"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target

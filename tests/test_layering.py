@@ -1,0 +1,102 @@
+"""Imports point one way: graphs <- passes <- pipelines <- export <- cli."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rolora_passes
+from rolora_passes.registry import PASSES
+
+ROOT = Path(rolora_passes.__file__).parent
+FILES = sorted(p for p in ROOT.rglob("*.py"))
+MODULES = {".".join(("rolora_passes", *p.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): p for p in FILES}
+PASS_MODULES = {place.partition(":")[0] for place in PASSES.values()}
+EXTRAS = {"executorch", "onnx", "onnxscript", "onnxruntime", "onnxruntime_genai", "peft", "lm_eval", "torchao"}
+# Modules that are subclasses of an extra's; nothing else imports them outside a function.
+LATE = ("rolora_passes.export.xnnpack", "rolora_passes.export.last_token")
+# What a pass may import of the package; the manager and what is above it also import passes.
+BELOW = {"rolora_passes.errors", "rolora_passes.passes"}
+
+
+def imported(tree: ast.AST, top_only: bool = False) -> Iterator[str]:
+    """Modules that are imported, `from a import b` as `a.b`; not those for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if top_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        yield from imported(node, top_only)
+
+
+def ours(module: str) -> set[str]:
+    """Modules of the package that a module imports, anywhere."""
+    found = set()
+    for name in imported(ast.parse(MODULES[module].read_text())):
+        if name.split(".")[0] == "rolora_passes":
+            found.add(name if name in MODULES else name.rpartition(".")[0])
+    return found
+
+
+def under(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if under(m, "rolora_passes.graphs")])
+def test_graphs_import_graphs_and_errors_alone(module: str) -> None:
+    beyond = {m for m in ours(module) if not under(m, "rolora_passes.graphs") and m != "rolora_passes.errors"}
+    assert not beyond
+
+
+@pytest.mark.parametrize("module", sorted(m for m in PASS_MODULES if not under(m, "rolora_passes.export")))
+def test_a_pass_imports_no_other_pass(module: str) -> None:
+    beyond = {m for m in ours(module) if not under(m, "rolora_passes.graphs") and m not in BELOW}
+    assert not beyond
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not under(m, "rolora_passes.export")])
+def test_nothing_below_imports_export_or_the_command_line(module: str) -> None:
+    if module not in ("rolora_passes.cli", "rolora_passes.__main__"):
+        assert not {m for m in ours(module) if under(m, "rolora_passes.export") or under(m, "rolora_passes.cli")}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if under(m, "rolora_passes.export")])
+def test_export_does_not_import_the_command_line(module: str) -> None:
+    assert "rolora_passes.cli" not in ours(module)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_extras_are_imported_inside_functions(module: str) -> None:
+    names = set(imported(ast.parse(MODULES[module].read_text()), top_only=True))
+    late = {name for name in names if name.startswith(LATE)}
+    if not module.startswith(LATE):
+        assert not {name.split(".")[0] for name in names} & (EXTRAS | {"transformers"})
+        assert not late
+
+
+def test_importing_the_package_is_light() -> None:
+    code = (
+        "import sys, rolora_passes, rolora_passes.graphs, rolora_passes.export, rolora_passes.recipes\n"
+        f"print(sorted({{m.split('.')[0] for m in sys.modules}} & {EXTRAS | {'transformers'}!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_files_and_functions_stay_small() -> None:
+    long = [p.name for p in FILES if len(p.read_text().splitlines()) > 400]
+    assert not long
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "export" not in path.parts:
+                assert (node.end_lineno or 0) - node.lineno <= 60, f"{path.name}: {node.name}"

@@ -1,0 +1,111 @@
+"""Recipes are pipelines as YAML and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rolora_passes import (
+    AddLoRA,
+    FoldConstants,
+    FuseNorm,
+    InsertHadamard,
+    MergeLoRA,
+    Pass,
+    QuantizeActivations,
+    QuantizeEmbedding,
+    QuantizeWeights,
+    Rotate,
+)
+from rolora_passes.errors import PassError
+from rolora_passes.manager import check_order
+from rolora_passes.recipes import dump_recipe, load_recipe, recipe_names
+
+methods = st.sampled_from(["hadamard", "orthogonal", None])
+words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=8)
+targets = st.one_of(st.just("all-linear"), words, st.lists(words, min_size=1, max_size=3).map(tuple))
+seeds = st.integers(0, 2**63 - 1)
+passes = st.one_of(
+    st.builds(FuseNorm, tied=st.sampled_from(["untie", "keep"])),
+    st.builds(Rotate, residual=methods, heads=methods, others=methods, seed=seeds, given=st.none() | words),
+    st.builds(InsertHadamard, r3=st.booleans(), r4=st.booleans(), block=st.sampled_from([None, 2, 8, 32])),
+    st.builds(
+        AddLoRA, targets=targets, rank=st.integers(1, 512), alpha=st.floats(0.1, 1e3), seed=seeds,
+        init=st.sampled_from(["zero", "gaussian"]),
+    ),
+    st.builds(MergeLoRA),
+    st.builds(
+        QuantizeWeights, bits=st.sampled_from([4, 8]), group_size=st.sampled_from([None, 32, 64, 128, 256]),
+        targets=targets, head=st.sampled_from([4, 8, None]),
+    ),
+    st.builds(QuantizeActivations, targets=targets),
+    st.builds(QuantizeEmbedding, bits=st.sampled_from([4, 8]), group_size=st.sampled_from([None, 32])),
+    st.builds(FoldConstants),
+)  # fmt: skip
+
+
+def load(text: str, folder: Path) -> list[Pass]:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(passes, max_size=5))
+def test_round_trip(tmp_path_factory: pytest.TempPathFactory, pipeline: list[Pass]) -> None:
+    assert load(dump_recipe(pipeline, about="anything"), tmp_path_factory.getbasetemp()) == pipeline
+
+
+def test_only_what_differs_from_the_defaults_is_written() -> None:
+    assert dump_recipe([FuseNorm(), Rotate(seed=2)]) == "passes:\n- fuse-norm\n- rotate:\n    seed: 2\n"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_our_recipes_load_in_a_legal_order(name: str, tmp_path: Path) -> None:
+    pipeline = load_recipe(name)
+    check_order(pipeline, ["canonical"])
+    assert load(dump_recipe(pipeline), tmp_path) == pipeline
+
+
+def test_the_recipes_there_are() -> None:
+    assert {"8da4w", "rotated-8da4w"} <= set(recipe_names())
+
+
+def test_a_matrix_does_not_fit_into_a_recipe() -> None:
+    with pytest.raises(PassError, match="cannot hold given, a dict: save it and give the file's path"):
+        dump_recipe([Rotate(given={"R1": torch.eye(4)})])
+
+
+def test_a_path_does(tmp_path: Path) -> None:
+    (restored,) = load(dump_recipe([Rotate(given=tmp_path / "R.bin")]), tmp_path)
+    assert str(restored.given) == str(tmp_path / "R.bin")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("passes: [", "is not YAML"),
+        ("just words", "expected a recipe"),
+        ("passes: fuse-norm", "expected a recipe"),
+        ("", "expected a recipe"),
+        ("passes: [fuse-norms]", "found 'fuse-norms'; there are"),
+        ("passes: [{rotate: {angle: 3}}]", "rotate.*'angle'"),
+        ("passes: [{quantize-weights: {bits: 5}}]", "bits must be 4 or 8, found 5"),
+        ("passes: [[1, 2]]", "expected a pass"),
+        ("passes: [!!python/object/apply:os.getcwd []]", "is not YAML"),
+    ],
+)
+def test_what_is_not_a_recipe(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(PassError, match=message):
+        load(text, tmp_path)
+
+
+def test_recipes_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(PassError, match=r"expected a recipe at .*none\.yaml, found nothing"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(PassError, match=r"one of 8da4w, .*, found '8da5w'"):
+        load_recipe("8da5w")
