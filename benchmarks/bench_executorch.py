@@ -146,9 +146,7 @@ def measure(path: str, workload: Workload) -> dict[str, Any]:
     load = time.perf_counter() - start
 
     generate_once(method, workload.prompt, min(8, workload.decode))  # warm-up
-    runs = [
-        generate_once(method, workload.prompt, workload.decode) for _ in range(workload.repeats)
-    ]
+    runs = [generate_once(method, workload.prompt, workload.decode) for _ in range(workload.repeats)]
     peak = memory_mb("VmHWM")
     return {
         "file_mb": os.path.getsize(path) / 1e6,
@@ -216,9 +214,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def run_rounds(
-    files: dict[str, str], workload: Workload, rounds: int
-) -> dict[str, list[dict[str, Any]]]:
+def run_rounds(files: dict[str, str], workload: Workload, rounds: int) -> dict[str, list[dict[str, Any]]]:
     """Measure every file once a round, flipping the order from round to round."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
     for number in range(rounds):
@@ -253,9 +249,7 @@ def summarize(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {"median": medians, "ratio": ratios}
 
 
-def ratio(
-    rounds: list[dict[str, Any]], base: list[dict[str, Any]], key: str
-) -> tuple[float, float, float]:
+def ratio(rounds: list[dict[str, Any]], base: list[dict[str, Any]], key: str) -> tuple[float, float, float]:
     """Median, least and greatest of a metric's ratios, round by round."""
     values = [mine[key] / theirs[key] for mine, theirs in zip(rounds, base, strict=True)]
     return median(values), min(values), max(values)

@@ -19,8 +19,12 @@ from rolora_passes.models import load_model
 def options(description: str) -> argparse.ArgumentParser:
     """A parser with the options every benchmark takes."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", help="model folder, hub name or .gguf (default: the packaged SmolLM2-135M)")
-    parser.add_argument("--text", type=Path, default=Path(__file__).with_name("text.txt"), help="real text to read")
+    parser.add_argument(
+        "--model", help="model folder, hub name or .gguf (default: the packaged SmolLM2-135M)"
+    )
+    parser.add_argument(
+        "--text", type=Path, default=Path(__file__).with_name("text.txt"), help="real text to read"
+    )
     return parser
 
 

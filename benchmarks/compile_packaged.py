@@ -22,7 +22,9 @@ def main() -> None:
         arguments.model = str(packaged_model())
     compiled = compile_model(arguments.model, arguments.recipe, arguments.output, verify=False)
     lowering, weights = compiled.lowering, compiled.weights
-    print(f"{arguments.recipe}: {lowering.bytes / 1e6:.1f} MB, weights {weights.megabytes:.1f} MB as stored in the graph")
+    print(
+        f"{arguments.recipe}: {lowering.bytes / 1e6:.1f} MB, weights {weights.megabytes:.1f} MB in the graph"
+    )
     print(f"{lowering.delegates} delegates, {sum(lowering.operators.values())} other instructions")
     print(f"lowering {sum(lowering.seconds.values()):.1f} CPU s: {lowering.seconds}")
 

@@ -19,7 +19,9 @@ def main() -> None:
     graph, tokenizer = captured(arguments.model)
     tokens = tokens_of(tokenizer, arguments.text, 64)
     with tempfile.TemporaryDirectory() as folder:
-        drawn = apply_passes(graph, [FuseNorm(), Rotate(residual="orthogonal", heads="orthogonal", seed=7)], verify=False)
+        drawn = apply_passes(
+            graph, [FuseNorm(), Rotate(residual="orthogonal", heads="orthogonal", seed=7)], verify=False
+        )
         save_rotations(drawn, folder)
         kinds = {
             "hadamard": Rotate(),
@@ -32,7 +34,10 @@ def main() -> None:
             for name, rotate in kinds.items():
                 passes = [FuseNorm(), rotate, InsertHadamard(), FoldConstants()]
                 found = run(apply_passes(plain, passes, verify=False), tokens)
-                print(f"{str(dtype).removeprefix('torch.'):8} {name:14} {relative_error(found, expected):.1e}", flush=True)
+                print(
+                    f"{str(dtype).removeprefix('torch.'):8} {name:14} {relative_error(found, expected):.1e}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ HERE = Path(__file__).resolve().parent
 
 def commands(folder: Path, peer: Path | None) -> list[list[str]]:
     """What to run; ExecuTorch's own exporter takes ten minutes, unless a file it made is given."""
-    made = [f"{name}={folder / name / 'model.pte'}" for name in ("8da4w", "rotated-8da4w", "rotated-8da4w-tied")]
+    made = [
+        f"{name}={folder / name / 'model.pte'}" for name in ("8da4w", "rotated-8da4w", "rotated-8da4w-tied")
+    ]
     peer_file = peer or folder / "peer" / "peer.pte"
     tokenizer = str(folder / "8da4w" / "tokenizer.json")
     return [
@@ -26,7 +28,16 @@ def commands(folder: Path, peer: Path | None) -> list[list[str]]:
         ["outliers.py"],
         ["parity.py"],
         *([] if peer else [["peer_executorch.py", "--out", str(folder / "peer")]]),
-        *[["compile_packaged.py", "--recipe", m.partition("=")[0], "--output", str(folder / m.partition("=")[0])] for m in made],
+        *[
+            [
+                "compile_packaged.py",
+                "--recipe",
+                m.partition("=")[0],
+                "--output",
+                str(folder / m.partition("=")[0]),
+            ]
+            for m in made
+        ],
         ["bench_executorch.py", f"peer={peer_file}", *made, "--census"],
         ["bench_executorch.py", f"peer={peer_file}", *made, "--tokenizer", tokenizer, "--threads", "1"],
         ["bench_executorch.py", f"peer={peer_file}", *made, "--tokenizer", tokenizer, "--threads", "2"],
@@ -42,13 +53,17 @@ def main() -> None:
     results = HERE / "results" / f"{datetime.now(UTC).date().isoformat()}.md"
     results.parent.mkdir(exist_ok=True)
     with results.open("a") as file, tempfile.TemporaryDirectory() as folder:
-        file.write(f"\n## {platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
+        file.write(
+            f"\n## {platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}\n"
+        )
         for command in commands(Path(folder), arguments.peer):
             if arguments.only and command[0].removesuffix(".py") not in arguments.only:
                 continue
             shown = " ".join(command).replace(folder, "OUT").replace(str(arguments.peer), "peer.pte")
             print(f"$ python benchmarks/{shown}", flush=True)
-            done = subprocess.run([sys.executable, command[0], *command[1:]], cwd=HERE, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [sys.executable, command[0], *command[1:]], cwd=HERE, stdout=subprocess.PIPE, text=True
+            )
             print(done.stdout, flush=True)
             file.write(f"\n    $ python benchmarks/{shown}\n\n```\n{done.stdout.rstrip()}\n```\n")
             file.flush()

@@ -1,7 +1,7 @@
 """Compiler-style passes over torch.export graphs of language models.
 
-    graph = apply_passes(capture(model), [FuseNorm(), Rotate(), AddLoRA()])
-    to_executorch(graph, "model.pte")
+graph = apply_passes(capture(model), [FuseNorm(), Rotate(), AddLoRA()])
+to_executorch(graph, "model.pte")
 """
 
 from rolora_passes.add_lora import AddLoRA

@@ -55,7 +55,9 @@ class AddLoRA(Pass):
     def __post_init__(self) -> None:
         if self.rank < 1 or self.init not in ("zero", "gaussian"):
             found = f"rank {self.rank}, init {self.init!r}"
-            raise PassError(f"add-lora: expected a positive rank and init 'zero' or 'gaussian', found {found}")
+            raise PassError(
+                f"add-lora: expected a positive rank and init 'zero' or 'gaussian', found {found}"
+            )
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
 

@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _console.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
         _console.print(str(error), markup=False, soft_wrap=True)
         return 2
+    except MemoryError:
+        _console.print("[bold red]error:[/] not enough memory for this model")
+        return 2
     except KeyboardInterrupt:
         _console.print("interrupted; nothing was written")
         return 130
@@ -65,15 +68,22 @@ def _at_least(low: float, kind: type[int] | type[float]) -> Callable[[str], floa
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("rolora", description="Passes over graphs of language models, to the phone.")
+    parser = argparse.ArgumentParser(
+        "rolora", description="Passes over graphs of language models, to the phone"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     compile_ = commands.add_parser("compile", help="model in, .pte and report out")
     compile_.add_argument("model", help="model folder, hub name, or .gguf file")
-    compile_.add_argument("--recipe", default="rotated-8da4w", help="recipe name or .yaml (default: %(default)s)")
+    compile_.add_argument("--recipe", default="rotated-8da4w", help="recipe name or .yaml (%(default)s)")
     compile_.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
-    compile_.add_argument("--max-length", type=_at_least(1, int), default=512, help="tokens of context (default: %(default)s)")
-    compile_.add_argument("--no-verify", action="store_true", help="do not check that exact passes keep the function")
+    compile_.add_argument(
+        "--max-length", type=_at_least(1, int), default=512, help="tokens of context (%(default)s)"
+    )
+    compile_.add_argument(
+        "--fast-prefill", action="store_true", help="attend in XNNPACK in calls from position 0"
+    )
+    compile_.add_argument("--no-verify", action="store_true", help="do not check the exact passes")
     compile_.set_defaults(run=_compile)
 
     run = commands.add_parser("run", help="generate text from a compiled folder in its stock runtime")
@@ -86,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
 
     look = commands.add_parser("inspect", help="what a model, a saved graph or a compiled folder is made of")
     look.add_argument("model", help="model folder, hub name, .gguf, saved graph, or compiled folder")
-    look.add_argument("--bases", action="store_true", help="which axes may rotate together, and what blocks others")
+    look.add_argument(
+        "--bases", action="store_true", help="which axes may rotate together, or what blocks them"
+    )
     look.add_argument("--graph", action="store_true", help="the graph, a line a node")
     look.add_argument("--as-captured", action="store_true", help="before fuse-norm")
     look.set_defaults(run=_inspect)
@@ -106,6 +118,7 @@ def _compile(options: argparse.Namespace) -> None:
             options.recipe,
             options.output,
             max_length=options.max_length,
+            fast_prefill=options.fast_prefill,
             verify=not options.no_verify,
             on_stage=lambda name: status.update(f"{name} …"),
             on_pass=_pass_line,
@@ -125,7 +138,8 @@ def _summary(compiled: Compiled) -> None:
     table = Table(title=f"{compiled.folder / 'model.pte'}", show_header=False, title_justify="left")
     lowering, weights = compiled.lowering, compiled.weights
     table.add_row("size", f"{lowering.bytes / 1e6:.1f} MB")
-    table.add_row("weights", f"{weights.elements / 1e6:.1f} M, {weights.bits_per_weight:.2f} bits each with scales")
+    bits_each = f"{weights.bits_per_weight:.2f} bits each with scales"
+    table.add_row("weights", f"{weights.elements / 1e6:.1f} M, {bits_each}")
     for bits, count in weights.by_bits.items():
         table.add_row("", f"{count / 1e6:.1f} M at {bits} bits")
     for record in compiled.history:
@@ -150,7 +164,9 @@ def _run(options: argparse.Namespace) -> None:
 
     manifest = options.folder / "manifest.json"
     if not manifest.is_file():
-        raise FileNotFoundError(f"expected a folder that `rolora compile` wrote, found no manifest.json in {options.folder}")
+        raise FileNotFoundError(
+            f"expected a folder that `rolora compile` wrote, found no manifest.json in {options.folder}"
+        )
     prompt = options.prompt if options.raw else _chat(options.folder, options.prompt)
     screen = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # the runner's own output is put aside
     try:
@@ -163,7 +179,8 @@ def _run(options: argparse.Namespace) -> None:
             on_text=lambda text: print(text, end="", flush=True, file=screen),
         )
     except RuntimeError as error:  # the runner's own
-        raise RunError(f"the runner failed on {options.folder / 'model.pte'}: {error}; its log is above") from error
+        program = options.folder / "model.pte"
+        raise RunError(f"the runner failed on {program}: {error}; its log is above") from error
     print(file=screen, flush=True)
 
 

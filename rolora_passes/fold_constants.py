@@ -72,9 +72,8 @@ class FoldConstants(Pass):
         finish(graph)
         return report
 
-
     def verify(self, before: fx.GraphModule, after: fx.GraphModule, report: Report) -> float | None:
-        """As for every exact pass, unless a quantizer is folded: in float64 some of its ties break otherwise."""
+        """As for every exact pass, unless a quantizer is folded: in float64 some ties break otherwise."""
         if any(is_op(n, "quantize") for n in before.graph.nodes):
             return None
         return super().verify(before, after, report)

@@ -94,14 +94,18 @@ def _free_tables(graph: fx.GraphModule, tied: str, report: Report) -> None:
         name = root_names(table)[0]
         centred = any(is_op(n, "layer_norm") for n in graph.graph.nodes)
         if tied == "keep" and centred:
-            report.left.append((name, "kept tied is for RMS norms: a LayerNorm's centring needs the head untied"))
+            report.left.append(
+                (name, "kept tied is for RMS norms: a LayerNorm's centring needs the head untied")
+            )
         if tied == "keep" and not centred:
             for reader in readers:
                 if reader.args[0] in affine:
                     _dense_before(graph, reader, affine[reader.args[0]])
                     report.changed.append(f"{name}: kept tied, a dense matrix before the head")
         elif tied == "untie" or centred:
-            clone = add_parameter(graph, f"{name.removesuffix('.weight')}_head.weight", get_tensor(graph, name))
+            clone = add_parameter(
+                graph, f"{name.removesuffix('.weight')}_head.weight", get_tensor(graph, name)
+            )
             for reader in readers:
                 reader.replace_input_with(table, clone)
             report.changed.append(f"{name}: untied from the head")
@@ -121,7 +125,9 @@ def _move_biases(graph: fx.GraphModule, report: Report) -> None:
     known = constants(graph)
     for node, value, bias in _norm_affine(graph, "add"):
         name = root_names(bias)[0]
-        others = [u for u in node.users if not (is_op(u, "linear") and u.args[0] is node and u.args[1] in known)]
+        others = [
+            u for u in node.users if not (is_op(u, "linear") and u.args[0] is node and u.args[1] in known)
+        ]
         if others:
             report.left.append((name, f"{others[0].name} reads the norm's output and is not a linear"))
             continue
@@ -140,7 +146,9 @@ def _move_gains(graph: fx.GraphModule, report: Report) -> None:
     expressions, shapes = Expressions(graph), infer_shapes(graph, only=constants(graph))
     for (node, value, gain), factors in zip(gains, classes, strict=True):
         name = root_names(gain)[0]
-        reason = _blocked(factors, reading=True) or (used.count(factors[0][0]) > 1 and "meets another gain's axis")
+        reason = _blocked(factors, reading=True) or (
+            used.count(factors[0][0]) > 1 and "meets another gain's axis"
+        )
         if reason:
             report.left.append((name, str(reason)))
             continue

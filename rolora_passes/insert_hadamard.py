@@ -16,7 +16,19 @@ from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.passes import Pass, Report
 
 # Operators that make an axis rigid element by element: what they produce can only be rotated online.
-_POINTWISE = {"mul", "silu", "gelu", "relu", "sigmoid", "tanh", "leaky_relu", "elu", "square", "pow", "hardswish"}
+_POINTWISE = {
+    "mul",
+    "silu",
+    "gelu",
+    "relu",
+    "sigmoid",
+    "tanh",
+    "leaky_relu",
+    "elu",
+    "square",
+    "pow",
+    "hardswish",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,9 @@ class InsertHadamard(Pass):
 
     def __post_init__(self) -> None:
         if self.block is not None and not hadamard.constructible(self.block):
-            raise PassError(f"insert-hadamard: no Hadamard of order {self.block} is known; use a power of two")
+            raise PassError(
+                f"insert-hadamard: no Hadamard of order {self.block} is known; use a power of two"
+            )
 
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
@@ -103,7 +117,9 @@ def _spreads(node: fx.Node, known: set[fx.Node]) -> bool:
     """Whether a value is made element by element: a non-linearity, or a product of two activations."""
     if node.op != "call_function" or op_name(node) not in _POINTWISE or node in known:
         return False
-    return op_name(node) != "mul" or (len(node.all_input_nodes) == 2 and not known & set(node.all_input_nodes))
+    return op_name(node) != "mul" or (
+        len(node.all_input_nodes) == 2 and not known & set(node.all_input_nodes)
+    )
 
 
 def _reaches_matmul(node: fx.Node) -> bool:

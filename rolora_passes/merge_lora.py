@@ -50,8 +50,11 @@ def _merged_bias(
     graph: fx.GraphModule, before: fx.Node, linear: fx.Node, low: fx.Node, high: fx.Node, scale: float
 ) -> fx.Node | None:
     """b + s·(B·a + b') where the branch's halves have biases a and b' (fuse-norm gives them some)."""
+    own: fx.Node | None
     own, inner, outer = (argument(n, "bias") for n in (linear, low, high))
-    branch = outer if inner is None else insert(graph, before, aten.linear.default, inner, high.args[1], outer)
+    branch = (
+        outer if inner is None else insert(graph, before, aten.linear.default, inner, high.args[1], outer)
+    )
     if branch is None:
         return own
     scaled = insert(graph, before, aten.mul.Tensor, branch, scale)
@@ -59,7 +62,7 @@ def _merged_bias(
 
 
 def _branch(node: fx.Node, known: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
-    """(linear, A's linear, B's linear, scale) if a node adds a low-rank branch to a linear nothing else reads."""
+    """(linear, A's, B's, scale) if a node adds a low-rank branch to a linear that nothing else reads."""
     if not is_op(node, "add"):
         return None
     for linear, scaled in (node.args[:2], node.args[1::-1]):

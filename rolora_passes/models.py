@@ -22,21 +22,23 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     Weights of a quantized GGUF are dequantized.
 
     Raises:
-        CaptureError: nothing there, a damaged checkpoint, one that lacks weights, or not a causal language model.
+        CaptureError: nothing there; a damaged checkpoint, or one that lacks weights; not a causal language
+            model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     place, options = _resolve(source)
     if not options:
         _require_whole(Path(place))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     with _explained(f"a causal language model from {source}"):
-        model, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
+        known = {"dtype": dtype, "output_loading_info": True, **options}
+        model, info = AutoModelForCausalLM.from_pretrained(place, **known)
     missing = sorted(info["missing_keys"])
     if missing:
         some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CaptureError(
-            f"expected all weights of a {type(model).__name__} in {source}, found no {some}: it is incomplete, "
-            "or was saved from another kind of model"
+            f"expected all weights of a {type(model).__name__} in {source}, found no {some}: "
+            "it is incomplete, or was saved from another kind of model"
         )
     with _explained(f"the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(place, **options)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import fx
 
 from rolora_passes.graphs.graph import finish, is_op, site_names
-from rolora_passes.graphs.quantizers import quantize_per_token
+from rolora_passes.graphs.quantizers import quantize_per_token, require_float32
 from rolora_passes.graphs.sites import matches, require_match
 from rolora_passes.passes import Pass, Report
 
@@ -36,6 +36,7 @@ class QuantizeActivations(Pass):
     targets: str | tuple[str, ...] = "all-linear"
 
     def run(self, graph: fx.GraphModule) -> Report:
+        require_float32(graph, self.name)
         report = Report()
         quantized: dict[fx.Node, fx.Node] = {}
         names = site_names(graph)

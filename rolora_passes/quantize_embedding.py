@@ -9,7 +9,7 @@ from torch import fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import constants, finish, is_op, root_names
-from rolora_passes.graphs.quantizers import quantize_weight
+from rolora_passes.graphs.quantizers import quantize_weight, require_float32
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.passes import Pass, Report
 
@@ -39,9 +39,12 @@ class QuantizeEmbedding(Pass):
         if self.bits not in (4, 8):
             raise PassError(f"quantize-embedding: bits must be 4 or 8, found {self.bits}")
         if self.group_size is not None and self.group_size < 1:
-            raise PassError(f"quantize-embedding: group_size must be positive or None, found {self.group_size}")
+            raise PassError(
+                f"quantize-embedding: group_size must be positive or None, found {self.group_size}"
+            )
 
     def run(self, graph: fx.GraphModule) -> Report:
+        require_float32(graph, self.name)
         report = Report()
         known = constants(graph)
         shapes = infer_shapes(graph, only=known)
@@ -52,7 +55,9 @@ class QuantizeEmbedding(Pass):
             assert isinstance(table, fx.Node)
             name, width = root_names(table)[0], int(shapes[table].shape[-1])
             if self.group_size and width % self.group_size:
-                raise PassError(f"quantize-embedding: groups of {self.group_size} do not divide {name} ({width} wide)")
+                raise PassError(
+                    f"quantize-embedding: groups of {self.group_size} do not divide {name} ({width} wide)"
+                )
             node.update_arg(0, quantize_weight(graph, node, table, self.bits, self.group_size, width))
             report.changed.append(f"{name}: {self.bits} bits")
         finish(graph)

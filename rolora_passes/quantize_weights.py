@@ -9,10 +9,12 @@ from torch import fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import constants, finish, site_names
-from rolora_passes.graphs.quantizers import quantize_weight
+from rolora_passes.graphs.quantizers import quantize_weight, require_float32
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import is_head, matches, require_match
 from rolora_passes.passes import Pass, Report
+
+_GROUPS = (32, 64, 128, 256)  # what the int4 kernels take
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,13 @@ class QuantizeWeights(Pass):
     def __post_init__(self) -> None:
         if self.bits not in (4, 8) or self.head not in (4, 8, None):
             raise PassError(f"quantize-weights: bits must be 4 or 8, found {self.bits} (head {self.head})")
-        if self.group_size is not None and self.group_size not in (32, 64, 128, 256):
+        if self.group_size is not None and self.group_size not in _GROUPS:
             raise PassError(
-                f"quantize-weights: the int4 kernels take groups of 32, 64, 128 or 256, found {self.group_size}"
+                f"quantize-weights: the int4 kernels take groups of {_GROUPS}, found {self.group_size}"
             )
 
     def run(self, graph: fx.GraphModule) -> Report:
+        require_float32(graph, self.name)
         report = Report()
         known = constants(graph)
         shapes = infer_shapes(graph, only=known)
@@ -70,10 +73,14 @@ class QuantizeWeights(Pass):
             group = None if bits == 8 else self.group_size
             width = int(shapes[weight].shape[-1])
             if group and width % group:
-                raise PassError(f"quantize-weights: groups of {group} do not divide {name}, whose input is {width}")
+                fits = [g for g in _GROUPS if width % g == 0]
+                raise PassError(
+                    f"quantize-weights: groups of {group} do not divide {name}, whose input is {width}; "
+                    f"use {' or '.join(map(str, fits)) or 'None (one scale per channel)'}"
+                )
             node.update_arg(1, quantize_weight(graph, node, weight, bits, group, width))
-            report.changed.append(f"{name}: {bits} bits" + (f", groups of {group}" if group else ", per channel"))
+            report.changed.append(
+                f"{name}: {bits} bits" + (f", groups of {group}" if group else ", per channel")
+            )
         finish(graph)
         return report
-
-

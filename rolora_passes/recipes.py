@@ -54,7 +54,8 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, Path):
             value = str(value)
         elif not isinstance(value, (str, int, float, bool, list, type(None))):
-            raise PassError(f"a recipe cannot hold {key}, a {type(value).__name__}: save it and give the file's path")
+            kind = type(value).__name__
+            raise PassError(f"a recipe cannot hold {key}, a {kind}: save it and give the file's path")
         plain[key] = value
     return plain
 
@@ -69,5 +70,6 @@ def _text(source: str | Path) -> str:
         except UnicodeDecodeError as error:
             raise PassError(f"recipe {path} is not a text file: {error}") from error
     if str(source) not in recipe_names():
-        raise PassError(f"expected a recipe file (.yaml) or one of {', '.join(recipe_names())}, found {str(source)!r}")
+        there = ", ".join(recipe_names())
+        raise PassError(f"expected a recipe file (.yaml) or one of {there}, found {str(source)!r}")
     return (resources.files("rolora_passes") / "recipe_files" / f"{source}.yaml").read_text()

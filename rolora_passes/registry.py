@@ -64,14 +64,15 @@ def _check_options(cls: type[Pass], options: Any) -> None:
     name = cls.pass_name()
     known = [f.name for f in dataclasses.fields(cls)]
     if not isinstance(options, Mapping):
-        raise PassError(f"{name}: expected options as {{option: value}}, found {options!r}; there are {known}")
+        raise PassError(f"{name}: expected {{option: value}}, found {options!r}; options are {known}")
     hints = get_type_hints(cls)
     for key, value in options.items():
         if key not in known:
             raise PassError(f"{name} has no option {key!r}; there are {', '.join(known) or 'none'}")
         if not _fits(value, hints[key]):
             wanted = getattr(hints[key], "__name__", str(hints[key]))
-            raise PassError(f"{name}: expected {key} to be {wanted}, found {value!r}; see `rolora passes {name}`")
+            found = f"found {value!r}; see `rolora passes {name}`"
+            raise PassError(f"{name}: expected {key} to be {wanted}, {found}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -68,7 +68,9 @@ class Rotate(Pass):
         keys = {rotation_key(c): c for c in bases.rotatable()}
         unknown = sorted(set(given) - set(keys))
         if unknown:
-            raise PassError(f"rotate: given {unknown[:3]} fit no free class; this graph has {sorted(keys)[:6]}")
+            raise PassError(
+                f"rotate: given {unknown[:3]} fit no free class; this graph has {sorted(keys)[:6]}"
+            )
         for cls in bases.classes:
             if cls.kind in ("residual", "head") and not cls.free:
                 report.left.append((cls.name, cls.why_rigid()))
@@ -114,7 +116,9 @@ def _stream(seed: int, key: str) -> int:
     return mixed
 
 
-def _apply(graph: fx.GraphModule, expressions: Expressions, cls: BasisClass, key: str, matrix: Tensor) -> None:
+def _apply(
+    graph: fx.GraphModule, expressions: Expressions, cls: BasisClass, key: str, matrix: Tensor
+) -> None:
     rotation = add_parameter(graph, f"rotations.{key.replace('.', '_')}", matrix)
     for axis in cls.parameters:
         expressions.wrap(axis.node, torch.ops.rolora.rotate.default, rotation, axis.dim, axis.inner)

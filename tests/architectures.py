@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 import transformers as t
 
-BASE = dict(
-    vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+BASE = {
+    "vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 UNTIED = {**BASE, "tie_word_embeddings": False}
 CONFIGS: dict[str, Callable[[], t.PretrainedConfig]] = {
     "llama": lambda: t.LlamaConfig(**UNTIED),

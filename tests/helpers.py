@@ -51,7 +51,7 @@ def difference(found: fx.GraphModule, expected: fx.GraphModule) -> float:
 
 
 def check(graph: fx.GraphModule, passes: Iterable[PassLike]) -> fx.GraphModule:
-    """Apply passes; the input is untouched, and every record says truly whether its pass changed anything."""
+    """Apply passes: the input is untouched, and every record says truly whether it changed anything."""
     text, tensors = graph_text(graph), parameters(graph)
     copies = {name: value.clone() for name, value in tensors.items()}
     current = graph
@@ -60,7 +60,9 @@ def check(graph: fx.GraphModule, passes: Iterable[PassLike]) -> fx.GraphModule:
         current = apply_passes(current, [step])
         changed = graph_text(current) != before
         record = history(current)[-1]
-        assert record.report.modified == changed, f"{record.name} says {record.report}, graph changed: {changed}"
+        assert record.report.modified == changed, (
+            f"{record.name} says {record.report}, graph changed: {changed}"
+        )
         assert record.nodes[1] == len(current.graph.nodes)
     assert graph_text(graph) == text
     for name, value in parameters(graph).items():
@@ -69,7 +71,9 @@ def check(graph: fx.GraphModule, passes: Iterable[PassLike]) -> fx.GraphModule:
     return current
 
 
-def check_exact(graph: fx.GraphModule, passes: Iterable[PassLike], tolerance: float = 1e-10) -> fx.GraphModule:
+def check_exact(
+    graph: fx.GraphModule, passes: Iterable[PassLike], tolerance: float = 1e-10
+) -> fx.GraphModule:
     """`check`, and the function is kept: float64 logits agree on random tokens, for more than one length."""
     steps = list(passes)
     result = check(graph, steps)
@@ -93,7 +97,9 @@ def randomized(graph: fx.GraphModule, part: str, seed: int = 3) -> fx.GraphModul
     assert chosen
     for name in chosen:
         old = parameters(result)[name]
-        set_tensor(result, name, torch.randn(old.shape, generator=generator, dtype=torch.float64).to(old.dtype) / 4)
+        set_tensor(
+            result, name, torch.randn(old.shape, generator=generator, dtype=torch.float64).to(old.dtype) / 4
+        )
     return result
 
 

@@ -46,7 +46,8 @@ def test_the_scale_is_alpha_over_rank() -> None:
 
 def test_a_seed_draws_the_same_branches() -> None:
     a, b, c = (
-        parameters(apply_passes(captured("llama"), [AddLoRA(rank=2, init="gaussian", seed=s)])) for s in (1, 1, 2)
+        parameters(apply_passes(captured("llama"), [AddLoRA(rank=2, init="gaussian", seed=s)]))
+        for s in (1, 1, 2)
     )
     name = "model.layers.0.mlp.up_proj.lora_A.weight"
     assert torch.equal(a[name], b[name]) and not torch.equal(a[name], c[name])

@@ -80,7 +80,9 @@ def test_what_a_llama_becomes() -> None:
 def test_a_post_norms_gain_is_left_with_the_reason() -> None:
     left = dict(report_of(apply_passes(captured("gemma2"), [FuseNorm()])).left)
     assert set(left) == {
-        f"model.layers.{i}.{n}_layernorm.weight" for i in (0, 1) for n in ("post_attention", "post_feedforward")
+        f"model.layers.{i}.{n}_layernorm.weight"
+        for i in (0, 1)
+        for n in ("post_attention", "post_feedforward")
     }
 
 

@@ -15,9 +15,21 @@ from rolora_passes.registry import PASSES
 
 ROOT = Path(rolora_passes.__file__).parent
 FILES = sorted(p for p in ROOT.rglob("*.py"))
-MODULES = {".".join(("rolora_passes", *p.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): p for p in FILES}
+MODULES = {
+    ".".join(("rolora_passes", *p.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): p
+    for p in FILES
+}
 PASS_MODULES = {place.partition(":")[0] for place in PASSES.values()}
-EXTRAS = {"executorch", "onnx", "onnxscript", "onnxruntime", "onnxruntime_genai", "peft", "lm_eval", "torchao"}
+EXTRAS = {
+    "executorch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime_genai",
+    "peft",
+    "lm_eval",
+    "torchao",
+}
 # Modules that are subclasses of an extra's; nothing else imports them outside a function.
 LATE = ("rolora_passes.export.xnnpack", "rolora_passes.export.last_token")
 # What a pass may import of the package; the manager and what is above it also import passes.
@@ -67,7 +79,9 @@ def test_a_pass_imports_no_other_pass(module: str) -> None:
 @pytest.mark.parametrize("module", [m for m in MODULES if not under(m, "rolora_passes.export")])
 def test_nothing_below_imports_export_or_the_command_line(module: str) -> None:
     if module not in ("rolora_passes.cli", "rolora_passes.__main__"):
-        assert not {m for m in ours(module) if under(m, "rolora_passes.export") or under(m, "rolora_passes.cli")}
+        assert not {
+            m for m in ours(module) if under(m, "rolora_passes.export") or under(m, "rolora_passes.cli")
+        }
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if under(m, "rolora_passes.export")])

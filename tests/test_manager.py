@@ -78,8 +78,14 @@ def test_small_mistakes_are_caught_in_float64() -> None:
         ([Rotate()], r"rotate requires .*'norms fused'.*run fuse-norm first"),
         ([FuseNorm(), Rotate(), Rotate(seed=1)], r"rotate cannot run on a graph that is already 'rotated'"),
         ([FuseNorm(), Rotate(), FuseNorm()], r"fuse-norm cannot run on a graph that is already 'rotated'"),
-        ([QuantizeWeights(group_size=None), FuseNorm()], r"fuse-norm cannot run .*already 'weights quantized'"),
-        ([QuantizeWeights(group_size=None), "merge-lora"], r"merge-lora cannot run .*already 'weights quantized'"),
+        (
+            [QuantizeWeights(group_size=None), FuseNorm()],
+            r"fuse-norm cannot run .*already 'weights quantized'",
+        ),
+        (
+            [QuantizeWeights(group_size=None), "merge-lora"],
+            r"merge-lora cannot run .*already 'weights quantized'",
+        ),
         (["quantize-activations"], r"quantize-activations requires .*run quantize-weights first"),
     ],
 )
@@ -129,10 +135,15 @@ def test_names_mappings_and_objects_are_the_same() -> None:
 
 def test_history_is_an_account() -> None:
     seen: list[str] = []
-    graph = apply_passes(captured("llama"), [FuseNorm(), Rotate()], on_pass=lambda record: seen.append(record.name))
+    graph = apply_passes(
+        captured("llama"), [FuseNorm(), Rotate()], on_pass=lambda record: seen.append(record.name)
+    )
     graph = apply_passes(graph, [FoldConstants()])
     records = history(graph)
-    assert [r.name for r in records] == ["fuse-norm", "rotate", "fold-constants"] and seen == ["fuse-norm", "rotate"]
+    assert [r.name for r in records] == ["fuse-norm", "rotate", "fold-constants"] and seen == [
+        "fuse-norm",
+        "rotate",
+    ]
     assert [r.nodes[1] for r in records[:-1]] == [r.nodes[0] for r in records[1:]]
     assert all(r.error is not None and r.error < 1e-10 for r in records)
     assert all(r.seconds >= 0 and r.peak_mb > 10 for r in records)
@@ -181,6 +192,8 @@ def test_an_exported_program_is_taken_too() -> None:
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     dims = torch.export.Dim.AUTO
     positions = torch.arange(3).expand(2, 3)
-    program = torch.export.export(Tiny(), (tokens, positions), dynamic_shapes=({0: dims, 1: dims}, {0: dims, 1: dims}))
+    program = torch.export.export(
+        Tiny(), (tokens, positions), dynamic_shapes=({0: dims, 1: dims}, {0: dims, 1: dims})
+    )
     graph = apply_passes(program, [FuseNorm(), Rotate(), FoldConstants()])
     assert history(graph)[1].report.changed == ["residual (R1, 8, hadamard)"]

@@ -52,7 +52,9 @@ def test_two_adapters_on_one_weight() -> None:
 
 def test_a_linear_that_something_else_reads_is_left() -> None:
     graph = randomized(apply_passes(captured("llama"), [AddLoRA("o_proj", rank=2)]), "lora_")
-    base = next(n for n in graph.graph.nodes if is_op(n, "linear") and "o_proj.weight" in str(n.args[1].target))
+    base = next(
+        n for n in graph.graph.nodes if is_op(n, "linear") and "o_proj.weight" in str(n.args[1].target)
+    )
     total = next(u for u in base.users if is_op(u, "add"))
     after = insert_after(graph, total, aten.add.Tensor, total, base)
     total.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)

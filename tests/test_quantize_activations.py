@@ -21,7 +21,7 @@ def test_linears_that_read_one_value_share_its_quantizer() -> None:
 
 def test_tokens_are_rounded_to_half_a_step() -> None:
     graph = apply_passes(wide(), [QuantizeWeights(), QuantizeActivations()])
-    known = {n: v for n, v in values(graph, torch.arange(12).reshape(2, 6))}
+    known = dict(values(graph, torch.arange(12).reshape(2, 6)))
     for node in graph.graph.nodes:
         if is_op(node, "dequantize_per_token"):
             q, scale, zero = (known[a] for a in node.args[:3])
@@ -37,7 +37,9 @@ def test_costs_little() -> None:
 
 
 def test_targets_and_floating_weights_are_left() -> None:
-    graph = apply_passes(wide(), [QuantizeWeights(head=None), QuantizeActivations(targets=("q_proj", "lm_head"))])
+    graph = apply_passes(
+        wide(), [QuantizeWeights(head=None), QuantizeActivations(targets=("q_proj", "lm_head"))]
+    )
     left = dict(history(graph)[-1].report.left)
     assert left["lm_head"] == "its weight is in floating point"
     assert left["model.layers.0.mlp.up_proj"] == "left in floating point by the options"
@@ -45,5 +47,7 @@ def test_targets_and_floating_weights_are_left() -> None:
 
 
 def test_needs_quantized_weights() -> None:
-    with pytest.raises(PassOrderError, match="requires a graph with 'weights quantized'.*run quantize-weights first"):
+    with pytest.raises(
+        PassOrderError, match=r"requires a graph with 'weights quantized'.*run quantize-weights first"
+    ):
         apply_passes(wide(), [QuantizeActivations()])

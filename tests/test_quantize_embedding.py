@@ -34,13 +34,15 @@ def test_rows_are_rounded_to_half_a_step(bits: int, group: int | None) -> None:
 
 
 def test_after_rotation_folded_as_unfolded() -> None:
-    graph = apply_passes(wide(), [FuseNorm(), Rotate(), FoldConstants(), QuantizeEmbedding(bits=4, group_size=32)])
+    graph = apply_passes(
+        wide(), [FuseNorm(), Rotate(), FoldConstants(), QuantizeEmbedding(bits=4, group_size=32)]
+    )
     assert difference(check(graph, [FoldConstants()]), graph) < 1e-6
 
 
 def test_a_table_that_the_head_reads_too() -> None:
     """Only the embedding reads the rounded table, or it is left with the reason."""
-    graph = apply_passes(captured("llama-tied"), [QuantizeEmbedding()])
+    graph = apply_passes(captured("llama-tied", torch.float32), [QuantizeEmbedding()])
     report = history(graph)[-1].report
     head = [n for n in graph.graph.nodes if is_op(n, "linear")][-1]
     assert head.args[1].op == "get_attr"

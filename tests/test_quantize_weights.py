@@ -28,7 +28,11 @@ def wide() -> fx.GraphModule:
 def weights(graph: fx.GraphModule) -> dict[str, tuple[Tensor, Tensor]]:
     """(integers, scales) by parameter of a folded graph."""
     found = parameters(graph)
-    return {n.removesuffix("_q"): (found[n], found[n.removesuffix("_q") + "_scale"]) for n in found if n.endswith("_q")}
+    return {
+        n.removesuffix("_q"): (found[n], found[n.removesuffix("_q") + "_scale"])
+        for n in found
+        if n.endswith("_q")
+    }
 
 
 @pytest.mark.parametrize("group", [32, 64])
@@ -71,7 +75,9 @@ def test_integers_are_those_of_torchs_own_quantizer() -> None:
                 originals[name], scale.flatten(), zeros.flatten(), 0, -127, 127, torch.int8
             )
         else:
-            expected = decomposed.quantize_per_channel_group(originals[name], scale, zeros, -8, 7, torch.int8, 32)
+            expected = decomposed.quantize_per_channel_group(
+                originals[name], scale, zeros, -8, 7, torch.int8, 32
+            )
         off = (q.int() - expected.int()).abs()
         assert off.max() <= 1 and (off > 0).double().mean() < 1e-3, name  # ties: torch multiplies by 1/s
 
@@ -118,11 +124,11 @@ def test_head_and_targets() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(PassError, match="groups of 256 do not divide .*, whose input is 64"):
+    with pytest.raises(PassError, match=r"groups of 256 do not divide .*, whose input is 64"):
         apply_passes(wide(), [QuantizeWeights(group_size=256)])
     with pytest.raises(PassError, match="bits must be 4 or 8, found 3"):
         QuantizeWeights(bits=3)
     with pytest.raises(PassError, match="32, 64, 128 or 256, found 48"):
         QuantizeWeights(group_size=48)
-    with pytest.raises(PassOrderError, match="quantize-weights cannot run .* already 'weights quantized'"):
+    with pytest.raises(PassOrderError, match=r"quantize-weights cannot run .* already 'weights quantized'"):
         apply_passes(wide(), [QuantizeWeights(), QuantizeWeights()])

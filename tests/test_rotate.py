@@ -75,9 +75,7 @@ def test_classes_left_by_the_options_are_reported() -> None:
 
 def test_a_seed_draws_the_same_rotations_and_another_seed_others() -> None:
     fused = apply_passes(captured("llama"), [FuseNorm()])
-    first, again, other = (
-        apply_passes(fused, [Rotate(seed=s)]).meta["rotation_tensors"] for s in (0, 0, 1)
-    )
+    first, again, other = (apply_passes(fused, [Rotate(seed=s)]).meta["rotation_tensors"] for s in (0, 0, 1))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["R1"], other["R1"])
     alone = apply_passes(fused, [Rotate(heads=None)]).meta["rotation_tensors"]

@@ -42,6 +42,7 @@ def compile_model(
     folder: str | Path,
     *,
     max_length: int = 512,
+    fast_prefill: bool = False,
     verify: bool = True,
     on_stage: Callable[[str], None] | None = None,
     on_pass: Callable[[Record], None] | None = None,
@@ -56,6 +57,7 @@ def compile_model(
         recipe: a recipe's name or file.
         folder: where to write; a compiled folder there is replaced, anything else is not.
         max_length: tokens of context the program holds.
+        fast_prefill: see `to_executorch`.
         on_stage, on_pass: called as the work goes on, for progress.
 
     Raises:
@@ -70,7 +72,7 @@ def compile_model(
     passes = load_recipe(recipe)
     check_order(passes, ["canonical"])
     _require_replaceable(Path(folder))
-    require("executorch.exir", "executorch")
+    require("executorch.version", "executorch")
     seconds: dict[str, float] = {}
 
     def stage(name: str) -> _Clock:
@@ -87,7 +89,7 @@ def compile_model(
         with stage("passes"):
             graph = apply_passes(graph, passes, verify=verify, on_pass=on_pass)
         with stage("lower"):
-            lowering = to_executorch(graph, temporary / "model.pte", max_length=max_length)
+            lowering = to_executorch(graph, temporary / "model.pte", max_length=max_length, fast_prefill=fast_prefill)
         tokenizer.save_pretrained(temporary)
         (temporary / "recipe.yaml").write_text(dump_recipe(passes))
         if graph.meta.get("rotations"):

@@ -54,7 +54,12 @@ class _Stages:
 
 
 def to_executorch(
-    graph: fx.GraphModule, path: str | os.PathLike[str], *, max_length: int = 512, last_token: bool = True
+    graph: fx.GraphModule,
+    path: str | os.PathLike[str],
+    *,
+    max_length: int = 512,
+    last_token: bool = True,
+    fast_prefill: bool = False,
 ) -> LoweringReport:
     """Lower a canonical graph to `path` and say what became of it.
 
@@ -65,6 +70,9 @@ def to_executorch(
         max_length: tokens the caches hold. Taken from the graph if it has caches already.
         last_token: return the logits of the last token alone, [1, 1, V], as the runner needs; otherwise
             of all tokens, [1, S, V].
+        fast_prefill: let calls that start at position 0 attend in XNNPACK, over their own keys and values
+            instead of the caches. A third more prefill speed, for a second delegate in every layer and
+            longer lowering.
     """
     _require_executorch()
     from rolora_passes.export.last_token import keep_last_token
@@ -77,7 +85,7 @@ def to_executorch(
             keep_last_token(prepared)
         length = prepared.meta["max_length"]
     with stages.stage("delegate"):
-        delegated, count = delegate_to_xnnpack(prepared, CACHED)
+        delegated, count = delegate_to_xnnpack(prepared, CACHED, fast_prefill)
     program = _program(delegated, length, _metadata(delegated, graph.meta.get("config", {}), length), stages)
     with stages.stage("write"):
         size = _write(program, Path(path))

@@ -5,25 +5,25 @@ Regions are found by level: the level of a node grows by one each time a path to
 what stands between two attentions.
 
     Before:  update_cache, custom_sdpa, linear, add, rms_norm, linear, silu, .., rms_norm, linear, rotary, ..
-    After:   update_cache, custom_sdpa, executorchcall_delegate, update_cache, custom_sdpa, ..
+    After:   update_cache, custom_sdpa, executorch_call_delegate, update_cache, custom_sdpa, ..
+
+What a call from position 0 computes instead of custom_sdpa is in `xnnpack_attention`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from executorch.exir.lowered_backend_module import LoweredBackendModule
-from torch import Tensor, fx
+from torch import fx
 
 import rolora_passes.export.xnnpack_hadamard  # noqa: F401  (adds its emitter)
 from rolora_passes.export.shapes import Shape, constant_nodes, infer_shapes, is_written
+from rolora_passes.export.xnnpack_attention import attend_to_fresh
 from rolora_passes.export.xnnpack_emitter import Emitter, Typed, op_key
 from rolora_passes.export.xnnpack_ops import EMITTERS, supported
-from rolora_passes.export.xnnpack_attention import attend_to_fresh
 from rolora_passes.export.xnnpack_signature import Signature, call_delegate
 from rolora_passes.graphs.graph import copy_graph
 
@@ -37,20 +37,25 @@ class _Region:
     outputs: list[fx.Node]
 
 
-def delegate_to_xnnpack(graph: fx.GraphModule, inputs: Mapping[str, Shape]) -> tuple[fx.GraphModule, int]:
-    """Replace everything XNNPACK computes by delegates; returns the new graph and their number."""
+def delegate_to_xnnpack(
+    graph: fx.GraphModule, inputs: Mapping[str, Shape], fast_prefill: bool
+) -> tuple[fx.GraphModule, int]:
+    """Replace everything XNNPACK computes by delegates; returns the new graph and their number.
+
+    With `fast_prefill`, calls from position 0 have a delegate for attention too.
+    """
     result = copy_graph(graph)
     shapes = infer_shapes(result, inputs)
     constant = constant_nodes(result.graph)
     regions = _regions(result.graph, shapes, constant)
     for number, nodes in enumerate(regions):
         _replace(result, _region(nodes, shapes, constant), shapes, number)
-    attend_to_fresh(result, shapes)
+    prefills = attend_to_fresh(result, shapes) if fast_prefill else 0
     for node in reversed(result.graph.nodes):
         if node in constant and not node.users:
             result.graph.erase_node(node)
     result.graph.lint()
-    return fx.GraphModule(result, result.graph), len(regions)
+    return fx.GraphModule(result, result.graph), len(regions) + prefills
 
 
 def _regions(graph: fx.Graph, shapes: dict[fx.Node, Typed], constant: set[fx.Node]) -> list[list[fx.Node]]:

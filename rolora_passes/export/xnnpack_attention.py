@@ -1,14 +1,16 @@
 """Attention of a call that starts at position 0, the usual prefill, over its own keys and values.
 
-There XNNPACK's batched products and softmax take a quarter of the time of the kernel over the caches.
+XNNPACK's batched products and softmax take a quarter of the time of the kernel over the caches, though
+they compute the masked half too. Whether a call is such a one is known only when it runs.
 
     Before:  custom_sdpa(q, k_cache, v_cache, start, ..)
-    After:   cond(input_pos == 0, delegate(q, k, v, mask [S, S]), custom_sdpa(q, k_cache, v_cache, start, ..))
+    After:   cond(first, delegate(q, k, v, ramp), custom_sdpa(q, k_cache, v_cache, start, ..))
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,45 +25,52 @@ from rolora_passes.graphs.graph import get_tensor, set_tensor
 
 _aten, _llama = torch.ops.aten, torch.ops.llama
 
+_LONGEST = 512  # the scores of all heads are in memory at once: 1 MB a head
+_STEP = 1e6  # what masks a score is at least this large
+_OPERANDS = ("q", "k", "v", "ramp", "key_cache", "value_cache", "start")
 
-def attend_to_fresh(module: fx.GraphModule, shapes: dict[fx.Node, Typed]) -> None:
-    """Give every causal attention of a whole call the cheaper way for calls that start at 0, in place."""
+
+def attend_to_fresh(module: fx.GraphModule, shapes: dict[fx.Node, Typed]) -> int:
+    """Let causal attentions of all tokens take the cheaper way where they can; returns their number."""
     found = [
         node
         for node in module.graph.find_nodes(op="call_function", target=_llama.custom_sdpa.default)
         if node.args[4] is None and shapes[node.args[0]][0][1] is None
     ]
     if not found:
-        return
-    first, mask = _head(module, get_tensor(module, found[0].args[1].target).shape[1])
+        return 0
+    first, ramp = _head(module, get_tensor(module, found[0].args[1].target).shape[1])
     for number, node in enumerate(found):
-        q, key_cache, value_cache, start = node.args[:4]
-        k, v = (_written(cache) for cache in (key_cache, value_cache))
-        operands = (q, k, v, mask, key_cache, value_cache, start)
-        sizes = [shapes[n][0] for n in (q, k, v)]
-        fresh = _add(module, f"fresh_{number}", _fresh_branch(sizes, float(node.args[7])), node)
-        cached = _add(module, f"cached_{number}", _cached_branch(node.args[5:]), node)
+        q, key_cache, value_cache, start, _, *others, scale = node.args
+        fresh = (q, _written(key_cache), _written(value_cache))
+        branches = {
+            f"fresh_{number}": _fresh_branch([shapes[n][0] for n in fresh], scale),
+            f"cached_{number}": _cached_branch((None, *others, scale)),
+        }
+        for name, branch in branches.items():
+            module.add_module(name, branch)
         with module.graph.inserting_before(node):
-            result = module.graph.call_function(torch.ops.higher_order.cond, (first, fresh, cached, operands))
-            out = module.graph.call_function(operator.getitem, (result, 0))
+            attributes = [module.graph.get_attr(name) for name in branches]
+            operands = (*fresh, ramp, key_cache, value_cache, start)
+            chosen = module.graph.call_function(torch.ops.higher_order.cond, (first, *attributes, operands))
+            out = module.graph.call_function(operator.getitem, (chosen, 0))
         node.replace_all_uses_with(out)
         module.graph.erase_node(node)
+    return len(found)
 
 
 def _head(module: fx.GraphModule, length: int) -> tuple[fx.Node, fx.Node]:
-    """Whether the call starts at 0, and the causal mask of its tokens."""
-    graph = module.graph
-    tokens, position = graph.find_nodes(op="placeholder")
-    set_tensor(module, "positions.causal", torch.full((length, length), float("-inf")).triu(1))
-    size = next(n for n in tokens.users if n.target is _aten.sym_size.int)
-    with graph.inserting_after(size):
-        table = graph.get_attr("positions.causal")
-    with graph.inserting_after(table):
-        rows = graph.call_function(_aten.narrow.default, (table, 0, 0, size))
-    with graph.inserting_after(rows):
-        mask = graph.call_function(_aten.narrow.default, (rows, 1, 0, size))
-    with graph.inserting_after(mask):
-        return graph.call_function(_aten.eq.Scalar, (position, 0)), mask
+    """Whether a call of S tokens starts at 0 and is short enough; and 0, STEP, .., (S - 1) STEP."""
+    tokens, position = module.graph.find_nodes(op="placeholder")
+    # One longer than any call: reading all of a table would be a case of its own to torch.export.
+    set_tensor(module, "positions.ramp", torch.arange(length + 1) * _STEP)
+    with module.graph.inserting_before(position.next):
+        call = module.graph.call_function
+        size = call(_aten.sym_size.int, (tokens, 1))
+        far = call(_aten.mul.Scalar, (position, _LONGEST))
+        first = call(_aten.le.Scalar, (call(_aten.add.Scalar, (far, size)), _LONGEST))
+        table = module.graph.get_attr("positions.ramp")
+        return first, call(_aten.narrow.default, (table, 0, 0, size))
 
 
 def _written(cache: fx.Node) -> fx.Node:
@@ -72,44 +81,45 @@ def _written(cache: fx.Node) -> fx.Node:
     return fresh
 
 
-def _add(module: fx.GraphModule, name: str, branch: fx.GraphModule, before: fx.Node) -> fx.Node:
-    module.add_module(name, branch)
-    with module.graph.inserting_before(before):
-        return module.graph.get_attr(name)
-
-
 def _cached_branch(others: tuple[Any, ...]) -> fx.GraphModule:
     graph = fx.Graph()
-    q, _, _, _, keys, values, start = (graph.placeholder(n) for n in ("q", "k", "v", "mask", "keys", "values", "start"))
-    graph.output((graph.call_function(_llama.custom_sdpa.default, (q, keys, values, start, None, *others)),))
+    q, _, _, _, *cached = [graph.placeholder(name) for name in _OPERANDS]
+    graph.output((graph.call_function(_llama.custom_sdpa.default, (q, *cached, *others)),))
     return fx.GraphModule({}, graph)
 
 
-def _fresh_branch(shapes: list[Shape], scale: float) -> fx.GraphModule:
-    delegate = Delegate()
-    inputs = [delegate.input(s) for s in (*shapes, (None, None))]
-    delegate.mark_outputs([_attention(delegate, *inputs, scale)])
+def _fresh_branch(shapes: Sequence[Shape], scale: float) -> fx.GraphModule:
+    """Attention of q [1, S, H, D] to k and v [1, S, G, D] as a delegate."""
+    delegate, inputs = Delegate(), [*shapes, (None,)]
+    delegate.mark_outputs([_attention(delegate, scale, *map(delegate.input, inputs))])
     blob, data = delegate.finish()
-    lowered = LoweredBackendModule(Signature(shapes, [shapes[0]]), "XnnpackBackend", blob, [], data)
+    lowered = LoweredBackendModule(Signature(inputs, shapes[:1]), "XnnpackBackend", blob, [], data)
     graph = fx.Graph()
-    q, k, v, mask, _, _, _ = (graph.placeholder(n) for n in ("q", "k", "v", "mask", "keys", "values", "start"))
-    call = graph.call_function(call_delegate, (graph.get_attr("delegate"), q, k, v, mask))
+    fresh = [graph.placeholder(name) for name in _OPERANDS][: len(inputs)]
+    call = graph.call_function(call_delegate, (graph.get_attr("delegate"), *fresh))
     graph.output((graph.call_function(operator.getitem, (call, 0)),))
     return fx.GraphModule({"delegate": lowered}, graph)
 
 
-def _attention(d: Delegate, q: int, k: int, v: int, mask: int, scale: float) -> int:
-    """q [1, S, H, D], k and v [1, S, G, D], mask [S, S] -> [1, S, H, D]"""
+def _attention(d: Delegate, scale: float, q: int, k: int, v: int, ramp: int) -> int:
     whole = d.shapes[q]
     (_, _, heads, width), groups = whole, d.shapes[k][2]
-    assert heads and groups and width
-    each = heads // groups
-    q = d.reshape(d.node("Multiply", whole, input1_id=q, input2_id=d.constant(torch.tensor([scale]))), (None, groups, each, width))
-    k, v = (d.reshape(x, (None, groups, 1, width)) for x in (k, v))
-    q, k, v = d.permute(q, (1, 2, 0, 3)), d.permute(k, (1, 2, 3, 0)), d.permute(v, (1, 2, 0, 3))
-    square = (groups, each, None, None)
-    scores = d.node("BatchMatrixMultiply", square, input1_id=q, input2_id=k)
-    scores = d.node("Add", square, input1_id=scores, input2_id=mask)
+    assert heads is not None and groups is not None
+    square = (groups, heads // groups, None, None)
+    scaled = d.node("Multiply", whole, input1_id=q, input2_id=d.constant(torch.tensor([scale])))
+    rows = d.permute(d.reshape(scaled, (None, groups, heads // groups, width)), (1, 2, 0, 3))
+    keys = d.permute(d.reshape(k, (None, groups, 1, width)), (1, 2, 3, 0))
+    values = d.permute(d.reshape(v, (None, groups, 1, width)), (1, 2, 0, 3))
+    scores = d.node("BatchMatrixMultiply", square, input1_id=rows, input2_id=keys)
+    scores = d.node("Add", square, input1_id=scores, input2_id=_mask(d, ramp))
     weights = d.node("Softmax", square, input_id=scores)
-    mixed = d.node("BatchMatrixMultiply", (groups, each, None, width), input1_id=weights, input2_id=v)
+    mixed = d.node("BatchMatrixMultiply", (*square[:3], width), input1_id=weights, input2_id=values)
     return d.reshape(d.permute(mixed, (2, 0, 1, 3)), whole)
+
+
+def _mask(d: Delegate, ramp: int) -> int:
+    """[S, S]: 0 where the row is at or after the column, else at most -STEP."""
+    column, row = d.reshape(ramp, (None, 1)), d.reshape(ramp, (1, None))
+    ahead = d.node("Subtract", (None, None), input1_id=column, input2_id=row)
+    zero = d.constant(torch.tensor([0.0]))
+    return d.node("Minimum", (None, None), input1_id=ahead, input2_id=zero)

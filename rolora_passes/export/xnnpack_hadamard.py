@@ -21,11 +21,11 @@ _FACTOR_ORDER = 48  # beyond, Kronecker factors of at most this order
 
 
 def _hadamard(e: Emitter, node: fx.Node) -> int:
-    """Multiply the factor `order` of an axis read as (outer, order, inner), from its last Kronecker factor."""
+    """Multiply the factor `order` of an axis read as (outer, order, inner), by one matrix after another."""
     x, shape = e.value(node.args[0]), e.shape(node)
     order, inner = int(argument(node, "order")), int(argument(node, "inner"))
-    after = [int(size or 0) for size in shape[int(argument(node, "dim")) % len(shape) :][1:]]
-    right = inner * math.prod(after)
+    dim = int(argument(node, "dim")) % len(shape)
+    right = inner * math.prod(size or 0 for size in shape[dim + 1 :])
     for factor in reversed(_factors(order)):
         x = _multiply(e, x, factor / math.sqrt(len(factor)), right)
         right *= len(factor)

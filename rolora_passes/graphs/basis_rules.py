@@ -107,7 +107,7 @@ def _linear(s: _Inference, node: Call) -> Any:
     unify(x[-1], weight[1], node, flip=True)
     bias = argument(node, "bias")
     if bias is not None:
-        if s.shape(bias) != s.shape(node.args[1])[:1]:  # type: ignore[index]
+        if s.shape(bias) != s.shape(node.args[1])[:1]:
             return None  # one number for all
         unify(weight[0], s.of(bias)[0], node)
     return [*x[:-1], weight[0]]

@@ -89,7 +89,9 @@ def _export(model: PreTrainedModel) -> torch.export.ExportedProgram:
     shapes = ({0: auto, 1: auto}, {0: auto, 1: auto})
     try:
         with torch.no_grad():
-            return torch.export.export(_Forward(model), (tokens, positions), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(
+                _Forward(model), (tokens, positions), dynamic_shapes=shapes, strict=False
+            )
     except (CaptureError, MemoryError):
         raise
     except Exception as error:  # whatever the model's own code does with what it is given
@@ -121,7 +123,7 @@ def _require_causal_lm(model: object) -> None:
 def _require_finite(model: PreTrainedModel) -> None:
     for name, value in model.named_parameters():
         if value.is_meta:
-            raise CaptureError(f"expected weights, found {name} on the meta device; load the model's weights first")
+            raise CaptureError(f"expected weights, found {name} on the meta device; load them first")
         if value.is_floating_point() and not torch.isfinite(value.sum()):
             count = int((~torch.isfinite(value)).sum())
             if count:
@@ -215,8 +217,8 @@ def _run(graph: fx.GraphModule, tokens: Tensor, model: PreTrainedModel) -> Tenso
         return run(graph, tokens)
     except RuntimeError as error:
         raise CaptureError(
-            f"the graph of {type(model).__name__} does not run at another sequence length than it was captured at "
-            f"(a state space or recurrence?): {one_line(error)}"
+            f"the graph of {type(model).__name__} does not run at another sequence length than it was "
+            f"captured at (a state space or recurrence?): {one_line(error)}"
         ) from error
 
 
@@ -228,8 +230,9 @@ def _compare(graph: fx.GraphModule, model: PreTrainedModel) -> None:
         expected = model(input_ids=tokens, use_cache=False).logits
     if not bool(torch.isfinite(expected).all()):
         raise CaptureError(
-            f"{type(model).__name__} itself returns NaN or infinite logits on random tokens in {expected.dtype}: "
-            "its weights are damaged, or too large for that type; fetch it again, or load it in torch.float32"
+            f"{type(model).__name__} itself returns NaN or infinite logits on random tokens in "
+            f"{expected.dtype}: its weights are damaged, or too large for that type; "
+            "fetch it again, or load it in torch.float32"
         )
     error = relative_error(_run(graph, tokens, model), expected)
     # Above fp32's rounding the model's own float32 islands bound the agreement; below, its own type does.
@@ -239,5 +242,3 @@ def _compare(graph: fx.GraphModule, model: PreTrainedModel) -> None:
             f"expected the graph's logits to equal the model's, found a relative difference of {error:.1e} "
             f"(allowed {allowed:.0e}) in {type(model).__name__}: it computes something capture does not see"
         )
-
-

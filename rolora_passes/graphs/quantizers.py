@@ -8,9 +8,24 @@ import torch
 import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers quantized_decomposed)
 from torch import fx
 
-from rolora_passes.graphs.graph import aten, insert, insert_after
+from rolora_passes.errors import PassError
+from rolora_passes.graphs.graph import aten, dtype_of, insert, insert_after
 
 _decomposed = torch.ops.quantized_decomposed
+
+
+def require_float32(graph: fx.GraphModule, name: str) -> None:
+    """Check that a graph computes in the type that the kernels dequantize to.
+
+    Raises:
+        PassError: it does not; says how to convert it.
+    """
+    dtype = dtype_of(graph)
+    if dtype != torch.float32:
+        raise PassError(
+            f"{name}: expected a graph in torch.float32, found {dtype}; "
+            "convert it first: rolora_passes.graphs.convert(graph, torch.float32)"
+        )
 
 
 def quantize_weight(

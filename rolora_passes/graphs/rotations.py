@@ -68,8 +68,8 @@ def save_rotations(graph: fx.GraphModule, folder: str | Path) -> list[Path]:
     for key, tensor in tensors.items():
         if tensor.dim() == 1:
             manifest[key]["signs"] = "".join("+" if s > 0 else "-" for s in tensor.tolist())
-    with writing(folder / "R.bin") as path:
-        torch.save({key: _dense(tensor).float() for key, tensor in tensors.items()}, path)
+    with writing(folder / "R.bin") as path, path.open("wb") as file:
+        torch.save({key: _dense(tensor).float() for key, tensor in tensors.items()}, file)
     with writing(folder / "rotations.json") as path:
         path.write_text(json.dumps(manifest, indent=1))
     return [folder / "R.bin", folder / "rotations.json"]
@@ -95,7 +95,9 @@ def load_rotations(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tenso
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise PassError(f"rotate: {path} is damaged, or not a file of tensors that torch.save wrote") from error
+        raise PassError(
+            f"rotate: {path} is damaged, or not a file of tensors that torch.save wrote"
+        ) from error
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise PassError(f"rotate: expected {path} to hold tensors by name (R1, …), found something else")
     return found

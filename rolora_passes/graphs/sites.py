@@ -46,5 +46,6 @@ def _ends(name: str, pattern: str) -> bool:
 def is_head(node: fx.Node) -> bool:
     """Whether a linear's result reaches the output through nothing that mixes channels."""
     return any(
-        u.op == "output" or (is_op(u, "mul", "div", "tanh", "to", "slice", "add") and is_head(u)) for u in node.users
+        u.op == "output" or (is_op(u, "mul", "div", "tanh", "to", "slice", "add") and is_head(u))
+        for u in node.users
     )

@@ -31,6 +31,9 @@ OUTSIDE = {
     "aten::_local_scalar_dense",
     "executorch_prim::add.Scalar",
     "executorch_prim::sub.Scalar",
+    "aten::mul.Scalar_out",
+    "aten::add.Scalar_out",
+    "aten::le.Scalar_out",
 }
 
 PLAIN = {
@@ -63,7 +66,7 @@ def steps(
 def lower(graph: fx.GraphModule, path: Path, **options: object) -> LoweringReport:
     report = to_executorch(graph, path, max_length=32, **options)  # type: ignore[arg-type]
     layers = len(graph.graph.find_nodes(op="call_function", target=torch.ops.rolora.attention.default))
-    assert report.delegates <= layers + 2
+    assert report.delegates <= (2 * layers if options.get("fast_prefill") else layers) + 2
     assert set(report.operators) <= OUTSIDE
     assert report.bytes == path.stat().st_size
     return report
@@ -75,6 +78,21 @@ def test_plain_program_equals_its_graph(sizes: dict[str, object], tmp_path: Path
     lower(graph, tmp_path / "model.pte")
     for found, expected in steps(graph, tmp_path / "model.pte"):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("longest", [None, 512, 4])
+def test_calls_of_any_length(longest: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole prompts and parts of them, up to all the caches hold, by either kind of attention."""
+    monkeypatch.setattr("rolora_passes.export.xnnpack_attention._LONGEST", longest)
+    graph = tiny_llama(layers=3)
+    lower(graph, tmp_path / "model.pte", fast_prefill=longest is not None)
+    forward = load_pte(tmp_path / "model.pte")
+    tokens = torch.randint(0, 99, (1, 32), generator=torch.Generator().manual_seed(2))
+    expected = graph(tokens, torch.arange(32)[None])
+    for ends in ([32], [31, 32], [1, 2, 7], [4, 5], [5, 10, 32], [3, 4]):
+        for start, end in zip([0, *ends], ends, strict=False):
+            found = forward(tokens[:, start:end], torch.tensor([start]))
+            torch.testing.assert_close(found[:, -1], expected[:, end - 1], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("weights", "table", "hadamard"), [(4, 8, False), (8, 4, False), (4, 4, True)])

@@ -163,7 +163,6 @@ class Builder:
             next(n for n in self.graph.nodes if n.op == "call_function").prepend(node)
         return finish(self.module)
 
-
     def _read(self, node: fx.Node) -> fx.Node:
         """A vector of what a value holds, with no sign or scale hidden."""
         shape = self.size(node)
@@ -405,7 +404,9 @@ def _index(b: Builder) -> fx.Node:
 
 def _index_put(b: Builder) -> fx.Node:
     """Rows replaced; by a table of numbers, or by a mask over one or two axes."""
-    x = b.call(aten.embedding.default, b.param(VOCABULARY, b.choose.choice((2, 4))), _numbers(b, VOCABULARY, 3, 2))
+    x = b.call(
+        aten.embedding.default, b.param(VOCABULARY, b.choose.choice((2, 4))), _numbers(b, VOCABULARY, 3, 2)
+    )
     if b.choose.random() < 0.5:
         x = b.call(aten.silu.default, b.call(aten.permute.default, x, [2, 0, 1]))
     shape = b.size(x)
@@ -497,7 +498,23 @@ def _addmm(b: Builder) -> fx.Node:
     return b.call(aten.addmm.default, b.param(out), x, b.param(b.size(x)[-1], out))
 
 
-_ELEMENTWISE = "silu gelu relu sigmoid tanh exp square abs cos sin erf softplus elu hardtanh mish".split()
+_ELEMENTWISE = [
+    "silu",
+    "gelu",
+    "relu",
+    "sigmoid",
+    "tanh",
+    "exp",
+    "square",
+    "abs",
+    "cos",
+    "sin",
+    "erf",
+    "softplus",
+    "elu",
+    "hardtanh",
+    "mish",
+]
 OPERATORS: dict[str, Callable[[Builder], Any]] = {
     "linear": _linear, "matmul": _matmul, "bmm": _bmm, "mm": _mm,
     "add": _binary(aten.add.Tensor), "sub": _binary(aten.sub.Tensor), "mul": _binary(aten.mul.Tensor),
@@ -511,18 +528,61 @@ OPERATORS: dict[str, Callable[[Builder], Any]] = {
     "softmax": _along(aten.softmax.int), "clamp": _clamp, "power": _power, "integers": _integers,
     "elementwise": lambda b: b.call(getattr(aten, b.choose.choice(_ELEMENTWISE)).default, b.any()),
     "cumsum": _along(aten.cumsum.default), "sort": _sort, "addmm": _addmm,
-    "flip": lambda b: (lambda x: b.call(aten.flip.default, x, [b.dim(x)]))(b.any(lambda s: len(s) > 0)),
-    "roll": lambda b: (lambda x: b.call(aten.roll.default, x, [1], [b.dim(x)]))(b.any(lambda s: len(s) > 0)),
-    "amax": _along(aten.amax.default), "logsumexp": lambda b: b.call(aten.logsumexp.default, b.any(_static), [-1]),
+    "flip": lambda b: (lambda x: b.call(aten.flip.default, x, [b.dim(x)]))(b.any(len)),
+    "roll": lambda b: (lambda x: b.call(aten.roll.default, x, [1], [b.dim(x)]))(b.any(len)),
+    "amax": _along(aten.amax.default),
+    "logsumexp": lambda b: b.call(aten.logsumexp.default, b.any(_static), [-1]),
     "tril": lambda b: b.call(aten.tril.default, b.any(lambda s: len(s) > 1)),
     "fuzz.first_doubled": lambda b: b.call(torch.ops.fuzz.first_doubled.default, b.any(_static)),
     "fuzz.neg": lambda b: b.call(torch.ops.fuzz.neg.default, b.any(_static)),
     "fuzz.mul": lambda b: b.call(torch.ops.fuzz.mul.default, b.any(_static)),
 }  # fmt: skip
 # Drawn more often, or everything turns rigid soon.
-KEEPING = (
-    "linear linear linear linear linear linear rms_norm rms_norm embedding embedding attention attention add sub mul scaled neg clone to matmul matmul unflatten"
-    " flatten view unsqueeze transpose permute slice cat index repeat_interleave reduce"
-).split()
-UNKNOWN = "cumsum sort addmm flip roll amax logsumexp tril fuzz.first_doubled fuzz.neg fuzz.mul".split()
+KEEPING = [
+    "linear",
+    "linear",
+    "linear",
+    "linear",
+    "linear",
+    "linear",
+    "rms_norm",
+    "rms_norm",
+    "embedding",
+    "embedding",
+    "attention",
+    "attention",
+    "add",
+    "sub",
+    "mul",
+    "scaled",
+    "neg",
+    "clone",
+    "to",
+    "matmul",
+    "matmul",
+    "unflatten",
+    "flatten",
+    "view",
+    "unsqueeze",
+    "transpose",
+    "permute",
+    "slice",
+    "cat",
+    "index",
+    "repeat_interleave",
+    "reduce",
+]
+UNKNOWN = [
+    "cumsum",
+    "sort",
+    "addmm",
+    "flip",
+    "roll",
+    "amax",
+    "logsumexp",
+    "tril",
+    "fuzz.first_doubled",
+    "fuzz.neg",
+    "fuzz.mul",
+]
 OTHERS = [name for name in OPERATORS if name not in {*KEEPING, *UNKNOWN}]

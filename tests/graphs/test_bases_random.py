@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_graphs import random_graph, tokens
 from torch import Tensor, fx
 
+from rolora_passes import Rotate
 from rolora_passes.graphs.bases import BasisClass, Group, infer_bases
 from rolora_passes.graphs.graph import Expressions, add_parameter, copy_graph, finish
+from rolora_passes.graphs.graph import run as logits
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.graphs.verify import relative_error
-from random_graphs import random_graph, tokens
-from rolora_passes.graphs.graph import run as logits
 
 
 def draw(group: Group, size: int, generator: torch.Generator) -> Tensor:
@@ -29,7 +30,7 @@ def draw(group: Group, size: int, generator: torch.Generator) -> Tensor:
 
 
 def changed_bases(graph: fx.GraphModule, classes: list[int], seed: int) -> fx.GraphModule:
-    """The graph after a random change of basis of each class: R where it is written, R^-T where it is read."""
+    """The graph after a random change of basis of classes: R where one is written, R^-T where it is read."""
     result = copy_graph(graph)
     expressions, generator = Expressions(result), torch.Generator().manual_seed(seed)
     found = infer_bases(result).classes
@@ -65,3 +66,13 @@ def check_classes(graph: fx.GraphModule, seed: int = 0) -> None:
 @given(seed=st.integers(0, 2**32), length=st.integers(1, 24))
 def test_every_class_admits_its_group_in_random_graphs(seed: int, length: int) -> None:
     check_classes(random_graph(seed, length)[0], seed % 1000)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32), method=st.sampled_from(["hadamard", "orthogonal"]))
+def test_rotate_keeps_the_function_of_random_graphs(seed: int, method: str) -> None:
+    """The pass itself, on axes that real models have only as innermost factors."""
+    graph = random_graph(seed, 12)[0]
+    rotated = copy_graph(graph)
+    Rotate(residual=method, heads=method, others=method).run(rotated)
+    assert relative_error(logits(rotated, tokens()), logits(graph, tokens())) < 1e-9, graph_text(graph)

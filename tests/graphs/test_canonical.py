@@ -199,8 +199,8 @@ def test_copies_casts_and_transpositions_cancel() -> None:
         "unflatten = unflatten(embedding, -1, [2, 4])\n"
         "silu = silu(unflatten)\n"
         "mul = mul(silu, 2)\n"
-        "flatten_using_ints = flatten(mul, -2, -1)\n"
-        "linear = linear(flatten_using_ints, head.weight)\n"
+        "flatten = flatten(mul, -2)\n"
+        "linear = linear(flatten, head.weight)\n"
         "return linear\n"
     )
 

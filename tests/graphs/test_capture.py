@@ -18,8 +18,15 @@ from rolora_passes.graphs.graph import is_op, linears, op_name, parameters, run
 from rolora_passes.graphs.verify import relative_error
 
 # Per layer: linears, and norms; at the end: one head, one norm.
-LINEARS = {name: 7 for name in CONFIGS} | {"phi": 6, "opt": 6, "gpt2": 6, "gpt_neox": 6, "starcoder2": 6, "mixtral": 5}
-NORMS = {name: 2 for name in CONFIGS} | {
+LINEARS = dict.fromkeys(CONFIGS, 7) | {
+    "phi": 6,
+    "opt": 6,
+    "gpt2": 6,
+    "gpt_neox": 6,
+    "starcoder2": 6,
+    "mixtral": 5,
+}
+NORMS = dict.fromkeys(CONFIGS, 2) | {
     "qwen3": 4, "gemma2": 4, "gemma3": 6, "phi": 1, "cohere": 1, "olmo2": 4,
 }  # fmt: skip
 LAYER_NORMS = {"opt", "gpt2", "gpt_neox", "phi", "cohere", "starcoder2", "stablelm"}
@@ -31,7 +38,7 @@ def test_float32_logits_equal_the_models(name: str) -> None:
     graph, model = captured(name, torch.float32), model_of(name, torch.float32)
     tokens = tokens_for(graph)
     with torch.no_grad(), _static_experts(model):
-        assert relative_error(run(graph, tokens), model(tokens, use_cache=False).logits) < 2e-6
+        assert relative_error(run(graph, tokens), model(tokens, use_cache=False).logits) < 1e-6
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -110,11 +117,13 @@ def test_capture_leaves_the_model_as_it_was() -> None:
 
 def test_capture_records_what_later_stages_need() -> None:
     config = captured("llama").meta["config"]
-    assert config["vocab_size"] == 97 and config["max_position_embeddings"] == 64 and config["eos_token_id"] == 2
+    assert (
+        config["vocab_size"] == 97 and config["max_position_embeddings"] == 64 and config["eos_token_id"] == 2
+    )
 
 
 def test_not_a_causal_language_model() -> None:
-    small = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16, vocab_size=31)
+    small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
     with pytest.raises(CaptureError, match=r"BertModel.*AutoModelForCausalLM"):
         capture(t.BertModel(t.BertConfig(**small)))
     config = t.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=31)
@@ -130,7 +139,9 @@ def test_not_a_causal_language_model() -> None:
 def test_damaged_weights_are_named(value: float) -> None:
     model = tiny("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
-    with pytest.raises(CaptureError, match=r"1 NaN or infinite values in model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        CaptureError, match=r"1 NaN or infinite values in model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         capture(model)
 
 
