@@ -132,3 +132,8 @@ def test_errors() -> None:
         QuantizeWeights(group_size=48)
     with pytest.raises(PassOrderError, match=r"quantize-weights cannot run .* already 'weights quantized'"):
         apply_passes(wide(), [QuantizeWeights(), QuantizeWeights()])
+
+
+def test_a_graph_in_another_type_is_refused() -> None:
+    with pytest.raises(PassError, match=r"expected a graph in torch.float32, found torch.float64; convert it"):
+        apply_passes(captured("llama"), [QuantizeWeights(group_size=None)])
