@@ -53,7 +53,7 @@ def main() -> None:
 
     model, _ = load_model(arguments.model)
     start = time.perf_counter()
-    graph = capture(model, check=False)
+    graph = capture(model)
     capture_seconds = time.perf_counter() - start
     del model
     weights = sum({id(p): p.numel() * 4 for p in parameters(graph).values()}.values()) / 1e6

@@ -57,14 +57,15 @@ class FoldConstants(Pass):
             if node.op != "get_attr":
                 groups.setdefault(root_names(node)[0], []).append(node)
         named: list[tuple[fx.Node, str]] = []
-        for root, nodes in groups.items():
+        for number, (root, nodes) in enumerate(groups.items()):
             for node, value in zip(nodes, evaluate(graph, nodes), strict=True):
                 if value.is_floating_point():
                     _require_finite(value, node, root)
                     value = value.to(torch.float32 if _is_scale(node) else dtype)
                 named.append((_replace(graph, node, root, value), root))
             del value
-            _release()
+            if number % 8 == 7:
+                _release()
             report.changed.append(root)
         for folded, root in named:  # only now: another parameter's expression may have read this one
             if str(folded.target).startswith(f"{root}_folded"):

@@ -128,12 +128,14 @@ def test_errors() -> None:
         apply_passes(wide(), [QuantizeWeights(group_size=256)])
     with pytest.raises(PassError, match="bits must be 4 or 8, found 3"):
         QuantizeWeights(bits=3)
-    with pytest.raises(PassError, match="32, 64, 128, 256., found 48"):
+    with pytest.raises(PassError, match=r"groups of \(32, 64, 128, 256\), found 48"):
         QuantizeWeights(group_size=48)
     with pytest.raises(PassOrderError, match=r"quantize-weights cannot run .* already 'weights quantized'"):
         apply_passes(wide(), [QuantizeWeights(), QuantizeWeights()])
 
 
 def test_a_graph_in_another_type_is_refused() -> None:
-    with pytest.raises(PassError, match=r"expected a graph in torch.float32, found torch.float64; convert it"):
+    with pytest.raises(
+        PassError, match=r"expected a graph in torch.float32, found torch.float64; convert it"
+    ):
         apply_passes(captured("llama"), [QuantizeWeights(group_size=None)])

@@ -60,5 +60,7 @@ class AddKVCache(Pass):
                 get_tensor(after, name).zero_()
         error = relative_error(torch.cat(pieces, 1), run(before, tokens))
         if not error <= 1e-3:
-            raise VerificationError(f"{self.name} promises to keep the function, but logits differ by {error:.1e}")
+            raise VerificationError(
+                f"{self.name} promises to keep the function, but logits differ by {error:.1e}"
+            )
         return error

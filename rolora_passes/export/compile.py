@@ -89,7 +89,9 @@ def compile_model(
         with stage("passes"):
             graph = apply_passes(graph, passes, verify=verify, on_pass=on_pass)
         with stage("lower"):
-            lowering = to_executorch(graph, temporary / "model.pte", max_length=max_length, fast_prefill=fast_prefill)
+            lowering = to_executorch(
+                graph, temporary / "model.pte", max_length=max_length, fast_prefill=fast_prefill
+            )
         tokenizer.save_pretrained(temporary)
         (temporary / "recipe.yaml").write_text(dump_recipe(passes))
         if graph.meta.get("rotations"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,13 +14,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from rolora_passes.errors import LoweringError
 from rolora_passes.export.embeddings import fuse_embeddings
 from rolora_passes.export.extras import require
 from rolora_passes.export.fuse_heads import fuse_heads
 from rolora_passes.export.kv_cache import add_kv_cache
 from rolora_passes.export.rotary import expand_rotary
 from rolora_passes.export.shapes import Shape, infer_shapes
-from rolora_passes.graphs.graph import copy_graph
+from rolora_passes.graphs.files import writing
+from rolora_passes.graphs.graph import copy_graph, dtype_of
 
 CANONICAL: dict[str, Shape] = {"tokens": (1, None), "positions": (1, None)}
 CACHED: dict[str, Shape] = {"tokens": (1, None), "input_pos": (1,)}
@@ -73,8 +74,17 @@ def to_executorch(
         fast_prefill: let calls that start at position 0 attend in XNNPACK, over their own keys and values
             instead of the caches. A third more prefill speed, for a second delegate in every layer and
             longer lowering.
+
+    Raises:
+        MissingExtraError: ExecuTorch is not installed.
+        LoweringError: the graph is not in float32, or attends in a way no kernel does.
     """
     _require_executorch()
+    if dtype_of(graph) != torch.float32:
+        raise LoweringError(
+            f"expected a graph in torch.float32, which the kernels compute in, found {dtype_of(graph)}; "
+            "convert it first: rolora_passes.graphs.convert(graph, torch.float32)"
+        )
     from rolora_passes.export.last_token import keep_last_token
     from rolora_passes.export.xnnpack import delegate_to_xnnpack
 
@@ -156,15 +166,8 @@ def _metadata(graph: fx.GraphModule, config: dict[str, Any], length: int) -> dic
 
 def _write(program: Any, path: Path) -> int:
     """Write beside `path` and rename, so that a failure leaves nothing under that name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            program.write_to_file(file)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink()
-        raise
+    with writing(path) as temporary, temporary.open("wb") as file:
+        program.write_to_file(file)
     return path.stat().st_size
 
 

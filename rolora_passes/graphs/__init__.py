@@ -6,4 +6,13 @@ from rolora_passes.graphs.graph import convert, run
 from rolora_passes.graphs.rotations import load_rotations, save_rotations
 from rolora_passes.graphs.serialize import load_graph, save_graph
 
-__all__ = ["capture", "convert", "infer_bases", "load_graph", "load_rotations", "run", "save_graph", "save_rotations"]
+__all__ = [
+    "capture",
+    "convert",
+    "infer_bases",
+    "load_graph",
+    "load_rotations",
+    "run",
+    "save_graph",
+    "save_rotations",
+]

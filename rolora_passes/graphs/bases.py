@@ -83,7 +83,12 @@ class BasisClass:
     @property
     def kind(self) -> str:
         """`residual`, `head` (between value and output projection), `query-key`, or `inner`."""
-        for role, kind in (("value", "head"), ("query", "query-key"), ("embedding", "residual"), ("norm", "residual")):
+        for role, kind in (
+            ("value", "head"),
+            ("query", "query-key"),
+            ("embedding", "residual"),
+            ("norm", "residual"),
+        ):
             if role in self.roles:
                 return kind
         return "inner"
@@ -95,7 +100,9 @@ class BasisClass:
     def why_rigid(self) -> str:
         """The operators that block a rotation, in words."""
         blocking = dict.fromkeys(f"{describe(n)} {why}" for n, why in self.reasons)
-        return "; ".join(list(blocking)[:3]) + (f"; and {len(blocking) - 3} more" if len(blocking) > 3 else "")
+        return "; ".join(list(blocking)[:3]) + (
+            f"; and {len(blocking) - 3} more" if len(blocking) > 3 else ""
+        )
 
 
 @dataclass
@@ -211,10 +218,13 @@ class _Inference:
         return found
 
     def _rule(self, node: fx.Node) -> Rule | None:
-        """The rule for an operator we know in the form that export writes: ATen's or ours, arguments in place."""
+        """The rule for an operator as export writes it: ATen's or ours, arguments in place."""
         if node.target is operator.getitem:
             return RULES["getitem"]
-        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in ("aten", "rolora"):
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in (
+            "aten",
+            "rolora",
+        ):
             return None
         if any(a.name in node.kwargs and not a.kwarg_only for a in node.target._schema.arguments):
             return None
@@ -228,7 +238,9 @@ class _Inference:
 
     def _readable(self, node: fx.Node) -> bool:
         """Whether a rule may ask for this operand's axes (sizes and tuples have none of their own)."""
-        return node in self.axes and (self.axes[node] is not None or not isinstance(self.shapes.get(node), torch.Tensor))
+        return node in self.axes and (
+            self.axes[node] is not None or not isinstance(self.shapes.get(node), torch.Tensor)
+        )
 
     def _cut(self, node: fx.Node) -> Any:
         operand = next(a for a in node.all_input_nodes if self.shape(a) == self.shape(node))
@@ -245,7 +257,8 @@ class _Inference:
             return [self.fresh(size, node, why) for size in value.shape]
         if isinstance(value, (tuple, list)):
             return tuple(
-                [self.fresh(s, node, why) for s in v.shape] if isinstance(v, torch.Tensor) else None for v in value
+                [self.fresh(s, node, why) for s in v.shape] if isinstance(v, torch.Tensor) else None
+                for v in value
             )
         return None
 
@@ -267,7 +280,14 @@ class _Inference:
         by_variable: dict[Variable, BasisClass] = {}
         counts: dict[str, int] = {}
         for variable, (parameters, values) in members.items():
-            known = (variable.size, variable.group, parameters, values, variable.reasons, frozenset(variable.roles))
+            known = (
+                variable.size,
+                variable.group,
+                parameters,
+                values,
+                variable.reasons,
+                frozenset(variable.roles),
+            )
             kind = BasisClass(*known).kind
             by_variable[variable] = BasisClass(*known, index=counts.get(kind, 0))
             counts[kind] = counts.get(kind, 0) + (bool(parameters) if kind == "inner" else 1)

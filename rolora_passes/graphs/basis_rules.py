@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
 
 from rolora_passes.graphs.basis_variables import Axis, Group, limit, resolve, tag, take, unify
 from rolora_passes.graphs.graph import argument, op_name
@@ -32,7 +31,9 @@ def _nonlinear(s: _Inference, node: Call) -> Any:
     return list(s.of(node.args[0]))
 
 
-def _operands(s: _Inference, node: Call, values: tuple[object, ...]) -> list[tuple[list[Axis], tuple[int, ...]]]:
+def _operands(
+    s: _Inference, node: Call, values: tuple[object, ...]
+) -> list[tuple[list[Axis], tuple[int, ...]]]:
     """Axes and sizes of the tensor operands, padded on the left to the result's rank."""
     rank = len(s.shape(node) or ())
     found: list[tuple[list[Axis], tuple[int, ...]]] = []
@@ -204,7 +205,9 @@ def _expand(s: _Inference, node: Call) -> Any:
     assert before is not None and after is not None
     pad = len(after) - len(before)
     return [
-        x[dim - pad] if dim >= pad and before[dim - pad] == size else s.fresh(size, node, "repeats one value along the axis")
+        x[dim - pad]
+        if dim >= pad and before[dim - pad] == size
+        else s.fresh(size, node, "repeats one value along the axis")
         for dim, size in enumerate(after)
     ]
 

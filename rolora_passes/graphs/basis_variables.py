@@ -109,7 +109,9 @@ def unify(first: Axis, second: Axis, node: fx.Node, flip: bool = False) -> None:
 def _join(x: Variable, y: Variable, flip: bool, node: fx.Node) -> None:
     if x is y:
         if flip:  # written and read through one tensor: the matrix must be its own inverse transpose
-            limit([(x, False)], Group.ORTHOGONAL, node, "reads a basis through the tensor that also writes it")
+            limit(
+                [(x, False)], Group.ORTHOGONAL, node, "reads a basis through the tensor that also writes it"
+            )
         return
     if y.group < x.group:
         x.group, x.reasons = y.group, list(y.reasons)
@@ -126,7 +128,7 @@ def take(axis: Axis, size: int) -> tuple[Axis, Axis] | None:
     while size > 1:
         if not rest:
             return None
-        variable, flipped = rest[0]
+        variable, _ = rest[0]
         if size % variable.size == 0:
             taken.append(rest[0])
             size //= variable.size

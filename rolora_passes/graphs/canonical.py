@@ -25,7 +25,8 @@ from rolora_passes.graphs.graph import aten, finish, is_op, merge_equal, op_name
 from rolora_passes.graphs.shapes import same_shape, shape_of
 
 _COPIES = {
-    "clone", "alias", "detach", "detach_", "contiguous", "lift_fresh_copy", "lift_fresh", "view_as", "positive",
+    "clone", "alias", "detach", "detach_", "contiguous", "lift_fresh_copy", "lift_fresh", "view_as",
+    "positive",
 }  # fmt: skip
 _CASTS = {"to", "_to_copy", "type_as"}
 _CHECKS = ("_assert", "sym_constrain", "_guards_fn", "_assert_tensor_metadata")
@@ -109,10 +110,10 @@ def _inline(gm: fx.GraphModule) -> None:
             if inner.op == "placeholder":
                 renamed[inner] = next(outer)
             elif inner.op == "output":
-                results = fx.node.map_arg(inner.args[0], lambda n: renamed[n])
+                results = fx.node.map_arg(inner.args[0], renamed.__getitem__)
             else:
                 with gm.graph.inserting_before(node):
-                    renamed[inner] = gm.graph.node_copy(inner, lambda n: renamed[n])
+                    renamed[inner] = gm.graph.node_copy(inner, renamed.__getitem__)
         for user in list(node.users):
             user.replace_all_uses_with(results[user.args[1]])
             gm.graph.erase_node(user)
@@ -136,7 +137,9 @@ def _make_functional(gm: fx.GraphModule) -> None:
             continue
         subject = node.args[0]
         functional = getattr(aten, op_name(node).removesuffix("_"), None)
-        shared = is_op(subject, "view", "slice", "select", "transpose", "expand", "split", "chunk", "unsqueeze")
+        shared = is_op(
+            subject, "view", "slice", "select", "transpose", "expand", "split", "chunk", "unsqueeze"
+        )
         if functional is None or shared or not isinstance(subject, fx.Node) or subject.op != "call_function":
             raise CaptureError(f"cannot make {node.format_node()} functional: it writes into a shared value")
         node.target = getattr(functional, node.target._overloadname, functional.default)
@@ -151,7 +154,9 @@ def _raise_precision(gm: fx.GraphModule) -> None:
         return
     wide = {torch.float32: torch.float64}
     for node in gm.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, lambda v: wide.get(v, v) if isinstance(v, torch.dtype) else v)
+        node.args = fx.node.map_aggregate(
+            node.args, lambda v: wide.get(v, v) if isinstance(v, torch.dtype) else v
+        )
         node.kwargs = fx.node.map_aggregate(
             node.kwargs, lambda v: wide.get(v, v) if isinstance(v, torch.dtype) else v
         )
@@ -182,7 +187,16 @@ def _is_copy(node: fx.Node) -> bool:
     if name in _CASTS:
         before, after = source.meta.get("val"), node.meta.get("val")
         return isinstance(before, torch.Tensor) and before.dtype == after.dtype  # type: ignore[union-attr]
-    if name in ("view", "reshape", "_unsafe_view", "expand", "slice", "flatten", "unflatten", "_reshape_copy"):
+    if name in (
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "expand",
+        "slice",
+        "flatten",
+        "unflatten",
+        "_reshape_copy",
+    ):
         return same_shape(source, node)
     return False
 

@@ -11,7 +11,7 @@ from rolora_passes.graphs.shapes import shape_of
 
 
 def addmm_to_linear(gm: fx.GraphModule) -> None:
-    """view(addmm(b, view(x, [-1, n]), W), [B, S, m]) -> linear(x, t(W), b); also mm and matmul by a parameter."""
+    """view(addmm(b, view(x, [-1, n]), W), [B, S, m]) -> linear(x, t(W), b); mm and matmul alike."""
     known = constants(gm)
     for node in list(gm.graph.nodes):
         if is_op(node, "addmm") and not node.kwargs:
@@ -20,7 +20,11 @@ def addmm_to_linear(gm: fx.GraphModule) -> None:
             bias, (x, weight) = None, node.args[:2]
         else:
             continue
-        if weight not in known or (bias is not None and bias not in known) or len(shape_of(weight) or ()) != 2:
+        if (
+            weight not in known
+            or (bias is not None and bias not in known)
+            or len(shape_of(weight) or ()) != 2
+        ):
             continue
         if is_op(weight, "t") or (is_op(weight, "transpose") and {*weight.args[1:]} <= {0, 1, -1, -2}):
             turned = weight.args[0]
@@ -30,7 +34,9 @@ def addmm_to_linear(gm: fx.GraphModule) -> None:
         _unflattened(gm, node, x, turned, bias)
 
 
-def _unflattened(gm: fx.GraphModule, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
+def _unflattened(
+    gm: fx.GraphModule, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None
+) -> None:
     """Put the linear on the value before its leading axes were merged, where they are split again after."""
     new = insert(gm, node, aten.linear.default, x, weight, bias)
     new.meta = dict(node.meta)
@@ -120,7 +126,9 @@ def _split(gm: fx.GraphModule, path: list[Any], user: fx.Node, start: int, end: 
     user.replace_all_uses_with(new)
 
 
-def _rows(gm: fx.GraphModule, before: fx.Node, tensor: object, heads: Any, start: int, end: int) -> fx.Node | None:
+def _rows(
+    gm: fx.GraphModule, before: fx.Node, tensor: object, heads: Any, start: int, end: int
+) -> fx.Node | None:
     if not isinstance(tensor, fx.Node):
         return None
     value = tensor.meta["val"]

@@ -23,13 +23,15 @@ _GROUPS = {
 def summary(graph: fx.GraphModule) -> str:
     """Operators by number, weights by width, facts and rotations: a screenful."""
     counts = Counter(op_name(n) for n in graph.graph.nodes if n.op == "call_function")
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    operators = ", ".join(f"{n} {name}" for name, n in ordered)
     weights = weigh(graph)
     widths = ", ".join(f"{n / 1e6:.1f} M at {bits} bits" for bits, n in weights.by_bits.items())
     lines = [
         f"model      {graph.meta.get('config', {}).get('name', 'unknown')}",
         f"facts      {', '.join(graph.meta.get('facts', [])) or 'none'}",
-        f"operators  {', '.join(f'{n} {name}' for name, n in sorted(counts.items(), key=lambda i: (-i[1], i[0])))}",
-        f"weights    {weights.elements / 1e6:.1f} M ({widths}), {weights.bits_per_weight:.2f} bits each with scales",
+        f"operators  {operators}",
+        f"weights    {weights.elements / 1e6:.1f} M ({widths}), {weights.bits_per_weight:.2f} with scales",
     ]
     rotations = [f"{key} ({r['size']}, {r['method']})" for key, r in graph.meta.get("rotations", {}).items()]
     if rotations:
@@ -51,7 +53,9 @@ def bases_text(graph: fx.GraphModule) -> str:
     for group in _alike(shown):
         lines += _describe(group)
     pinned = sum(not c.free for c in classes) - len(shown)
-    lines.append(f"{pinned} more axes are pinned by what they are: vocabulary rows, heads, positions, tables.")
+    lines.append(
+        f"{pinned} more axes are pinned by what they are: vocabulary rows, heads, positions, tables."
+    )
     return "\n".join(lines) + "\n"
 
 

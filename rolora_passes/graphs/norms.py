@@ -27,7 +27,11 @@ def _spelled_rms_norm(gm: fx.GraphModule, node: fx.Node) -> None:
     for x, factor in (node.args[:2], node.args[1::-1]):
         eps = _inverse_rms(factor, x, divided=is_op(node, "div"))
         shape = shape_of(x)
-        if eps is not None and shape is not None and node.args[0] is (x if is_op(node, "div") else node.args[0]):
+        if (
+            eps is not None
+            and shape is not None
+            and node.args[0] is (x if is_op(node, "div") else node.args[0])
+        ):
             new = insert(gm, node, aten.rms_norm.default, x, [shape[-1]], None, eps)
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
@@ -37,11 +41,8 @@ def _spelled_rms_norm(gm: fx.GraphModule, node: fx.Node) -> None:
 def _inverse_rms(factor: object, x: object, divided: bool) -> float | None:
     """eps if `factor` is (mean(x², -1) + eps)^-½, or ^½ where it divides."""
     inside: object = None
-    if not divided and is_op(factor, "rsqrt"):
-        inside = factor.args[0]
-    elif is_op(factor, "pow") and factor.args[1] == (0.5 if divided else -0.5):
-        inside = factor.args[0]
-    elif divided and is_op(factor, "sqrt"):
+    power = 0.5 if divided else -0.5
+    if is_op(factor, "sqrt" if divided else "rsqrt") or (is_op(factor, "pow") and factor.args[1] == power):
         inside = factor.args[0]
     elif not divided and is_op(factor, "reciprocal") and is_op(factor.args[0], "sqrt"):
         inside = factor.args[0].args[0]

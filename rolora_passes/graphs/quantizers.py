@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers quantized_decomposed)
+import torch.ao.quantization.fx._decomposed
 from torch import fx
 
 from rolora_passes.errors import PassError
@@ -38,7 +38,9 @@ def quantize_weight(
     """
     high = 2 ** (bits - 1) - 1
     low = -high - 1 if bits == 4 else -high  # the range of each kernel
-    scale = insert(graph, before, torch.ops.rolora.choose_scale.default, weight, group or width, high, bool(group))
+    scale = insert(
+        graph, before, torch.ops.rolora.choose_scale.default, weight, group or width, high, bool(group)
+    )
     integers = insert(graph, before, torch.ops.rolora.quantize.default, weight, scale, low, high)
     if group:
         return insert(
@@ -47,13 +49,24 @@ def quantize_weight(
         )  # fmt: skip
     channel = insert(graph, before, aten.squeeze.dim, scale, -1)
     return insert(
-        graph, before, _decomposed.dequantize_per_channel.default, integers, channel, None, 0, low, high, torch.int8
+        graph,
+        before,
+        _decomposed.dequantize_per_channel.default,
+        integers,
+        channel,
+        None,
+        0,
+        low,
+        high,
+        torch.int8,
     )
 
 
 def quantize_per_token(graph: fx.GraphModule, value: fx.Node) -> fx.Node:
     """int8, asymmetric, one scale and zero point per token (all but the last axis), chosen at run time."""
-    chosen = insert_after(graph, value, _decomposed.choose_qparams_per_token_asymmetric.default, value, torch.int8)
+    chosen = insert_after(
+        graph, value, _decomposed.choose_qparams_per_token_asymmetric.default, value, torch.int8
+    )
     scale = insert_after(graph, chosen, operator.getitem, chosen, 0)
     zero = insert_after(graph, scale, operator.getitem, chosen, 1)
     quantized = insert_after(

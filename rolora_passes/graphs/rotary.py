@@ -56,11 +56,19 @@ def _pairing(partner: fx.Node, x: fx.Node) -> bool | None:
     half = shape[-1] // 2
     if is_op(partner, "cat") and len(partner.args[0]) == 2:
         low, high = partner.args[0]
-        if is_op(low, "neg") and _range(low.args[0], x) == (half, 2 * half, 1) and _range(high, x) == (0, half, 1):
+        if (
+            is_op(low, "neg")
+            and _range(low.args[0], x) == (half, 2 * half, 1)
+            and _range(high, x) == (0, half, 1)
+        ):
             return False
     if is_op(partner, "flatten", "view", "reshape") and is_op(partner.args[0], "stack"):
         low, high = partner.args[0].args[0]
-        if is_op(low, "neg") and _range(low.args[0], x) == (1, 2 * half, 2) and _range(high, x) == (0, 2 * half, 2):
+        if (
+            is_op(low, "neg")
+            and _range(low.args[0], x) == (1, 2 * half, 2)
+            and _range(high, x) == (0, 2 * half, 2)
+        ):
             return True
     return None
 

@@ -23,7 +23,10 @@ from rolora_passes.graphs.files import writing
 from rolora_passes.graphs.graph import parameters, set_tensor
 
 FORMAT = "rolora-graph-1"
-_PYTHON = {f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "neg")}
+_PYTHON = {
+    f"operator.{name}": getattr(operator, name)
+    for name in ("getitem", "add", "sub", "mul", "floordiv", "neg")
+}
 _TYPES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -37,7 +40,10 @@ def save_graph(graph: fx.GraphModule, path: str | Path) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     by_storage: dict[tuple[Any, ...], str] = {}
-    named = {**parameters(graph), **{f"meta/{k}": v for k, v in graph.meta.get("rotation_tensors", {}).items()}}
+    named = {
+        **parameters(graph),
+        **{f"meta/{k}": v for k, v in graph.meta.get("rotation_tensors", {}).items()},
+    }
     for name, value in named.items():
         key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
         first = by_storage.setdefault(key, name)
@@ -68,7 +74,9 @@ def load_graph(path: str | Path) -> fx.GraphModule:
             described = json.loads((file.metadata() or {}).get("graph", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise GraphFormatError(f"{path} is damaged or not a safetensors file: {error}; save it again") from error
+        raise GraphFormatError(
+            f"{path} is damaged or not a safetensors file: {error}; save it again"
+        ) from error
     if not described or described.get("format") != FORMAT:
         found = described.get("format") if described else "no graph"
         raise GraphFormatError(f"expected a graph of format {FORMAT} in {path}, found {found}")
@@ -94,7 +102,9 @@ def load_graph(path: str | Path) -> fx.GraphModule:
 
 
 def _shared(value: torch.Tensor) -> bool:
-    return value.untyped_storage().nbytes() != value.numel() * value.element_size() or not value.is_contiguous()
+    return (
+        value.untyped_storage().nbytes() != value.numel() * value.element_size() or not value.is_contiguous()
+    )
 
 
 def _node(node: fx.Node) -> dict[str, Any]:
@@ -105,7 +115,9 @@ def _node(node: fx.Node) -> dict[str, Any]:
         else:
             names = [name for name, function in _PYTHON.items() if function is target]
             if not names:
-                raise GraphFormatError(f"cannot save {node.format_node()}: {target} is not a registered operator")
+                raise GraphFormatError(
+                    f"cannot save {node.format_node()}: {target} is not a registered operator"
+                )
             target = names[0]
     return {
         "op": node.op,
@@ -123,7 +135,9 @@ def _target(name: str) -> Any:
         namespace, operation, overload = name.split(".")
         return getattr(getattr(getattr(torch.ops, namespace), operation), overload)
     except (ValueError, AttributeError) as error:
-        raise GraphFormatError(f"the graph calls {name}, which this torch ({torch.__version__}) lacks") from error
+        raise GraphFormatError(
+            f"the graph calls {name}, which this torch ({torch.__version__}) lacks"
+        ) from error
 
 
 def _encode(value: Any) -> Any:
@@ -132,9 +146,11 @@ def _encode(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_encode(v) for v in value]
     if isinstance(value, _TYPES):
-        return {"torch": str(value).removeprefix("torch.")} if not isinstance(value, torch.device) else {
-            "device": str(value)
-        }
+        return (
+            {"torch": str(value).removeprefix("torch.")}
+            if not isinstance(value, torch.device)
+            else {"device": str(value)}
+        )
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -148,7 +164,10 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
     if isinstance(value, dict):
         ((kind, content),) = value.items()
         decoders: dict[str, Any] = {
-            "node": nodes.get, "torch": lambda n: getattr(torch, n), "device": torch.device, "float": float.fromhex,
-        }  # fmt: skip
+            "node": nodes.get,
+            "torch": lambda n: getattr(torch, n),
+            "device": torch.device,
+            "float": float.fromhex,
+        }
         return decoders[kind](content)
     return value

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from rolora_passes.graphs import ops as _ops  # noqa: F401  (registers the operators)
+
 
 def shape_of(node: object) -> Any:
-    """A node's shape, a tuple of ints and, for symbolic sizes, strings; None where capture recorded no tensor."""
+    """A node's shape: ints, strings for symbolic sizes; None where capture recorded no tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if not isinstance(value, torch.Tensor):
         return None
@@ -24,6 +26,10 @@ def same_shape(first: fx.Node, second: fx.Node) -> bool:
 
 # Sizes for batch and sequence that no axis of a model has, so that a reshape's factors are unmistakable.
 BATCH, SEQUENCE = 1009, 2017
+
+
+# Transforms of a value's own shape and type; tracing their factors would be most of the work.
+_KEEPING = (torch.ops.rolora.rotate.default, torch.ops.rolora.hadamard.default)
 
 
 class _Shapes(fx.Interpreter):
@@ -40,6 +46,8 @@ class _Shapes(fx.Interpreter):
             return None
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in _KEEPING and isinstance(args[0], torch.Tensor):
+            return args[0]
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("meta")}
         return super().call_function(target, args, kwargs)

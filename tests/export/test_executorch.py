@@ -7,18 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_llama import tiny_llama
 from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError, MissingExtraError
+from rolora_passes.export.executorch import LoweringReport, to_executorch
 from rolora_passes.export.extras import require
 from rolora_passes.export.kv_cache import add_kv_cache
-
-pytest.importorskip("executorch")
-
-from tiny_llama import tiny_llama
-
-from rolora_passes.export.executorch import LoweringReport, to_executorch
 from rolora_passes.export.runner import load_pte
+from rolora_passes.graphs.graph import convert
 
 OUTSIDE = {
     "llama::update_cache.out",
@@ -163,3 +160,9 @@ def test_metadata_for_the_runner(tmp_path: Path) -> None:
 def test_missing_extra_is_named() -> None:
     with pytest.raises(MissingExtraError, match=r"pip install rolora-passes\[executorch\]"):
         require("no_such_runtime.module", "executorch")
+
+
+def test_a_graph_in_another_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match=r"expected a graph in torch.float32, .* found torch.float64"):
+        to_executorch(convert(tiny_llama(), torch.float64), tmp_path / "model.pte")
+    assert not list(tmp_path.iterdir())
