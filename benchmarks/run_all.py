@@ -27,6 +27,7 @@ def commands(folder: Path, peer: Path | None) -> list[list[str]]:
         ["exactness.py"],
         ["outliers.py"],
         ["parity.py"],
+        ["eight_bits.py"],
         *([] if peer else [["peer_executorch.py", "--out", str(folder / "peer")]]),
         *[
             [
