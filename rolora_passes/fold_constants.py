@@ -27,6 +27,7 @@ from rolora_passes.graphs.graph import (
     parameter_names,
     root_names,
     set_tensor,
+    upstream,
 )
 from rolora_passes.passes import Pass, Report
 
@@ -116,7 +117,7 @@ def evaluate(graph: fx.GraphModule, nodes: list[fx.Node]) -> list[Tensor]:
 
 
 def _evaluate(graph: fx.GraphModule, nodes: list[fx.Node], rows: slice | None) -> list[Tensor]:
-    needed = _expression(nodes)
+    needed = upstream(nodes)
     remaining = {n: sum(u in needed for u in n.users) + (n in nodes) for n in needed}
     done: dict[fx.Node, Tensor] = {}
     with torch.no_grad():
@@ -138,20 +139,10 @@ def _evaluate(graph: fx.GraphModule, nodes: list[fx.Node], rows: slice | None) -
     return [done[n] for n in nodes]
 
 
-def _expression(nodes: list[fx.Node]) -> set[fx.Node]:
-    found, stack = set(), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
 def _independent_rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> tuple[int, int] | None:
     """(rows, width) of the one table under large expressions that treat every row for itself, else None."""
     tables = set()
-    for node in _expression(nodes):
+    for node in upstream(nodes):
         name = op_name(node)
         if node.op == "get_attr":
             tensor = get_tensor(graph, str(node.target))

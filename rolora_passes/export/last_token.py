@@ -11,6 +11,7 @@ from torch import fx
 from rolora_passes.export.shapes import Shape, constant_nodes, drop_unused, infer_shapes
 from rolora_passes.export.xnnpack_emitter import op_key
 from rolora_passes.export.xnnpack_ops import EMITTERS
+from rolora_passes.graphs.graph import upstream
 
 _MIXING = {"aten.matmul", "aten.softmax", "aten.cat", "aten.slice", "aten.permute", "aten.transpose"}
 
@@ -47,14 +48,7 @@ class _Narrow:
 
     def _needed_whole(self) -> set[fx.Node]:
         """Everything the caches are written from."""
-        found: set[fx.Node] = set()
-        stack = [n for n in self.graph.nodes if n.op == "call_function" and not n.users]
-        while stack:
-            node = stack.pop()
-            if node not in found:
-                found.add(node)
-                stack.extend(node.all_input_nodes)
-        return found
+        return upstream(n for n in self.graph.nodes if n.op == "call_function" and not n.users)
 
     def narrow(self, node: fx.Node) -> fx.Node:
         """The last token of a value [1, S, ..]; also of the parts of a quantizer, which have no shape."""

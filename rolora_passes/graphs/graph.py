@@ -9,7 +9,7 @@ FoldConstants.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeGuard
 
 import torch
@@ -120,6 +120,18 @@ def leaves(graph: fx.GraphModule) -> dict[fx.Node, None]:
     """Constant expressions as the rest of the graph sees them: the constant nodes a computation reads."""
     known = constants(graph)
     return {n: None for n in graph.graph.nodes if n in known and any(u not in known for u in n.users)}
+
+
+def upstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Nodes and everything they are computed from."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def root_names(node: Any) -> list[str]:
