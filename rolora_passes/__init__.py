@@ -10,26 +10,33 @@ from rolora_passes.fuse_norm import FuseNorm
 from rolora_passes.insert_hadamard import InsertHadamard
 from rolora_passes.manager import Record, apply_passes, history
 from rolora_passes.merge_lora import MergeLoRA
-from rolora_passes.passes import Pass, Report
+from rolora_passes.observe_activations import ObserveActivations
+from rolora_passes.passes import Calibration, Pass, Report
 from rolora_passes.quantize_activations import QuantizeActivations
 from rolora_passes.quantize_embedding import QuantizeEmbedding
+from rolora_passes.quantize_kv_cache import QuantizeKVCache
 from rolora_passes.quantize_weights import QuantizeWeights
 from rolora_passes.rotate import Rotate
+from rolora_passes.smooth_quant import SmoothQuant
 from rolora_passes.version import __version__
 
 __all__ = [
     "AddLoRA",
+    "Calibration",
     "FoldConstants",
     "FuseNorm",
     "InsertHadamard",
     "MergeLoRA",
+    "ObserveActivations",
     "Pass",
     "QuantizeActivations",
     "QuantizeEmbedding",
+    "QuantizeKVCache",
     "QuantizeWeights",
     "Record",
     "Report",
     "Rotate",
+    "SmoothQuant",
     "__version__",
     "apply_passes",
     "history",

@@ -1,4 +1,4 @@
-"""The command line: `rolora compile | run | inspect | passes`."""
+"""The command line: `rolora compile | run | eval | inspect | passes`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ import logging
 import os
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
+from rolora_passes.display import Display, console, pass_line, print_summary
 from rolora_passes.errors import RoloraError, RunError
 
 if TYPE_CHECKING:
-    from rolora_passes.export.compile import Compiled
-    from rolora_passes.manager import Record
-
-_console = Console(stderr=True, highlight=False)
+    from rolora_passes.passes import Calibration
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,14 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RoloraError, OSError) as error:
-        _console.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        _console.print(str(error), markup=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+        console.print(str(error), markup=False, soft_wrap=True)
         return 2
     except MemoryError:
-        _console.print("[bold red]error:[/] not enough memory for this model")
+        console.print("[bold red]error:[/] not enough memory for this model")
         return 2
     except KeyboardInterrupt:
-        _console.print("interrupted; nothing was written")
+        console.print("interrupted; nothing was written")
         return 130
     return 0
 
@@ -52,7 +48,7 @@ def _hush() -> None:
     """Leave what other libraries say about themselves out, unless Python is asked for warnings (`-W`)."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-        for name in ("torchao", "torch.utils._pytree"):
+        for name in ("torchao", "torch.utils._pytree", "lm_eval"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -83,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument(
         "--fast-prefill", action="store_true", help="attend in XNNPACK in calls from position 0"
     )
-    compile_.add_argument("--no-verify", action="store_true", help="do not check the exact passes")
+    _recipe_options(compile_)
     compile_.set_defaults(run=_compile)
 
     run = commands.add_parser("run", help="generate text from a compiled folder in its stock runtime")
@@ -93,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--temperature", type=_at_least(0, float), default=0.0)
     run.add_argument("--raw", action="store_true", help="do not wrap the prompt in the model's chat template")
     run.set_defaults(run=_run)
+
+    _add_eval(commands.add_parser("eval", help="perplexity and task accuracies of a model or an artefact"))
 
     look = commands.add_parser("inspect", help="what a model, a saved graph or a compiled folder is made of")
     look.add_argument("model", help="model folder, hub name, .gguf, saved graph, or compiled folder")
@@ -109,10 +107,77 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _recipe_options(parser: argparse.ArgumentParser) -> None:
+    """What the passes of a recipe are given."""
+    parser.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="for passes that look at data: .txt, .jsonl, or hub:NAME/CONFIG:SPLIT",
+    )
+    at_least_1 = _at_least(1, int)
+    parser.add_argument("--samples", type=at_least_1, default=128, help="calibration windows (%(default)s)")
+    parser.add_argument("--length", type=at_least_1, default=2048, help="their tokens (%(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=_at_least(0, int),
+        help="of all that is drawn at random (0; a recipe's own in its passes)",
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep what passes have finished, to go on if interrupted"
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not check the exact passes")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    at_least_1 = _at_least(1, int)
+    parser.add_argument("model", help="model folder, hub name, .gguf, saved graph, or compiled folder")
+    parser.add_argument("--recipe", help="apply a recipe first, by name or .yaml")
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        help="perplexity of this: .txt, .jsonl, or hub:NAME/CONFIG:SPLIT",
+    )
+    parser.add_argument(
+        "--window", type=_at_least(2, int), default=2048, help="tokens of a window (%(default)s)"
+    )
+    parser.add_argument("--windows", type=at_least_1, metavar="N", help="the first N windows (all)")
+    parser.add_argument(
+        "--tasks", type=lambda text: [t for t in text.split(",") if t], default=[], metavar="A,B",
+        help="lm-eval's names, commonsense, .yaml files, or .jsonl files of question, choices, answer",
+    )  # fmt: skip
+    parser.add_argument("--task-limit", type=at_least_1, metavar="N", help="the first N examples of a task")
+    parser.add_argument("--shots", type=_at_least(0, int), help="examples shown first (each task's own)")
+    parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), help="(float32)")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved graph, which has none")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON")
+    _recipe_options(parser)
+    parser.set_defaults(run=_eval)
+
+
+def _calibration(options: argparse.Namespace, display: Display) -> Callable[[Any], Calibration] | None:
+    """Makes, with the model's tokenizer, what passes that look at data are given."""
+    if options.calibration is None:
+        return None
+    from rolora_passes.data import load_text, random_windows, token_stream
+    from rolora_passes.passes import Calibration
+
+    texts = load_text(options.calibration)
+
+    def make(tokenizer: Any) -> Calibration:
+        stream = token_stream(texts, tokenizer)
+        tokens = random_windows(
+            stream, options.samples, options.length, options.seed or 0, options.calibration
+        )
+        return Calibration(tokens, options.work, display.count)
+
+    return make
+
+
 def _compile(options: argparse.Namespace) -> None:
     from rolora_passes.export.compile import compile_model
 
-    with _console.status("starting") as status:
+    with Display() as display:
         compiled = compile_model(
             options.model,
             options.recipe,
@@ -120,43 +185,45 @@ def _compile(options: argparse.Namespace) -> None:
             max_length=options.max_length,
             fast_prefill=options.fast_prefill,
             verify=not options.no_verify,
-            on_stage=lambda name: status.update(f"{name} …"),
-            on_pass=_pass_line,
+            calibration=_calibration(options, display),
+            seed=options.seed,
+            on_stage=display.stage,
+            on_pass=pass_line,
         )
-    _summary(compiled)
+    print_summary(compiled)
 
 
-def _pass_line(record: Record) -> None:
-    checked = "" if record.error is None else f", same function to {record.error:.0e}"
-    left = f", {len(record.report.left)} left" if record.report.left else ""
-    _console.print(
-        f"  {record.name:22} {len(record.report.changed):4} sites{left}, {record.seconds:.1f} s{checked}"
+def _eval(options: argparse.Namespace) -> None:
+    import torch
+
+    from rolora_passes.evaluation.report import Measures, evaluate, results_table, save_results
+
+    if options.output is not None and options.output.is_dir():
+        raise IsADirectoryError(f"expected a file to write, found a folder at {options.output}")
+    measures = Measures(
+        options.text, options.window, options.windows, options.tasks, options.task_limit, options.shots
     )
-
-
-def _summary(compiled: Compiled) -> None:
-    table = Table(title=f"{compiled.folder / 'model.pte'}", show_header=False, title_justify="left")
-    lowering, weights = compiled.lowering, compiled.weights
-    table.add_row("size", f"{lowering.bytes / 1e6:.1f} MB")
-    bits_each = f"{weights.bits_per_weight:.2f} bits each with scales"
-    table.add_row("weights", f"{weights.elements / 1e6:.1f} M, {bits_each}")
-    for bits, count in weights.by_bits.items():
-        table.add_row("", f"{count / 1e6:.1f} M at {bits} bits")
-    for record in compiled.history:
-        table.add_row(record.name, _outcome(record))
-    table.add_row("delegated", f"{lowering.delegates} XNNPACK delegates")
-    outside = ", ".join(f"{count} {name}" for name, count in lowering.operators.items())
-    table.add_row("not delegated", f"{sum(lowering.operators.values())} instructions: {outside}")
-    table.add_row("seconds", ", ".join(f"{name} {value:.0f}" for name, value in compiled.seconds.items()))
-    Console().print(table)
-
-
-def _outcome(record: Record) -> str:
-    text = f"{len(record.report.changed)} sites"
-    if record.report.left:
-        reasons = Counter(reason for _, reason in record.report.left)
-        text += "".join(f"; {count} left: {reason}" for reason, count in reasons.most_common(2))
-    return text
+    with Display() as display:
+        result = evaluate(
+            options.model,
+            measures,
+            seed=options.seed,
+            recipe=options.recipe,
+            calibration=_calibration(options, display),
+            tokenizer=options.tokenizer,
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
+            verify=not options.no_verify,
+            on_stage=display.stage,
+            on_progress=display.count,
+            on_pass=pass_line,
+        )
+    if "calibration" in result:
+        result["calibration"] |= {"text": Path(options.calibration).name, "seed": options.seed or 0}
+    elif options.calibration is not None:
+        console.print("no pass of the recipe looks at data: --calibration was not used")
+    Console().print(results_table(result))
+    if options.output is not None:
+        save_results(result, options.output)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -211,7 +278,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if folder.suffix == ".safetensors":
         graph = load_graph(folder)
     else:
-        with _console.status("capturing …"):
+        with console.status("capturing …"):
             graph = capture(load_model(options.model)[0])
     if not options.as_captured and "norms fused" not in graph.meta["facts"]:
         graph = apply_passes(graph, [FuseNorm()], verify=False)

@@ -37,6 +37,14 @@ class RunError(RoloraError):
     """A compiled program cannot be run as asked."""
 
 
+class DataError(RoloraError):
+    """A text, or a file of examples, is not what it should be."""
+
+
+class EvaluationError(RoloraError):
+    """A model cannot be evaluated as asked."""
+
+
 def one_line(error: BaseException, length: int = 300) -> str:
     """Another library's error for a message of ours: its type and the beginning of what it says."""
     text = " ".join(str(error).split()) or "no message"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.evaluate import evaluate
 from rolora_passes.graphs.graph import (
     add_parameter,
-    argument,
     constants,
     delete_tensor,
     dtype_of,
@@ -27,7 +26,6 @@ from rolora_passes.graphs.graph import (
     parameter_names,
     root_names,
     set_tensor,
-    upstream,
 )
 from rolora_passes.passes import Pass, Report
 
@@ -76,7 +74,7 @@ class FoldConstants(Pass):
 
     def verify(self, before: fx.GraphModule, after: fx.GraphModule, report: Report) -> float | None:
         """As for every exact pass, unless a quantizer is folded: in float64 some ties break otherwise."""
-        if any(is_op(n, "quantize") for n in before.graph.nodes):
+        if any(is_op(n, "quantize", "encode") for n in before.graph.nodes):
             return None
         return super().verify(before, after, report)
 
@@ -93,72 +91,6 @@ def _replace(graph: fx.GraphModule, node: fx.Node, root: str, value: Tensor) -> 
     return folded
 
 
-# Elements evaluated at a time where rows are independent (a token table): 8 MB in float64.
-_BLOCK = 1 << 20
-
-
-def evaluate(graph: fx.GraphModule, nodes: list[fx.Node]) -> list[Tensor]:
-    """The values of constant expressions over the same parameters, computed in float64.
-
-    Expressions that work on every row for itself are evaluated in blocks of rows.
-    """
-    rows = _independent_rows(graph, nodes)
-    if rows is None:
-        return _evaluate(graph, nodes, None)
-    count, width = rows
-    step = max(1, _BLOCK // width)
-    results: list[Tensor] = []
-    for start in range(0, count, step):
-        parts = _evaluate(graph, nodes, slice(start, start + step))
-        results = results or [part.new_empty(count, *part.shape[1:]) for part in parts]
-        for result, part in zip(results, parts, strict=True):
-            result[start : start + step] = part
-    return results
-
-
-def _evaluate(graph: fx.GraphModule, nodes: list[fx.Node], rows: slice | None) -> list[Tensor]:
-    needed = upstream(nodes)
-    remaining = {n: sum(u in needed for u in n.users) + (n in nodes) for n in needed}
-    done: dict[fx.Node, Tensor] = {}
-    with torch.no_grad():
-        for node in sorted(needed):
-            if node.op == "get_attr":
-                tensor = get_tensor(graph, str(node.target)).detach()
-                tensor = tensor[rows] if rows is not None and tensor.dim() > 1 else tensor
-                done[node] = tensor.double() if tensor.is_floating_point() else tensor
-                continue
-            args = fx.node.map_arg(node.args, done.__getitem__)
-            kwargs = fx.node.map_arg(node.kwargs, done.__getitem__)
-            operator = cast(Callable[..., Tensor], node.target)
-            done[node] = operator(*args, **kwargs)
-            del args, kwargs
-            for used in node.all_input_nodes:
-                remaining[used] -= 1
-                if not remaining[used]:
-                    del done[used]
-    return [done[n] for n in nodes]
-
-
-def _independent_rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> tuple[int, int] | None:
-    """(rows, width) of the one table under large expressions that treat every row for itself, else None."""
-    tables = set()
-    for node in upstream(nodes):
-        name = op_name(node)
-        if node.op == "get_attr":
-            tensor = get_tensor(graph, str(node.target))
-            if tensor.dim() > 1:
-                tables.add((node, tensor.shape))
-        elif name in ("rotate", "hadamard"):
-            if argument(node, "dim") not in (1, -1):
-                return None
-        elif name not in ("mul", "choose_scale", "quantize", "squeeze"):
-            return None
-    if len(tables) != 1:
-        return None
-    ((_, shape),) = tables
-    return (shape[0], shape[1]) if len(shape) == 2 and shape.numel() > 2 * _BLOCK else None
-
-
 def _release() -> None:
     """Give freed memory back to the system, where the C library (glibc) would keep it.
 
@@ -170,13 +102,14 @@ def _release() -> None:
 
 
 def _is_scale(node: fx.Node) -> bool:
-    return any("choose_scale" in str(n.target) for n in (node, *node.all_input_nodes))
+    return _suffix(node) == "_scale"
 
 
 def _suffix(node: fx.Node) -> str:
-    if _is_scale(node) and "quantize" not in str(node.target):
-        return "_scale"
-    return "_q" if "quantize" in str(node.target) else ""
+    """What part of a quantized weight an expression is, by what its parameter is called."""
+    if is_op(node, "getitem") and is_op(node.args[0], "choose_qparams"):
+        return ("_scale", "_zero")[node.args[1]]
+    return {"absmax": "_scale", "quantize": "_q", "encode": "_q"}.get(op_name(node), "")
 
 
 def _reclaim(graph: fx.GraphModule, folded: fx.Node, name: str) -> None:

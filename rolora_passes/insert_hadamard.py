@@ -50,7 +50,7 @@ class InsertHadamard(Pass):
     """
 
     ensures: ClassVar[tuple[str, ...]] = ("hadamards inserted",)
-    forbids: ClassVar[tuple[str, ...]] = ("hadamards inserted", "weights quantized")
+    forbids: ClassVar[tuple[str, ...]] = ("hadamards inserted", "weights quantized", "cache quantized")
 
     r3: bool = True
     r4: bool = True

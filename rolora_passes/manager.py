@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from rolora_passes.errors import GraphFormatError, PassError, PassOrderError
 from rolora_passes.graphs.capture import from_exported
 from rolora_passes.graphs.graph import copy_graph, parameters
 from rolora_passes.graphs.text import graph_text
-from rolora_passes.passes import REMEDIES, Pass, Report
+from rolora_passes.passes import REMEDIES, Calibration, Pass, Report
 from rolora_passes.registry import make_pass
 
 PassLike = Pass | str | Mapping[str, Any]
@@ -59,6 +59,7 @@ def apply_passes(
     passes: Iterable[PassLike],
     *,
     verify: bool = True,
+    calibration: Calibration | Tensor | None = None,
     print_graph: Print = "never",
     print_to: str | Path | None = None,
     on_pass: Callable[[Record], None] | None = None,
@@ -70,6 +71,8 @@ def apply_passes(
         passes: pass objects, names ("fuse-norm"), or one-entry mappings ({"rotate": {"seed": 1}}).
         verify: run the graph before and after every exact pass on random tokens, and fail if it
             differs, naming the pass, the first value that differs, and by how much.
+        calibration: tokens int64 [N, S] for the passes that look at data, or a `Calibration` that says
+            more; see `rolora_passes.data`.
         print_graph: write the graph as text after passes that changed it, or after all.
         print_to: the folder for that; standard error if None. With a folder, a graph that fails
             verification is written there too.
@@ -81,7 +84,7 @@ def apply_passes(
         GraphFormatError: not a captured graph.
         PassOrderError: a pass's requirement does not hold where it stands; nothing has been run.
         VerificationError: an exact pass changed the function.
-        PassError: a pass cannot do what its options ask.
+        PassError: a pass cannot do what its options ask, or needs calibration and there is none.
     """
     if isinstance(graph, torch.export.ExportedProgram):
         graph = from_exported(graph)
@@ -94,9 +97,12 @@ def apply_passes(
         raise PassError(f"expected a list of passes, found {passes!r}: write [{passes!r}]")
     pipeline = [make_pass(p) for p in passes]
     check_order(pipeline, graph.meta.get("facts", []))
+    if isinstance(calibration, Tensor):
+        calibration = Calibration(calibration)
+    require_calibration(pipeline, calibration, graph.meta.get("config", {}).get("vocab_size"))
     current = graph
     for number, step in enumerate(pipeline):
-        current, record = _apply(current, step, verify, number, print_graph, print_to)
+        current, record = _apply(current, step, verify, calibration, number, print_graph, print_to)
         if on_pass:
             on_pass(record)
     return current if pipeline else copy_graph(graph)
@@ -127,22 +133,56 @@ def check_order(pipeline: Iterable[Pass], facts: Iterable[str]) -> None:
                     f"{step.name} cannot run on a graph that is already {fact!r} ({known[fact]}): "
                     "move it before what did that, or leave it out"
                 )
+        known = {fact: how for fact, how in known.items() if fact not in step.removes}
         known |= dict.fromkeys(step.ensures, f"by {step.name}")
+
+
+def require_calibration(
+    pipeline: Iterable[Pass], calibration: Calibration | None, vocabulary: int | None = None
+) -> None:
+    """Check, before anything runs, that passes that look at data have some.
+
+    Raises:
+        PassError: there is none, or it is not tokens int64 [N, S] with N and S at least 1, all of them in
+            the vocabulary, if its size is known.
+    """
+    needy = [step.name for step in pipeline if step.needs_calibration]
+    if needy and calibration is None:
+        raise PassError(
+            f"{needy[0]} looks at data and was given none: pass calibration=tokens, int64 [N, S] "
+            "(rolora_passes.data.calibration_tokens makes them from text), or --calibration FILE"
+        )
+    if needy and calibration is not None:
+        tokens = calibration.tokens
+        if tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens.numel():
+            raise PassError(
+                f"expected calibration tokens int64 [N, S], found {tokens.dtype} {list(tokens.shape)}"
+            )
+        low, high = (int(bound) for bound in tokens.aminmax())
+        if low < 0 or (vocabulary is not None and high >= vocabulary):
+            raise PassError(
+                f"expected calibration tokens of a vocabulary of {vocabulary}, found {low} to {high}: "
+                "they are another tokenizer's"
+            )
 
 
 def _apply(
     before: fx.GraphModule,
     step: Pass,
     verify: bool,
+    calibration: Calibration | None,
     number: int,
     print_graph: Print,
     print_to: str | Path | None,
 ) -> tuple[fx.GraphModule, Record]:
     after = copy_graph(before)
     start = time.perf_counter()
-    report = step.run(after)
+    if calibration is not None and step.needs_calibration:
+        report = step.calibrate(after, calibration)
+    else:
+        report = step.run(after)
     seconds = time.perf_counter() - start
-    after.meta["facts"] = sorted({*after.meta.get("facts", []), *step.ensures})
+    after.meta["facts"] = sorted({*after.meta.get("facts", []), *step.ensures} - {*step.removes})
     start = time.perf_counter()
     error = None
     place = f"{number:02d}-{step.name}"

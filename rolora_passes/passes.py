@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from torch import fx
+from torch import Tensor, fx
 
 from rolora_passes.graphs.verify import verify_same
 
@@ -15,7 +17,7 @@ from rolora_passes.graphs.verify import verify_same
 REMEDIES = {
     "canonical": "capture the model with rolora_passes.graphs.capture",
     "norms fused": "run fuse-norm first",
-    "weights quantized": "run quantize-weights first",
+    "activations observed": "run observe-activations first",
 }
 
 
@@ -42,6 +44,22 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What passes that look at data are given.
+
+    Attributes:
+        tokens: int64 [N, S], N windows of S tokens.
+        work: a folder for what a pass has finished, so that a run that was killed goes on from there;
+            None to keep nothing.
+        on_progress: called with the pass, how much is done, and of how much.
+    """
+
+    tokens: Tensor
+    work: Path | None = None
+    on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
+
+
+@dataclass(frozen=True)
 class Pass:
     """Base of all passes. Subclasses set the class attributes and implement `run`.
 
@@ -49,12 +67,14 @@ class Pass:
         kind: "exact" keeps the function up to rounding, and is verified; "lossy" does not.
         requires, ensures: facts that must hold before, and that hold after.
         forbids: facts that must not hold before.
+        removes: facts that no longer hold after.
     """
 
     kind: ClassVar[Literal["exact", "lossy"]] = "exact"
     requires: ClassVar[tuple[str, ...]] = ("canonical",)
     ensures: ClassVar[tuple[str, ...]] = ()
     forbids: ClassVar[tuple[str, ...]] = ()
+    removes: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def pass_name(cls) -> str:
@@ -71,6 +91,11 @@ class Pass:
         """Whether the pass, with these options, keeps the function."""
         return self.kind == "exact"
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the pass, with these options, looks at data: `calibrate` is then called, not `run`."""
+        return False
+
     def options(self) -> dict[str, Any]:
         """Options that differ from their defaults."""
         return {
@@ -82,6 +107,10 @@ class Pass:
 
     def run(self, graph: fx.GraphModule) -> Report:
         """Rewrite the graph in place (it is a copy made for this pass)."""
+        raise NotImplementedError
+
+    def calibrate(self, graph: fx.GraphModule, calibration: Calibration) -> Report:
+        """Rewrite the graph in place, by what its values are on the calibration tokens."""
         raise NotImplementedError
 
     def verify(self, before: fx.GraphModule, after: fx.GraphModule, report: Report) -> float | None:

@@ -1,57 +1,124 @@
-"""QuantizeActivations: 8-bit inputs for linears, asymmetric, per token, at run time."""
+"""QuantizeActivations: what linears read, on a grid of 3 to 8 bits chosen per token at run time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import fx
 
-from rolora_passes.graphs.graph import finish, is_op, site_names
-from rolora_passes.graphs.quantizers import quantize_per_token, require_float32
-from rolora_passes.graphs.sites import matches, require_match
+from rolora_passes.errors import PassError
+from rolora_passes.graphs.affine import qparams
+from rolora_passes.graphs.graph import (
+    KEPT,
+    add_parameter,
+    finish,
+    get_tensor,
+    insert_after,
+    is_op,
+    site_names,
+)
+from rolora_passes.graphs.quantizers import require_bits, require_float32, require_group
+from rolora_passes.graphs.shapes import infer_shapes
+from rolora_passes.graphs.sites import is_head, matches, require_match
 from rolora_passes.passes import Pass, Report
+
+_FAKE = ("fake_quantize", "fake_quantize_static")
 
 
 @dataclass(frozen=True)
 class QuantizeActivations(Pass):
-    """Quantize and dequantize what linears with quantized weights read.
+    """Quantize and dequantize what linears read.
 
     Before:                              After:
-        y = linear(x, dequantize(q, s))      xs, xz = choose_qparams_per_token_asymmetric(x, int8)
-                                             xq = quantize_per_token(x, xs, xz)
-                                             y = linear(dequantize_per_token(xq, xs, xz), dequantize(q, s))
+        y = linear(x, dequantize(q, s))      y = linear(fake_quantize(x, 8), dequantize(q, s))
 
-    Linears that read one value share its quantizer.
+    Linears that read one value share its quantizer. A value that is quantized already is left, so two of
+    these passes make a model of mixed precision: the first takes its targets, the second the rest.
+    Observers on quantized values are removed.
 
     Options:
-        targets: "all-linear", or patterns over site names.
+        bits: 3 to 8.
+        group_size: channels that share a scale; None: one scale per token.
+        symmetric: a grid around zero, from max|x|; otherwise from [min(x, 0), max(x, 0)], with a zero point.
+        clip: multiplies the range that a token shows (QuaRot: 0.9 at 4 bits).
+        static: one grid for all tokens, from what observe-activations saw, instead of one chosen at run time.
+        targets: "all-linear", or patterns over site names; the head is meant too.
+        exclude: patterns of sites to leave.
+        head: bits of the head's input, or None to leave it.
+        float_weights: also what linears with floating-point weights read.
+
+    Raises:
+        PassError: no linear matches a target, a group size does not divide an input, `static` with a value
+            that was not observed, or linears that share a value and are not asked for alike.
     """
 
     kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
-    requires: ClassVar[tuple[str, ...]] = ("canonical", "weights quantized")
     ensures: ClassVar[tuple[str, ...]] = ("activations quantized",)
-    forbids: ClassVar[tuple[str, ...]] = ("activations quantized",)
 
+    bits: int = 8
+    group_size: int | None = None
+    symmetric: bool = False
+    clip: float = 1.0
+    static: bool = False
     targets: str | tuple[str, ...] = "all-linear"
+    exclude: tuple[str, ...] = ()
+    head: int | None = 8
+    float_weights: bool = False
+
+    def __post_init__(self) -> None:
+        require_bits(self.name, "bits", self.bits, low=3)
+        require_bits(self.name, "head", self.head, low=3)
+        if not 0 < self.clip <= 1:
+            raise PassError(f"{self.name}: clip must be above 0 and at most 1, found {self.clip}")
+        if self.group_size is not None and (self.group_size < 2 or self.static):
+            found = f"{self.group_size}" + (" with static, which has one scale" if self.static else "")
+            raise PassError(f"{self.name}: group_size must be 2 or more or None, found {found}")
 
     def run(self, graph: fx.GraphModule) -> Report:
         require_float32(graph, self.name)
         report = Report()
-        quantized: dict[fx.Node, fx.Node] = {}
-        names = site_names(graph)
+        shapes, names = infer_shapes(graph), site_names(graph)
         require_match(self.name, self.targets, names.values())
+        quantized: dict[fx.Node, fx.Node] = {}
         for node, name in names.items():
-            if not matches(name, self.targets):
+            bits = self.head if is_head(node) else self.bits
+            value = node.args[0]
+            assert isinstance(value, fx.Node)
+            if bits is None or not matches(name, self.targets) or matches(name, self.exclude):
                 report.left.append((name, "left in floating point by the options"))
-            elif not is_op(node.args[1], "dequantize_per_channel_group", "dequantize_per_channel"):
+            elif is_op(value, *_FAKE):
+                report.left.append((name, "its input is quantized already"))
+            elif not self.float_weights and not is_op(node.args[1], *KEPT):
                 report.left.append((name, "its weight is in floating point"))
             else:
-                value = node.args[0]
-                assert isinstance(value, fx.Node)
+                require_group(self.name, name, int(shapes[value].shape[-1]), self.group_size)
                 if value not in quantized:
-                    quantized[value] = quantize_per_token(graph, value)
+                    quantized[value] = self._quantizer(graph, value, bits, name)
                 node.update_arg(0, quantized[value])
-                report.changed.append(name)
+                report.changed.append(f"{name}: {bits} bits")
         finish(graph)
         return report
+
+    def _quantizer(self, graph: fx.GraphModule, value: fx.Node, bits: int, name: str) -> fx.Node:
+        seen = value if is_op(value, "observed") else None
+        source = seen.args[0] if seen is not None else value
+        ops = torch.ops.rolora
+        if not self.static:
+            known = (source, bits, self.group_size, self.symmetric, self.clip)
+            return insert_after(graph, value, ops.fake_quantize.default, *known)
+        if seen is None:
+            raise PassError(
+                f"{self.name}: static needs to know the range of what {name} reads: "
+                "run observe-activations on it first"
+            )
+        low, high = (get_tensor(graph, str(node.target)) for node in seen.args[1:3])
+        range_ = low.amin().clamp_max(0) * self.clip, high.amax().clamp_min(0) * self.clip
+        chosen = qparams(*range_, bits, self.symmetric)
+        scale, zero = (
+            add_parameter(graph, f"{name}.input_{part}", tensor.reshape(1))
+            for part, tensor in zip(("scale", "zero"), chosen, strict=True)
+        )
+        known = (source, scale, zero, bits, self.symmetric)
+        return insert_after(graph, value, ops.fake_quantize_static.default, *known)

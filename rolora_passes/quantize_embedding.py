@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 from torch import fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.affine import Grid
 from rolora_passes.graphs.graph import constants, finish, is_op, root_names
-from rolora_passes.graphs.quantizers import quantize_weight, require_float32
+from rolora_passes.graphs.quantizers import quantize_weight, require_bits, require_float32, require_group
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.passes import Pass, Report
 
@@ -22,7 +23,7 @@ class QuantizeEmbedding(Pass):
         x = embedding(E, tokens)         x = embedding(dequantize(q, s), tokens)
 
     Options:
-        bits: 8 or 4.
+        bits: 2 to 8 (the kernels have 4 and 8).
         group_size: channels that share a scale; None: one scale per row.
 
     A table that a linear reads too is left: untie it first, or quantize that linear's copy.
@@ -36,8 +37,7 @@ class QuantizeEmbedding(Pass):
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise PassError(f"quantize-embedding: bits must be 4 or 8, found {self.bits}")
+        require_bits(self.name, "bits", self.bits)
         if self.group_size is not None and self.group_size < 1:
             raise PassError(
                 f"quantize-embedding: group_size must be positive or None, found {self.group_size}"
@@ -54,11 +54,8 @@ class QuantizeEmbedding(Pass):
             table = node.args[0]
             assert isinstance(table, fx.Node)
             name, width = root_names(table)[0], int(shapes[table].shape[-1])
-            if self.group_size and width % self.group_size:
-                raise PassError(
-                    f"quantize-embedding: groups of {self.group_size} do not divide {name} ({width} wide)"
-                )
-            node.update_arg(0, quantize_weight(graph, node, table, self.bits, self.group_size, width))
+            require_group(self.name, name, width, self.group_size)
+            node.update_arg(0, quantize_weight(graph, node, table, Grid(self.bits, self.group_size)))
             report.changed.append(f"{name}: {self.bits} bits")
         finish(graph)
         return report

@@ -1,86 +1,146 @@
-"""QuantizeWeights: round linears' weights to integers, symmetric, in groups or per channel."""
+"""QuantizeWeights: linears' weights as integers (RTN, GPTQ) or codes (NF), in groups or per channel."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 from torch import fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.affine import Grid
+from rolora_passes.graphs.gptq_linears import gptq_linears
 from rolora_passes.graphs.graph import constants, finish, site_names
-from rolora_passes.graphs.quantizers import quantize_weight, require_float32
+from rolora_passes.graphs.quantizers import (
+    encode_weight,
+    quantize_weight,
+    require_bits,
+    require_float32,
+    require_group,
+    store_quantized,
+)
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import is_head, matches, require_match
-from rolora_passes.passes import Pass, Report
+from rolora_passes.passes import Calibration, Pass, Report
 
-_GROUPS = (32, 64, 128, 256)  # what the int4 kernels take
+_METHODS = ("rtn", "gptq", "nf", "uniform")
 
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Round-to-nearest, symmetric: s = max|w| / (2^(b-1) - 1), q = clamp(round(w / s)).
+    """Put weights on a grid: s = max|w| / (2^(b-1) - 1), q = clamp(round(w / s)), or another of the options.
 
     Before:                     After (folded: q and s are parameters):
-        y = linear(x, W)            q = quantize(W, s), s = choose_scale(W, group)
+        y = linear(x, W)            s, z = choose_qparams(W, group); q = quantize(W, s, z)
                                     y = linear(x, dequantize(q, s))
 
+    A weight that is quantized already is left, so two of these passes make a model of mixed precision:
+    the first takes its targets, the second the rest.
+
     Options:
-        bits: 4 (-8..7) or 8 (-127..127).
-        group_size: input channels that share a scale (32, 64, 128, 256); None: one scale per output
-            channel. Scales of groups are rounded to bfloat16, which is what the kernels hold.
+        bits: 2 to 8.
+        group_size: input channels that share a scale; None: one scale per output channel, as 8-bit
+            weights always have. Scales of groups are rounded to bfloat16, which is what kernels hold.
+        symmetric: -2^(b-1) .. 2^(b-1)-1 around zero (8 bits: -127 .. 127); otherwise with a zero point.
+        method: "rtn" (round to nearest), "gptq" (Frantar et al., 2023; needs calibration, and sees what the
+            graph computes with everything before already quantized), "nf" (NormalFloat, QLoRA) or
+            "uniform" (LoftQ's table), codebooks scaled by each group's largest magnitude.
+        clip_search: shrink each range to where sum |w - ŵ|^2.4 is least, over a grid of 80.
         targets: "all-linear", or patterns over site names; the head is meant too.
-        head: bits of the head: 4, 8, or None to leave it. 8 is per channel.
+        exclude: patterns of sites to leave.
+        head: bits of the head, or None to leave it.
+        damping: GPTQ: the part of the mean diagonal that is added to the Hessian's.
+        act_order: GPTQ: columns by falling diagonal of the Hessian; with groups, groups first and then
+            columns within them, so that a group stays contiguous.
 
     Raises:
-        PassError: no linear matches a target, or a group size does not divide a matched linear's input.
+        PassError: no linear matches a target, a group size does not divide a matched linear's input, or
+            GPTQ finds an input that it cannot work with (nothing seen, singular Hessian).
     """
 
     kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
     ensures: ClassVar[tuple[str, ...]] = ("weights quantized",)
-    forbids: ClassVar[tuple[str, ...]] = ("weights quantized",)
 
     bits: int = 4
     group_size: int | None = 32
+    symmetric: bool = True
+    method: Literal["rtn", "gptq", "nf", "uniform"] = "rtn"
+    clip_search: bool = False
     targets: str | tuple[str, ...] = "all-linear"
+    exclude: tuple[str, ...] = ()
     head: int | None = 4
+    damping: float = 0.01
+    act_order: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8) or self.head not in (4, 8, None):
-            raise PassError(f"quantize-weights: bits must be 4 or 8, found {self.bits} (head {self.head})")
-        if self.group_size is not None and self.group_size not in _GROUPS:
+        require_bits(self.name, "bits", self.bits)
+        require_bits(self.name, "head", self.head)
+        if self.group_size is not None and self.group_size < 2:
+            raise PassError(f"{self.name}: group_size must be 2 or more or None, found {self.group_size}")
+        if self.method not in _METHODS:
+            raise PassError(f"{self.name}: method must be one of {_METHODS}, found {self.method!r}")
+        if self.method in ("nf", "uniform") and (not self.symmetric or self.clip_search):
             raise PassError(
-                f"quantize-weights: the int4 kernels take groups of {_GROUPS}, found {self.group_size}"
+                f"{self.name}: a codebook has no zero points and no clip search; "
+                f"leave symmetric and clip_search out with method {self.method!r}"
             )
 
+    @property
+    def needs_calibration(self) -> bool:
+        return self.method == "gptq"
+
     def run(self, graph: fx.GraphModule) -> Report:
-        require_float32(graph, self.name)
         report = Report()
+        for node, name, weight, grid in self._sites(graph, report):
+            if self.method == "rtn":
+                quantized = quantize_weight(graph, node, weight, grid)
+            else:
+                quantized = encode_weight(graph, node, weight, self.method, grid.bits, grid.group_size)
+            node.update_arg(1, quantized)
+            report.changed.append(_describe(name, grid))
+        finish(graph)
+        return report
+
+    def calibrate(self, graph: fx.GraphModule, calibration: Calibration) -> Report:
+        report = Report()
+        sites = {node: (name, grid) for node, name, _, grid in self._sites(graph, report)}
+        report.notes = gptq_linears(
+            graph,
+            sites,
+            calibration.tokens,
+            damping=self.damping,
+            act_order=self.act_order,
+            work=calibration.work,
+            on_progress=partial(calibration.on_progress, self.name),
+            store=partial(store_quantized, graph),
+        )
+        report.changed = [_describe(name, grid) for name, grid in sites.values()]
+        finish(graph)
+        return report
+
+    def _sites(self, graph: fx.GraphModule, report: Report) -> Iterator[tuple[fx.Node, str, fx.Node, Grid]]:
+        """Each linear to quantize, its name, its weight, and the grid; the others go to the report."""
+        require_float32(graph, self.name)
         known = constants(graph)
         shapes = infer_shapes(graph, only=known)
         names = site_names(graph)
         require_match(self.name, self.targets, names.values())
         for node, name in names.items():
             bits = self.head if is_head(node) else self.bits
-            if bits is None or not matches(name, self.targets):
-                report.left.append((name, "left in floating point by the options"))
-                continue
             weight = node.args[1]
             assert isinstance(weight, fx.Node)
-            if weight not in known:
+            if bits is None or not matches(name, self.targets) or matches(name, self.exclude):
+                report.left.append((name, "left in floating point by the options"))
+            elif weight not in known:
                 report.left.append((name, "its weight is quantized already"))
-                continue
-            group = None if bits == 8 else self.group_size
-            width = int(shapes[weight].shape[-1])
-            if group and width % group:
-                fits = [g for g in _GROUPS if width % g == 0]
-                raise PassError(
-                    f"quantize-weights: groups of {group} do not divide {name}, whose input is {width}; "
-                    f"use {' or '.join(map(str, fits)) or 'None (one scale per channel)'}"
-                )
-            node.update_arg(1, quantize_weight(graph, node, weight, bits, group, width))
-            report.changed.append(
-                f"{name}: {bits} bits" + (f", groups of {group}" if group else ", per channel")
-            )
-        finish(graph)
-        return report
+            else:
+                group = None if bits == 8 else self.group_size
+                require_group(self.name, name, int(shapes[weight].shape[-1]), group)
+                yield node, name, weight, Grid(bits, group, self.symmetric, self.clip_search)
+
+
+def _describe(name: str, grid: Grid) -> str:
+    groups = f"groups of {grid.group_size}" if grid.group_size else "per channel"
+    return f"{name}: {grid.bits} bits, {groups}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from rolora_passes.errors import PassError
 from rolora_passes.passes import Pass
 from rolora_passes.registry import make_pass
+from rolora_passes.settings import METHODS, method_passes
 
 
 def recipe_names() -> list[str]:
@@ -20,14 +22,28 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def load_recipe(source: str | Path) -> list[Pass]:
-    """The passes of a recipe, by name ("8da4w") or from a YAML file.
+def load_recipe(source: str | Path, seed: int | None = None) -> list[Pass]:
+    """The passes of a recipe: by name ("8da4w"), a method at a setting ("quarot:W4A4KV4"), or a YAML file.
 
     A recipe is a mapping with `passes`, an ordered list of names or one-entry mappings of name to options.
+
+    Args:
+        seed: for every pass that draws at random, in place of the recipe's.
 
     Raises:
         PassError: no such recipe or file, not YAML of that form, or a pass or option that does not exist.
     """
+    passes = method_passes(str(source)) if _is_method(source) else _from_yaml(source)
+    if seed is None:
+        return passes
+    return [dataclasses.replace(p, seed=seed) if hasattr(p, "seed") else p for p in passes]  # type: ignore[call-arg]
+
+
+def _is_method(source: str | Path) -> bool:
+    return str(source).partition(":")[0] in METHODS
+
+
+def _from_yaml(source: str | Path) -> list[Pass]:
     text = _text(source)
     try:
         found = yaml.safe_load(text)
@@ -70,6 +86,6 @@ def _text(source: str | Path) -> str:
         except UnicodeDecodeError as error:
             raise PassError(f"recipe {path} is not a text file: {error}") from error
     if str(source) not in recipe_names():
-        there = ", ".join(recipe_names())
+        there = ", ".join([*recipe_names(), *(f"{m}:W4A4KV4" for m in METHODS)])
         raise PassError(f"expected a recipe file (.yaml) or one of {there}, found {str(source)!r}")
     return (resources.files("rolora_passes") / "recipe_files" / f"{source}.yaml").read_text()

@@ -28,6 +28,7 @@ from rolora_passes import (
     InsertHadamard,
     QuantizeActivations,
     QuantizeEmbedding,
+    QuantizeKVCache,
     QuantizeWeights,
     Rotate,
     apply_passes,
@@ -197,9 +198,9 @@ ORDERS: dict[str, tuple[list[Any], str]] = {
         ["fuse-norm", "quantize-weights", "rotate"],
         r"rotate cannot run .* 'weights quantized' \(by quantize-weights\)",
     ),
-    "activations before weights": (
-        ["fuse-norm", "quantize-activations", "quantize-weights"],
-        "quantize-activations requires .*'weights quantized', .*: run quantize-weights first",
+    "smoothing before observing": (
+        ["smooth-quant", "observe-activations"],
+        "smooth-quant requires .*'activations observed', .*: run observe-activations first",
     ),
     "merge into quantized weights": (
         ["add-lora", "quantize-weights", "merge-lora"],
@@ -276,11 +277,17 @@ def test_rotation_files_of_something_else(tmp_path: Path) -> None:
 # Options.
 
 OPTIONS: dict[str, tuple[Callable[[], Any], str]] = {
-    "group does not divide": (QuantizeWeights, "groups of 32 do not divide .*q_proj, whose input is 24"),
-    "group of the table": (lambda: QuantizeEmbedding(group_size=5), "groups of 5 do not divide .* .24 wide"),
+    "group does not divide": (QuantizeWeights, "groups of 32 do not divide .*q_proj, whose width is 24"),
+    "group of the table": (
+        lambda: QuantizeEmbedding(group_size=5),
+        "groups of 5 do not divide .*, whose width is 24",
+    ),
     "group of nothing": (lambda: QuantizeEmbedding(group_size=0), "must be positive or None, found 0"),
-    "group no kernel has": (lambda: QuantizeWeights(group_size=48), "groups of .*256.*, found 48"),
-    "bits": (lambda: QuantizeWeights(bits=3), "bits must be 4 or 8, found 3"),
+    "group of one": (lambda: QuantizeWeights(group_size=1), "group_size must be 2 or more or None, found 1"),
+    "bits": (lambda: QuantizeWeights(bits=1), "bits must be 2 to 8, found 1"),
+    "bits of activations": (lambda: QuantizeActivations(bits=2), "bits must be 3 to 8, found 2"),
+    "clip": (lambda: QuantizeActivations(clip=0.0), "clip must be above 0 and at most 1, found 0.0"),
+    "bits of keys": (lambda: QuantizeKVCache(keys=16), "keys must be 2 to 8, found 16"),
     "target": (lambda: QuantizeWeights(group_size=None, targets="qproj"), "no linear matches 'qproj'; sites"),
     "target of adapters": (lambda: AddLoRA(targets=("qproj",)), r"no linear matches \('qproj',\); sites are"),
     "pattern": (lambda: AddLoRA(targets="re:("), r"'re:\(' is not a regular expression"),

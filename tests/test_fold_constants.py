@@ -15,9 +15,9 @@ from rolora_passes import (
     QuantizeWeights,
     Rotate,
     apply_passes,
-    fold_constants,
 )
 from rolora_passes.errors import PassError
+from rolora_passes.graphs import evaluate
 from rolora_passes.graphs.graph import constants, convert, parameters, run, set_tensor
 from rolora_passes.graphs.verify import relative_error
 
@@ -51,7 +51,7 @@ def test_precision_does_not_decay_pass_by_pass() -> None:
 def test_in_blocks_of_rows_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = [FuseNorm(), Rotate(), QuantizeWeights(group_size=None), QuantizeEmbedding(), FoldConstants()]
     whole = parameters(apply_passes(captured("llama", torch.float32), passes))
-    monkeypatch.setattr(fold_constants, "_BLOCK", 24 * 10)
+    monkeypatch.setattr(evaluate, "_BLOCK", 24 * 10)
     blocks = parameters(apply_passes(captured("llama", torch.float32), passes))
     assert list(blocks) == list(whole)
     assert all(torch.equal(blocks[name], whole[name]) for name in whole)

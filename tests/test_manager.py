@@ -86,7 +86,7 @@ def test_small_mistakes_are_caught_in_float64() -> None:
             [QuantizeWeights(group_size=None), "merge-lora"],
             r"merge-lora cannot run .*already 'weights quantized'",
         ),
-        (["quantize-activations"], r"quantize-activations requires .*run quantize-weights first"),
+        (["smooth-quant"], r"smooth-quant requires .*'activations observed'.*run observe-activations first"),
     ],
 )
 def test_wrong_orders_are_refused_before_anything_runs(passes: list[Any], message: str) -> None:

@@ -1,39 +1,59 @@
-"""QuantizeActivations: one quantizer a value, in torch's own operators."""
+"""QuantizeActivations: one quantizer a value, chosen by structure, dynamic or from what was observed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from helpers import check, count, difference
+from helpers import check, count, difference, tokens_for
 from test_quantize_weights import wide
+from torch import fx
 
 from rolora_passes import QuantizeActivations, QuantizeWeights, apply_passes, history
-from rolora_passes.errors import PassOrderError
-from rolora_passes.graphs.graph import is_op, values
+from rolora_passes.errors import PassError
+from rolora_passes.graphs import affine
+from rolora_passes.graphs.graph import add_parameter, copy_graph, insert_after, is_op, linears, run, values
+
+
+def quantizers(graph: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in graph.graph.nodes if is_op(n, "fake_quantize", "fake_quantize_static")]
 
 
 def test_linears_that_read_one_value_share_its_quantizer() -> None:
     graph = check(wide(), [QuantizeWeights(), QuantizeActivations()])
     inputs = {n.args[0] for n in wide().graph.nodes if is_op(n, "linear")}
-    assert count(graph, "quantize_per_token") == len(inputs) == 2 * 4 + 1
-    assert all(is_op(n.args[0], "dequantize_per_token") for n in graph.graph.nodes if is_op(n, "linear"))
+    assert len(quantizers(graph)) == len(inputs) == 2 * 4 + 1
+    assert all(is_op(n.args[0], "fake_quantize") for n in linears(graph))
 
 
-def test_tokens_are_rounded_to_half_a_step() -> None:
-    graph = apply_passes(wide(), [QuantizeWeights(), QuantizeActivations()])
-    known = dict(values(graph, torch.arange(12).reshape(2, 6)))
-    for node in graph.graph.nodes:
-        if is_op(node, "dequantize_per_token"):
-            q, scale, zero = (known[a] for a in node.args[:3])
-            value = known[node.args[0].args[0]]
-            assert q.dtype == torch.int8 and scale.shape == (*value.shape[:-1], 1)
-            assert ((known[node] - value).abs() <= scale * 0.5 * (1 + 1e-5)).all()
-            assert ((zero >= -128) & (zero <= 127)).all()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bits": 4, "symmetric": True, "clip": 0.9}, {"bits": 3, "group_size": 16}, {"bits": 6}],
+    ids=str,
+)
+def test_values_are_those_of_the_arithmetic(options: dict[str, Any]) -> None:
+    step = QuantizeActivations(float_weights=True, head=None, **options)
+    graph = check(wide(), [step])
+    known = dict(values_kept(graph))
+    assert len(quantizers(graph)) == 8
+    for node in quantizers(graph):
+        assert torch.equal(
+            known[node],
+            affine.fake_quantize(known[node.args[0]], step.bits, step.group_size, step.symmetric, step.clip),
+        )
 
 
-def test_costs_little() -> None:
+def values_kept(graph: fx.GraphModule) -> list[tuple[fx.Node, Any]]:
+    return list(values(graph, tokens_for(graph)))
+
+
+def test_costs_little_at_eight_bits_and_more_at_four() -> None:
     weights = apply_passes(wide(), [QuantizeWeights(bits=8, head=8)])
-    assert 0 < difference(apply_passes(weights, [QuantizeActivations()]), weights) < 0.1
+    costs = [
+        difference(apply_passes(weights, [QuantizeActivations(bits=b, head=b)]), weights) for b in (8, 6, 4)
+    ]
+    assert 0 < costs[0] < costs[1] / 2 < costs[2] / 4 and costs[0] < 0.1
 
 
 def test_targets_and_floating_weights_are_left() -> None:
@@ -43,11 +63,62 @@ def test_targets_and_floating_weights_are_left() -> None:
     left = dict(history(graph)[-1].report.left)
     assert left["lm_head"] == "its weight is in floating point"
     assert left["model.layers.0.mlp.up_proj"] == "left in floating point by the options"
-    assert count(graph, "quantize_per_token") == 2
+    assert len(quantizers(graph)) == 2
+    with pytest.raises(PassError, match="quantize-activations: no linear matches 'qproj'"):
+        apply_passes(wide(), [QuantizeActivations(targets="qproj")])
 
 
-def test_needs_quantized_weights() -> None:
+def test_down_projections_at_eight_bits_and_the_rest_at_four() -> None:
+    options = {"float_weights": True, "head": None}
+    graph = apply_passes(
+        wide(),
+        [
+            QuantizeActivations(bits=8, targets="down_proj", **options),  # type: ignore[arg-type]
+            QuantizeActivations(bits=4, exclude=("o_proj",), **options),  # type: ignore[arg-type]
+        ],
+    )
+    assert sorted(n.args[1] for n in quantizers(graph)) == [4] * 4 + [8] * 2
+    left = dict(history(graph)[-1].report.left)
+    assert left["model.layers.1.mlp.down_proj"] == "its input is quantized already"
+    assert left["model.layers.1.self_attn.o_proj"] == "left in floating point by the options"
+
+
+def observed(low: float, high: float) -> fx.GraphModule:
+    """The graph with an observer of one range on every value that linears read."""
+    graph = copy_graph(wide())
+    seen = [add_parameter(graph, f"seen.{n}", torch.tensor([v])) for n, v in (("low", low), ("high", high))]
+    for value in {n.args[0]: None for n in linears(graph)}:
+        node = insert_after(graph, value, torch.ops.rolora.observed.default, value, *seen)
+        value.replace_all_uses_with(node, delete_user_cb=lambda user, own=node: user is not own)
+    graph.recompile()
+    return graph
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_grids_come_from_observers(symmetric: bool) -> None:
+    step = QuantizeActivations(static=True, float_weights=True, symmetric=symmetric, bits=6, head=6)
+    graph = check(observed(-1.5, 2.0), [step])
+    assert count(graph, "observed") == 0 and len(quantizers(graph)) == 9
+    scale, zero = affine.qparams(torch.tensor(-1.5), torch.tensor(2.0), 6, symmetric)
+    known = dict(values_kept(graph))
+    for node in quantizers(graph):
+        expected = affine.round_trip(known[node.args[0]], scale, zero, 6, symmetric)
+        assert torch.equal(known[node], expected) and known[node].abs().max() <= 2.1
+
+
+def test_dynamic_grids_need_no_observers_and_remove_them() -> None:
+    graph = apply_passes(observed(-1, 1), [QuantizeActivations(float_weights=True)])
+    assert count(graph, "observed") == 0
+    expected = apply_passes(wide(), [QuantizeActivations(float_weights=True)])
+    assert torch.equal(run(graph, tokens_for(graph)), run(expected, tokens_for(graph)))
+
+
+def test_errors() -> None:
     with pytest.raises(
-        PassOrderError, match=r"requires a graph with 'weights quantized'.*run quantize-weights first"
+        PassError, match=r"static needs to know the range of what .*q_proj reads: run observe"
     ):
-        apply_passes(wide(), [QuantizeActivations()])
+        apply_passes(wide(), [QuantizeActivations(static=True, float_weights=True)])
+    with pytest.raises(PassError, match=r"groups of 48 do not divide .*, whose width is 64"):
+        apply_passes(wide(), [QuantizeActivations(group_size=48, float_weights=True)])
+    with pytest.raises(PassError, match="group_size must be 2 or more or None, found 32 with static"):
+        QuantizeActivations(group_size=32, static=True)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, Literal
 
 import pytest
 import torch
 from architectures import tiny_wide
-from helpers import captured, check, count, difference
+from helpers import captured, check, count, difference, tokens_for
 from torch import Tensor, fx
 
-import rolora_passes.graphs.quantizers  # noqa: F401  (registers quantized_decomposed)
 from rolora_passes import FoldConstants, FuseNorm, QuantizeWeights, Rotate, apply_passes, history
-from rolora_passes.errors import PassError, PassOrderError
+from rolora_passes.errors import PassError
+from rolora_passes.graphs import affine
+from rolora_passes.graphs.accounting import weigh
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.graph import is_op, parameters, values
-
-decomposed = torch.ops.quantized_decomposed
+from rolora_passes.graphs.graph import argument, is_op, parameters, run, values
 
 
 @functools.cache
@@ -59,37 +59,69 @@ def test_per_channel(bits: int) -> None:
     for name, (q, scale) in weights(graph).items():
         w = originals[name].double()
         assert q.min() >= (-8 if bits == 4 else -127) and q.max() <= most
-        assert scale.shape in ((w.shape[0],), (w.shape[0], 1))
+        assert scale.shape == (w.shape[0], 1)
         torch.testing.assert_close(scale.flatten(), (w.abs().amax(-1) / most).float())
         steps = scale.double().reshape(-1, 1)
         assert ((q * steps - w).abs() <= steps * 0.5 * (1 + 1e-6)).all()
 
 
-def test_integers_are_those_of_torchs_own_quantizer() -> None:
-    graph = apply_passes(wide(), [QuantizeWeights(group_size=32, head=8), FoldConstants()])
+OPTIONS = [
+    {"bits": 2, "symmetric": False},
+    {"bits": 3, "group_size": 16, "clip_search": True},
+    {"bits": 6, "group_size": None},
+    {"bits": 8, "head": 5},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_integers_are_those_of_the_arithmetic(options: dict[str, Any]) -> None:
+    step = QuantizeWeights(**options)
+    graph = check(wide(), [step, FoldConstants()])
     originals = parameters(wide())
     for name, (q, scale) in weights(graph).items():
-        zeros = torch.zeros_like(scale, dtype=torch.int32)
-        if name == "lm_head.weight":
-            expected = decomposed.quantize_per_channel(
-                originals[name], scale.flatten(), zeros.flatten(), 0, -127, 127, torch.int8
-            )
-        else:
-            expected = decomposed.quantize_per_channel_group(
-                originals[name], scale, zeros, -8, 7, torch.int8, 32
-            )
-        off = (q.int() - expected.int()).abs()
-        assert off.max() <= 1 and (off > 0).double().mean() < 1e-3, name  # ties: torch multiplies by 1/s
+        bits = step.head if name == "lm_head.weight" else step.bits
+        assert bits is not None
+        grid = affine.Grid(bits, None if bits == 8 else step.group_size, step.symmetric, step.clip_search)
+        expected_scale, zero = grid.choose(originals[name].double())
+        assert torch.equal(scale, expected_scale)
+        assert torch.equal(q, affine.quantize(originals[name].double(), scale, zero, bits, step.symmetric))
+        if not step.symmetric:
+            assert torch.equal(parameters(graph)[name + "_zero"], zero)
 
 
-def test_the_graph_dequantizes_by_torchs_own_operator() -> None:
+@pytest.mark.parametrize("method", ["nf", "uniform"])
+def test_codebooks(method: Literal["nf", "uniform"]) -> None:
+    step = QuantizeWeights(bits=3, head=None, group_size=64, method=method)
+    graph = check(wide(), [step, FoldConstants()])
+    table = affine.codebook(method, 3)
+    assert torch.equal(parameters(graph)[f"codebooks.{method}3"], table)
+    originals = parameters(wide())
+    assert len(weights(graph)) == 14
+    for name, (codes, scale) in weights(graph).items():
+        w = originals[name].double()
+        assert torch.equal(scale, affine.absmax(w, 64)) and codes.dtype == torch.uint8
+        assert torch.equal(codes, affine.encode(w, scale, table))
+    assert difference(graph, apply_passes(wide(), [step])) < 1e-6
+
+
+def test_the_graph_dequantizes_its_integers() -> None:
     graph = apply_passes(wide(), [QuantizeWeights(), FoldConstants()])
     known = {n.name: v for n, v in values(graph, torch.tensor([[1, 2]]))}
+    assert count(graph, "dequantize") == 15
     for node in graph.graph.nodes:
-        if is_op(node, "dequantize_per_channel_group"):
+        if is_op(node, "dequantize"):
             name = str(node.args[0].target).removesuffix("_q")
             q, scale = weights(graph)[name]
             torch.testing.assert_close(known[node.name], q * scale.repeat_interleave(32, 1), rtol=0, atol=0)
+
+
+def test_accounting_counts_scales_and_zero_points() -> None:
+    step = QuantizeWeights(bits=3, group_size=16, symmetric=False, head=None)
+    graph = apply_passes(wide(), [step, FoldConstants()])
+    found = weigh(graph)
+    inner = sum(q.numel() for q, _ in weights(graph).values())
+    assert found.by_bits[3] == inner
+    assert found.bits == inner * 3 + inner // 16 * (16 + 3) + found.by_bits[32] * 32
 
 
 def test_folding_keeps_the_quantized_function() -> None:
@@ -106,32 +138,67 @@ def test_eight_bits_are_closer_than_four() -> None:
     assert 0 < errors[1] < errors[0] / 4
 
 
-def test_a_weight_of_zeros_stays_zero() -> None:
-    from rolora_passes.graphs.ops import choose_scale, quantize
-
-    weight = torch.zeros(2, 64)
-    scale = choose_scale(weight, 32, 7)
-    assert (scale > 0).all() and not quantize(weight, scale, -8, 7).any()
-
-
-def test_head_and_targets() -> None:
+def test_head_targets_and_exclusions() -> None:
     graph = apply_passes(wide(), [QuantizeWeights(head=None, targets=("up_proj", "lm_head"))])
     report = history(graph)[-1].report
-    assert count(graph, "dequantize_per_channel_group") == len(report.changed) == 2
+    assert count(graph, "dequantize") == len(report.changed) == 2
     assert len(report.left) == 13 and dict(report.left)["lm_head"] == "left in floating point by the options"
-    graph = apply_passes(wide(), [QuantizeWeights(head=8)])
-    assert count(graph, "dequantize_per_channel") == 1 and count(graph, "dequantize_per_channel_group") == 14
+    graph = apply_passes(wide(), [QuantizeWeights(exclude=("re:.*mlp.*",))])
+    assert count(graph, "dequantize") == 9
+
+
+def test_mixed_precision_is_two_passes() -> None:
+    graph = apply_passes(
+        wide(), [QuantizeWeights(bits=8, targets="down_proj"), QuantizeWeights(bits=3), FoldConstants()]
+    )
+    left = dict(history(graph)[1].report.left)
+    assert left == {f"model.layers.{i}.mlp.down_proj": "its weight is quantized already" for i in (0, 1)}
+    bits = [argument(n, "bits") for n in graph.graph.nodes if is_op(n, "dequantize")]
+    assert sorted(bits) == [3] * 12 + [4] + [8] * 2
+
+
+def test_gptq_loses_less_than_rounding() -> None:
+    """On what the graph computes; and its integers stand where the columns stood."""
+    tokens = tokens_for(wide(), 6, 60)
+    known = {"bits": 3, "group_size": 32, "head": None}
+    errors = []
+    for options in ({}, {"method": "gptq"}, {"method": "gptq", "act_order": True}):
+        graph = apply_passes(wide(), [QuantizeWeights(**known, **options)], calibration=tokens)
+        assert count(graph, "dequantize") == 14
+        errors.append(float((run(graph, tokens) - run(wide(), tokens)).pow(2).mean()))
+    assert max(errors[1:]) < 0.9 * errors[0]
+    assert not any(n.op == "get_attr" and n.target.endswith("up_proj.weight") for n in graph.graph.nodes)
+
+
+def test_gptq_quantizes_what_the_passes_wrote_about_a_weight() -> None:
+    """A weight under expressions (fused, rotated) gives what the same weight folded first gives."""
+    tokens, step = tokens_for(wide(), 4, 32), QuantizeWeights(method="gptq", head=None)
+    before = [FuseNorm(), Rotate()]
+    lazy = apply_passes(wide(), [*before, step], calibration=tokens)
+    folded = apply_passes(wide(), [*before, FoldConstants(), step], calibration=tokens)
+    assert difference(lazy, folded) < 1e-3
 
 
 def test_errors() -> None:
-    with pytest.raises(PassError, match=r"groups of 256 do not divide .*, whose input is 64"):
+    with pytest.raises(
+        PassError, match=r"groups of 256 do not divide .*, whose width is 64; use 16 or 32 or"
+    ):
         apply_passes(wide(), [QuantizeWeights(group_size=256)])
-    with pytest.raises(PassError, match="bits must be 4 or 8, found 3"):
-        QuantizeWeights(bits=3)
-    with pytest.raises(PassError, match=r"groups of \(32, 64, 128, 256\), found 48"):
-        QuantizeWeights(group_size=48)
-    with pytest.raises(PassOrderError, match=r"quantize-weights cannot run .* already 'weights quantized'"):
-        apply_passes(wide(), [QuantizeWeights(), QuantizeWeights()])
+    for bits in (1, 9):
+        with pytest.raises(PassError, match=f"bits must be 2 to 8, found {bits}"):
+            QuantizeWeights(bits=bits)
+    with pytest.raises(PassError, match=r"method must be one of .*, found 'awq'"):
+        QuantizeWeights(method="awq")  # type: ignore[arg-type]
+    with pytest.raises(PassError, match="a codebook has no zero points"):
+        QuantizeWeights(method="nf", symmetric=False)
+    with pytest.raises(
+        PassError, match="quantize-weights looks at data and was given none: pass calibration"
+    ):
+        apply_passes(wide(), [QuantizeWeights(method="gptq")])
+    with pytest.raises(PassError, match=r"expected calibration tokens int64 \[N, S\], found torch.float32"):
+        apply_passes(wide(), [QuantizeWeights(method="gptq")], calibration=torch.zeros(2, 3))
+    with pytest.raises(PassError, match="tokens of a vocabulary of 97, found 5 to 97: they are another tok"):
+        apply_passes(wide(), [QuantizeWeights(method="gptq")], calibration=torch.tensor([[5, 97]]))
 
 
 def test_a_graph_in_another_type_is_refused() -> None:

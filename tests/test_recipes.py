@@ -15,11 +15,14 @@ from rolora_passes import (
     FuseNorm,
     InsertHadamard,
     MergeLoRA,
+    ObserveActivations,
     Pass,
     QuantizeActivations,
     QuantizeEmbedding,
+    QuantizeKVCache,
     QuantizeWeights,
     Rotate,
+    SmoothQuant,
 )
 from rolora_passes.errors import PassError
 from rolora_passes.manager import check_order
@@ -39,10 +42,18 @@ passes = st.one_of(
     ),
     st.builds(MergeLoRA),
     st.builds(
-        QuantizeWeights, bits=st.sampled_from([4, 8]), group_size=st.sampled_from([None, 32, 64, 128, 256]),
-        targets=targets, head=st.sampled_from([4, 8, None]),
+        QuantizeWeights, bits=st.integers(2, 8), group_size=st.sampled_from([None, 32, 64, 128, 256]),
+        symmetric=st.booleans(), method=st.sampled_from(["rtn", "gptq"]), clip_search=st.booleans(),
+        targets=targets, exclude=st.lists(words, max_size=2).map(tuple), head=st.sampled_from([4, 8, None]),
+        damping=st.floats(1e-4, 1), act_order=st.booleans(),
     ),
-    st.builds(QuantizeActivations, targets=targets),
+    st.builds(
+        QuantizeActivations, bits=st.integers(3, 8), clip=st.floats(0.5, 1), targets=targets,
+        group_size=st.sampled_from([None, 32]), symmetric=st.booleans(), float_weights=st.booleans(),
+    ),
+    st.builds(QuantizeKVCache, keys=st.sampled_from([None, 2, 8]), per=st.sampled_from(["head", "token"])),
+    st.builds(ObserveActivations, per=st.just("tensor"), percentile=st.floats(51, 100)),
+    st.builds(SmoothQuant, alpha=st.floats(0, 1)),
     st.builds(QuantizeEmbedding, bits=st.sampled_from([4, 8]), group_size=st.sampled_from([None, 32])),
     st.builds(FoldConstants),
 )  # fmt: skip
@@ -94,7 +105,7 @@ def test_a_path_does(tmp_path: Path) -> None:
         ("", "expected a recipe"),
         ("passes: [fuse-norms]", "found 'fuse-norms'; there are"),
         ("passes: [{rotate: {angle: 3}}]", "rotate.*'angle'"),
-        ("passes: [{quantize-weights: {bits: 5}}]", "bits must be 4 or 8, found 5"),
+        ("passes: [{quantize-weights: {bits: 9}}]", "bits must be 2 to 8, found 9"),
         ("passes: [[1, 2]]", "expected a pass"),
         ("passes: [!!python/object/apply:os.getcwd []]", "is not YAML"),
     ],

@@ -25,7 +25,8 @@ class AddKVCache(Pass):
              update_cache(k, k_cache, start); update_cache(v, v_cache, start)
              s = custom_sdpa(q, k_cache, v_cache, start, …, scale)
 
-    `to_executorch` does this itself; the pass is for looking at the result, or going on from it.
+    Keys and values that QuantizeKVCache rounded to 8 bits are held in int8, each token and head with its own
+    scale. `to_executorch` does this itself; the pass is for looking at the result, or going on from it.
 
     Options:
         max_length: tokens the caches hold.

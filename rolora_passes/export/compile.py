@@ -18,8 +18,9 @@ from rolora_passes.graphs.accounting import Weights, weigh
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.files import writing_folder
 from rolora_passes.graphs.rotations import save_rotations
-from rolora_passes.manager import Record, apply_passes, check_order, history
+from rolora_passes.manager import Record, apply_passes, check_order, history, require_calibration
 from rolora_passes.models import load_model
+from rolora_passes.passes import Calibration
 from rolora_passes.recipes import dump_recipe, load_recipe
 
 _VERSIONS = ("rolora-passes", "torch", "transformers", "executorch", "torchao")
@@ -44,6 +45,8 @@ def compile_model(
     max_length: int = 512,
     fast_prefill: bool = False,
     verify: bool = True,
+    seed: int | None = None,
+    calibration: Callable[[Any], Calibration] | None = None,
     on_stage: Callable[[str], None] | None = None,
     on_pass: Callable[[Record], None] | None = None,
 ) -> Compiled:
@@ -58,6 +61,8 @@ def compile_model(
         folder: where to write; a compiled folder there is replaced, anything else is not.
         max_length: tokens of context the program holds.
         fast_prefill: see `to_executorch`.
+        seed: see `load_recipe`.
+        calibration: makes the calibration data of passes that look at data, given the model's tokenizer.
         on_stage, on_pass: called as the work goes on, for progress.
 
     Raises:
@@ -69,8 +74,10 @@ def compile_model(
     """
     if max_length < 1:
         raise LoweringError(f"expected a context of at least 1 token, found max_length {max_length}")
-    passes = load_recipe(recipe)
+    passes = load_recipe(recipe, seed)
     check_order(passes, ["canonical"])
+    if calibration is None:
+        require_calibration(passes, None)
     _require_replaceable(Path(folder))
     require("executorch.version", "executorch")
     seconds: dict[str, float] = {}
@@ -87,7 +94,8 @@ def compile_model(
             graph = capture(model)
             del model
         with stage("passes"):
-            graph = apply_passes(graph, passes, verify=verify, on_pass=on_pass)
+            data = calibration(tokenizer) if calibration is not None else None
+            graph = apply_passes(graph, passes, verify=verify, calibration=data, on_pass=on_pass)
         with stage("lower"):
             lowering = to_executorch(
                 graph, temporary / "model.pte", max_length=max_length, fast_prefill=fast_prefill
@@ -134,6 +142,7 @@ def _manifest(source: str, config: dict[str, Any], compiled: Compiled, max_lengt
         },
         "lowering": {
             "bytes": compiled.lowering.bytes,
+            "cache_bytes": compiled.lowering.cache_bytes,
             "delegates": compiled.lowering.delegates,
             "operators": compiled.lowering.operators,
             "cpu_seconds": compiled.lowering.seconds,

@@ -7,32 +7,36 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.extras import require
+from rolora_passes.graphs.affine import limits
 from rolora_passes.graphs.graph import argument, get_tensor, is_op, set_tensor
 
 
 def fuse_embeddings(graph: fx.GraphModule) -> None:
     """Look up rows of a quantized table and dequantize those alone, in place.
 
-    Before:  embedding(dequantize_per_channel(W int8 [V, d], scale [V]), tokens)
-             embedding(dequantize_per_channel_group(W in [-8, 7], scale [V, d/g]), tokens)
+    Before:  embedding(dequantize(W int8 [V, d], scale [V, d/g], 8 or 4 bits), tokens)
     After:   embedding_byte(W, scale, tokens); embedding_4bit(W packed [V, d/2], scale, tokens)
     """
     require("executorch.exir.passes._quant_patterns_and_replacements", "executorch")
     quantized = torch.ops.quantized_decomposed
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
         table, indices = node.args[:2]
-        if not is_op(table, "dequantize_per_channel", "dequantize_per_channel_group"):
+        if not is_op(table, "dequantize"):
             continue
         stored, scale = (get_tensor(graph, a.target) for a in table.args[:2])
-        _check_symmetric(graph, table)
-        limits = (argument(table, "quant_min"), argument(table, "quant_max"))
+        bits = argument(table, "bits")
+        if table.args[2] is not None or bits not in (4, 8):
+            raise LoweringError(
+                f"`{table.name}`: expected a symmetric embedding table of 4 or 8 bits, found "
+                f"{bits} bits{'' if table.args[2] is None else ' with zero points'}"
+            )
         kernel = quantized.embedding_byte.default
-        if limits == (-8, 7):
+        if bits == 4:
             stored, kernel = _pack(stored), quantized.embedding_4bit.default
         with graph.graph.inserting_before(node):
             weight = _constant(graph, f"{table.args[0].target}.packed", stored)
-            scales = _constant(graph, f"{table.args[1].target}.rows", scale.float())
-            fused = graph.graph.call_function(kernel, (weight, scales, None, *limits, indices))
+            scales = _constant(graph, f"{table.args[1].target}.rows", _scales(scale))
+            fused = graph.graph.call_function(kernel, (weight, scales, None, *limits(bits, True), indices))
         node.replace_all_uses_with(fused)
         graph.graph.erase_node(node)
 
@@ -43,10 +47,9 @@ def _constant(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     return graph.graph.get_attr(name)
 
 
-def _check_symmetric(graph: fx.GraphModule, table: fx.Node) -> None:
-    zero = table.args[2]
-    if isinstance(zero, fx.Node) and bool(get_tensor(graph, str(zero.target)).count_nonzero()):
-        raise LoweringError(f"`{table.name}`: expected a symmetric embedding table, found zero points")
+def _scales(scale: Tensor) -> Tensor:
+    """[V, groups], and [V] where there is one group: how the kernels tell a row's scale."""
+    return (scale[:, 0] if scale.shape[1] == 1 else scale).float()
 
 
 def _pack(weight: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from rolora_passes.export.kv_cache import add_kv_cache
 from rolora_passes.export.rotary import expand_rotary
 from rolora_passes.export.shapes import Shape, infer_shapes
 from rolora_passes.graphs.files import writing
-from rolora_passes.graphs.graph import copy_graph, dtype_of
+from rolora_passes.graphs.graph import copy_graph, dtype_of, parameters
 
 CANONICAL: dict[str, Shape] = {"tokens": (1, None), "positions": (1, None)}
 CACHED: dict[str, Shape] = {"tokens": (1, None), "input_pos": (1,)}
@@ -37,6 +38,8 @@ class LoweringReport:
     delegates: int
     operators: dict[str, int]
     """Instructions that are not delegate calls, by operator."""
+    cache_bytes: int
+    """What the caches of keys and values take in memory."""
     seconds: dict[str, float]
     """CPU seconds by stage."""
 
@@ -77,7 +80,8 @@ def to_executorch(
 
     Raises:
         MissingExtraError: ExecuTorch is not installed.
-        LoweringError: the graph is not in float32, or attends in a way no kernel does.
+        LoweringError: the graph is not in float32, attends in a way no kernel does, or quantizes as no
+            kernel or cache holds it.
     """
     _require_executorch()
     if dtype_of(graph) != torch.float32:
@@ -96,10 +100,13 @@ def to_executorch(
         length = prepared.meta["max_length"]
     with stages.stage("delegate"):
         delegated, count = delegate_to_xnnpack(prepared, CACHED, fast_prefill)
-    program = _program(delegated, length, _metadata(delegated, graph.meta.get("config", {}), length), stages)
+    caches = {name: t for name, t in parameters(prepared).items() if name.startswith("cache.")}
+    metadata = _metadata(caches, graph.meta.get("config", {}), length)
+    program = _program(delegated, length, metadata, stages)
     with stages.stage("write"):
         size = _write(program, Path(path))
-    return LoweringReport(Path(path), size, count, _operators(program), stages.seconds)
+    held = sum(t.nbytes for t in caches.values())
+    return LoweringReport(Path(path), size, count, _operators(program), held, stages.seconds)
 
 
 def _prepare(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
@@ -145,18 +152,18 @@ def _program(graph: fx.GraphModule, length: int, metadata: dict[str, Any], stage
         return edge.to_executorch(backend)
 
 
-def _metadata(graph: fx.GraphModule, config: dict[str, Any], length: int) -> dict[str, Any]:
+def _metadata(caches: Iterable[str], config: dict[str, Any], length: int) -> dict[str, Any]:
     """The constant methods the runner reads."""
+    layers = sum(re.fullmatch(r"cache\.key_\d+", name) is not None for name in caches)
     ends = config.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    updates = graph.graph.find_nodes(op="call_function", target=torch.ops.llama.update_cache.default)
     found = {
         "get_max_seq_len": length,
         "get_max_context_len": length,
         "get_bos_id": config.get("bos_token_id"),
         "get_eos_ids": ends,
         "get_vocab_size": config.get("vocab_size"),
-        "get_n_layers": len(updates) // 2,
+        "get_n_layers": layers,
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,

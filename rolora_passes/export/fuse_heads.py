@@ -15,7 +15,6 @@ from rolora_passes.export.shapes import drop_unused
 from rolora_passes.graphs.graph import argument, get_tensor, is_op, set_tensor
 
 _aten = torch.ops.aten
-_QUANTIZED = ("dequantize_per_channel_group", "dequantize_per_channel")
 
 
 def fuse_heads(graph: fx.GraphModule) -> None:
@@ -48,7 +47,7 @@ def _key(node: fx.Node) -> Any:
         return None
     if weight.op == "get_attr":
         form: Any = None
-    elif is_op(weight, *_QUANTIZED) and all(a.op == "get_attr" for a in weight.all_input_nodes):
+    elif is_op(weight, "dequantize") and all(a.op == "get_attr" for a in weight.all_input_nodes):
         form = (weight.target, weight.args[2] is None, weight.args[3:])
     else:
         return None
@@ -59,8 +58,8 @@ def _source(node: fx.Node) -> tuple[fx.Node, bool]:
     """The value a linear reads, and whether it reads it quantized."""
     x = node.args[0]
     assert isinstance(x, fx.Node)
-    if is_op(x, "dequantize_per_token") and is_op(x.args[0], "quantize_per_token"):
-        return x.args[0].args[0], True
+    if is_op(x, "fake_quantize"):
+        return x.args[0], True
     return x, False
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.extras import require
+from rolora_passes.export.kv_storage import Cache, Held, held, read_cache, write_cache
 from rolora_passes.export.shapes import Shape, constant_nodes, drop_unused, infer_shapes
 from rolora_passes.graphs.graph import argument, copy_graph, set_tensor
 
@@ -25,15 +26,19 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
              llama.update_cache(k, k_cache, start); llama.update_cache(v, v_cache, start)
              llama.custom_sdpa(q, k_cache, v_cache, start, None, 0.0, True, scale)
 
-    What depends on `positions` alone (rotary tables, learned position embeddings) is evaluated once
-    for all positions below `max_length`, and read at `start`. The given graph is not changed.
+    Keys and values that stand as `fake_quantize(k, 8)`, what QuantizeKVCache writes, are held in int8: see
+    `kv_storage`. What depends on `positions` alone (rotary tables, learned position embeddings) is
+    evaluated once for all positions below `max_length`, and read at `start`. The given graph is not
+    changed.
     """
     require("executorch.extension.llm.custom_ops.custom_ops", "executorch")
+    import torch.ao.quantization.fx._decomposed
+
     result = copy_graph(graph)
     shapes = infer_shapes(result, {"tokens": (1, None), "positions": (1, None)})
     window = _Window(result, max_length)
     _tabulate_positions(result, window)
-    caches: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node]] = {}
+    caches: dict[tuple[Held, Held], tuple[Cache, Cache]] = {}
     for node in result.graph.find_nodes(op="call_function", target=torch.ops.rolora.attention.default):
         _cache_attention(result, node, shapes, window, caches)
     drop_unused(result.graph)
@@ -61,8 +66,8 @@ class _Window:
             self.start = call(_aten.item.default, (input_pos,))
             call(_aten.sym_constrain_range_for_size.default, (self.start,), {"min": 0, "max": max_length - 1})
             self.length = call(_aten.sym_size.int, (tokens, 1))
-            end = call(operator.add, (self.start, self.length))
-            fits = call(operator.le, (end, max_length))
+            self.end = call(operator.add, (self.start, self.length))
+            fits = call(operator.le, (self.end, max_length))
             last = call(_aten._assert_scalar.default, (fits, f"more than {max_length} positions"))
         self.head = last.next
 
@@ -140,44 +145,35 @@ def _cache_attention(
     node: fx.Node,
     shapes: dict[fx.Node, tuple[Shape, torch.dtype]],
     window: _Window,
-    caches: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node]],
+    caches: dict[tuple[Held, Held], tuple[Cache, Cache]],
 ) -> None:
     """Replace one attention by cache updates and an attention over the caches."""
-    names = ("query", "key", "value", "scale", "window", "softcap")
-    q, k, v, scale, sliding, softcap = (argument(node, name) for name in names)
+    q, scale, sliding, softcap = (argument(node, n) for n in ("query", "scale", "window", "softcap"))
+    k, v = held(node, "key"), held(node, "value")
     if not argument(node, "causal"):
         raise LoweringError(f"`{node.name}` attends both ways: a key-value cache needs causal attention")
     graph = module.graph
-    with graph.inserting_before(node):
-        if (k, v) not in caches:
-            number = len(caches)
-            caches[k, v] = (
-                _update(module, f"cache.key_{number}", k, shapes[k][0], window),
-                _update(module, f"cache.value_{number}", v, shapes[v][0], window),
-            )
-        key, value = caches[k, v]
-    wide = shapes[k][0] != shapes[v][0] or softcap is not None
+    stored = (shapes[k.value][0], shapes[v.value][0])
+    wide = stored[0] != stored[1] or softcap is not None
     mask = _mask(module, sliding, window) if sliding is not None or wide else None
     with graph.inserting_before(node):
+        if (k, v) not in caches:
+            number, place = len(caches), (window.start, window.max_length)
+            caches[k, v] = (
+                write_cache(module, f"cache.key_{number}", k, stored[0], *place),
+                write_cache(module, f"cache.value_{number}", v, stored[1], *place),
+            )
+        # Float caches need no copy, and a mask has a column for every one of their rows.
+        end = window.end if mask is None and (k.int8 or v.int8) else None
+        key, value = (read_cache(graph, cache, end) for cache in caches[k, v])
         if wide:
-            heads = (shapes[q][0][2], shapes[k][0][2])
+            heads = (shapes[q][0][2], stored[0][2])
             out = _plain_attention(graph, q, key, value, mask, scale, softcap, heads)
         else:
             fused = (q, key, value, window.start, mask, 0.0, mask is None, scale)
             out = graph.call_function(torch.ops.llama.custom_sdpa.default, fused)
     node.replace_all_uses_with(out)
     graph.erase_node(node)
-
-
-def _update(module: fx.GraphModule, name: str, fresh: fx.Node, shape: Shape, window: _Window) -> fx.Node:
-    """Write fresh rows [1, S, H, D] into a zero buffer [1, max_length, H, D]; returns the buffer."""
-    _, _, heads, width = shape
-    if heads is None or width is None:
-        raise LoweringError(f"`{fresh.name}` has no static heads and head_dim: {shape}")
-    set_tensor(module, name, torch.zeros(1, window.max_length, heads, width))
-    cache = module.graph.get_attr(name)
-    module.graph.call_function(torch.ops.llama.update_cache.default, (fresh, cache, window.start))
-    return cache
 
 
 def _mask(module: fx.GraphModule, sliding: int | None, window: _Window) -> fx.Node:

@@ -5,6 +5,9 @@ they compute the masked half too. Whether a call is such a one is known only whe
 
     Before:  custom_sdpa(q, k_cache, v_cache, start, ..)
     After:   cond(first, delegate(q, k, v, ramp), custom_sdpa(q, k_cache, v_cache, start, ..))
+
+Of an int8 cache, attention reads the rows 0 .. start + S - 1, dequantized: from position 0 those are the keys
+and values of the call itself, as the cache gives them back, and both ways read them.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import fx
 
+from rolora_passes.export.kv_storage import cache_of
 from rolora_passes.export.shapes import Shape
 from rolora_passes.export.xnnpack_emitter import Typed
 from rolora_passes.export.xnnpack_graph import Delegate
@@ -39,19 +43,23 @@ def attend_to_fresh(module: fx.GraphModule, shapes: dict[fx.Node, Typed]) -> int
     ]
     if not found:
         return 0
-    first, ramp = _head(module, get_tensor(module, found[0].args[1].target).shape[1])
+    first, ramp = _head(module, get_tensor(module, str(cache_of(found[0].args[1]).target)).shape[1])
     for number, node in enumerate(found):
         q, key_cache, value_cache, start, _, *others, scale = node.args
-        fresh = (q, _written(key_cache), _written(value_cache))
+        written = [_written(cache_of(read)) for read in (key_cache, value_cache)]
+        shared = key_cache.op != "get_attr"  # read as far as they are filled: both ways take the same
+        names = [n for n in _OPERANDS if not shared or n not in ("k", "v")]
+        fresh = ("q", "key_cache", "value_cache", "ramp") if shared else ("q", "k", "v", "ramp")
+        nodes = dict(zip(_OPERANDS, (q, *written, ramp, key_cache, value_cache, start), strict=True))
         branches = {
-            f"fresh_{number}": _fresh_branch([shapes[n][0] for n in fresh], scale),
-            f"cached_{number}": _cached_branch((None, *others, scale)),
+            f"fresh_{number}": _fresh_branch(names, fresh, [shapes[n][0] for n in (q, *written)], scale),
+            f"cached_{number}": _cached_branch(names, (None, *others, scale)),
         }
         for name, branch in branches.items():
             module.add_module(name, branch)
         with module.graph.inserting_before(node):
             attributes = [module.graph.get_attr(name) for name in branches]
-            operands = (*fresh, ramp, key_cache, value_cache, start)
+            operands = tuple(nodes[n] for n in names)
             chosen = module.graph.call_function(torch.ops.higher_order.cond, (first, *attributes, operands))
             out = module.graph.call_function(operator.getitem, (chosen, 0))
         node.replace_all_uses_with(out)
@@ -81,22 +89,26 @@ def _written(cache: fx.Node) -> fx.Node:
     return fresh
 
 
-def _cached_branch(others: tuple[Any, ...]) -> fx.GraphModule:
+def _cached_branch(names: Sequence[str], others: tuple[Any, ...]) -> fx.GraphModule:
     graph = fx.Graph()
-    q, _, _, _, *cached = [graph.placeholder(name) for name in _OPERANDS]
-    graph.output((graph.call_function(_llama.custom_sdpa.default, (q, *cached, *others)),))
+    given = {name: graph.placeholder(name) for name in names}
+    cached = (given[name] for name in ("q", "key_cache", "value_cache", "start"))
+    graph.output((graph.call_function(_llama.custom_sdpa.default, (*cached, *others)),))
     return fx.GraphModule({}, graph)
 
 
-def _fresh_branch(shapes: Sequence[Shape], scale: float) -> fx.GraphModule:
+def _fresh_branch(
+    names: Sequence[str], read: Sequence[str], shapes: Sequence[Shape], scale: float
+) -> fx.GraphModule:
     """Attention of q [1, S, H, D] to k and v [1, S, G, D] as a delegate."""
     delegate, inputs = Delegate(), [*shapes, (None,)]
     delegate.mark_outputs([_attention(delegate, scale, *map(delegate.input, inputs))])
     blob, data = delegate.finish()
     lowered = LoweredBackendModule(Signature(inputs, shapes[:1]), "XnnpackBackend", blob, [], data)
     graph = fx.Graph()
-    fresh = [graph.placeholder(name) for name in _OPERANDS][: len(inputs)]
-    call = graph.call_function(call_delegate, (graph.get_attr("delegate"), *fresh))
+    given = {name: graph.placeholder(name) for name in names}
+    arguments = (graph.get_attr("delegate"), *(given[name] for name in read))
+    call = graph.call_function(call_delegate, arguments)
     graph.output((graph.call_function(operator.getitem, (call, 0)),))
     return fx.GraphModule({"delegate": lowered}, graph)
 

@@ -16,15 +16,13 @@ from torch import fx
 
 from rolora_passes.export.shapes import Shape
 from rolora_passes.export.xnnpack_emitter import Emitter, Typed, op_key
-from rolora_passes.export.xnnpack_linear import QUANTIZER, linear, quantize
+from rolora_passes.export.xnnpack_linear import fake_quantize, linear
 from rolora_passes.graphs.graph import argument, is_op
 
 
 def supported(node: fx.Node, shapes: dict[fx.Node, Typed], constant: set[fx.Node]) -> bool:
     """Whether a delegate may hold this node."""
     key = op_key(node)
-    if key in QUANTIZER:
-        return all(op_key(u) == "aten.linear" or supported(u, shapes, constant) for u in node.users)
     if key not in EMITTERS or shapes.get(node, ((), None))[1] is not torch.float32:
         return False
     inputs = [n for n in node.all_input_nodes if n not in constant and n in shapes]
@@ -249,8 +247,5 @@ EMITTERS: dict[str, Callable[[Emitter, fx.Node], int]] = {
     "aten.permute": _permute,
     "aten.transpose": _permute,
     **dict.fromkeys(_RESHAPES, _reshape),
-    "quantized_decomposed.choose_qparams_per_token_asymmetric": _same,
-    "quantized_decomposed.quantize_per_token": quantize,
-    "quantized_decomposed.dequantize_per_token": _same,
-    "getitem choose_qparams_per_token_asymmetric": _same,
+    "rolora.fake_quantize": fake_quantize,
 }

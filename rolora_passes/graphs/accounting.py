@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from rolora_passes.graphs.graph import get_tensor, is_op, parameters
-
-_DEQUANTIZE = ("dequantize_per_channel_group", "dequantize_per_channel")
+from rolora_passes.graphs.graph import KEPT, argument, get_tensor, is_op, parameters
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,24 @@ class Weights:
 def weigh(graph: fx.GraphModule) -> Weights:
     """Count a graph's weights and the bits that store them; a shared tensor counts once."""
     width: dict[int, int] = {}
-    scales: dict[int, int] = {}
+    extra: dict[int, int] = {}  # what goes with the weights: scales, zero points, tables
     for node in graph.graph.nodes:
-        if is_op(node, *_DEQUANTIZE) and all(a.op == "get_attr" for a in node.args[:2]):
-            grouped = is_op(node, "dequantize_per_channel_group")
-            low, high = node.args[3:5] if grouped else node.args[4:6]
-            width[id(get_tensor(graph, node.args[0].target))] = (high - low).bit_length()
-            scales[id(get_tensor(graph, node.args[1].target))] = 16 if grouped else 32
+        if is_op(node, *KEPT) and all(a.op == "get_attr" for a in node.args[:2]):
+            bits = argument(node, "bits")
+            width[id(get_tensor(graph, node.args[0].target))] = bits
+            scale = get_tensor(graph, node.args[1].target)
+            extra[id(scale)] = 16 if scale.shape[-1] > 1 else 32
+            if is_op(node, "dequantize") and node.args[2] is not None:
+                extra[id(get_tensor(graph, node.args[2].target))] = bits
+            elif is_op(node, "decode"):
+                extra[id(get_tensor(graph, node.args[2].target))] = 32
     by_bits: dict[int, int] = {}
-    extra = 0
+    beside = 0
     for tensor in {id(t): t for t in parameters(graph).values()}.values():
-        if id(tensor) in scales:
-            extra += tensor.numel() * scales[id(tensor)]
-        elif tensor.is_floating_point() or tensor.dtype == torch.int8:
+        if id(tensor) in extra:
+            beside += tensor.numel() * extra[id(tensor)]
+        elif tensor.is_floating_point() or tensor.dtype in (torch.int8, torch.uint8):
             bits = width.get(id(tensor), tensor.element_size() * 8)
             by_bits[bits] = by_bits.get(bits, 0) + tensor.numel()
     elements = sum(by_bits.values())
-    return Weights(elements, sum(b * n for b, n in by_bits.items()) + extra, dict(sorted(by_bits.items())))
+    return Weights(elements, sum(b * n for b, n in by_bits.items()) + beside, dict(sorted(by_bits.items())))

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 # Where a constant expression ends though its operands are constant: what is left of a quantizer must
 # stay in the graph, or there would be nothing for a kernel to read.
-KEPT = {"dequantize_per_channel_group", "dequantize_per_channel", "dequantize_affine"}
+KEPT = {"dequantize", "decode"}
 
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rolora_passes.graphs import affine
 from rolora_passes.graphs import hadamard as _hadamard
 
 _library = torch.library.Library("rolora", "DEF")
@@ -108,33 +109,67 @@ def rotate(x: Tensor, rotation: Tensor, dim: int = -1, inner: int = 1) -> Tensor
     return moved.movedim(-1, dim + 1).flatten(dim, dim + 2)
 
 
-def choose_scale(weight: Tensor, group_size: int, quant_max: int, bfloat16: bool = False) -> Tensor:
-    """Symmetric round-to-nearest scales: max|w| / quant_max for each row and group.
+def choose_qparams(
+    weight: Tensor,
+    group_size: int | None,
+    bits: int,
+    symmetric: bool = True,
+    clip_search: bool = False,
+    bfloat16: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Scales float32 and zero points int8 of a weight's groups (None: rows), [out, in / group_size] each."""
+    return affine.choose_qparams(weight, group_size, bits, symmetric, clip_search, bfloat16)
 
-    Args:
-        weight: [out, in], in a multiple of `group_size`.
-        bfloat16: round the scales to bfloat16, which is what the int4 kernels hold for groups, so that
-            graph and kernel agree.
 
-    Returns: [out, in / group_size] float32, never zero.
+def quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool = True) -> Tensor:
+    """The integers of a weight [out, in] on the grids of its groups: int8 [out, in]."""
+    return affine.quantize(weight, scale, zero, bits, symmetric)
+
+
+def dequantize(integers: Tensor, scale: Tensor, zero: Tensor | None = None, bits: int = 8) -> Tensor:
+    """s·(q - z): int8 [out, in], scale and zero point [out, groups] -> [out, in] in the scale's type.
+
+    `bits` is what the integers need; it is there to be read, by kernels and by who counts bytes.
     """
-    groups: Tensor = weight.unflatten(-1, (-1, group_size)).abs().amax(-1).float() / quant_max
-    scale = groups.clamp_min(torch.finfo(torch.float32).tiny * 2**20)
-    return scale.bfloat16().float() if bfloat16 else scale
+    return affine.dequantize(integers, scale, zero)
 
 
-def quantize(weight: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """Symmetric quantization of rows in groups: clamp(round(w / s), quant_min, quant_max).
+def absmax(weight: Tensor, group_size: int | None) -> Tensor:
+    """The largest magnitude in every group of a weight: float32 [out, in / group_size]."""
+    return affine.absmax(weight, group_size)
 
-    Args:
-        weight: [out, in].
-        scale: [out, groups]; groups divides in.
 
-    Returns: [out, in] int8.
+def encode(weight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+    """The nearest entry of a table to w / s: uint8 [out, in]."""
+    return affine.encode(weight, scale, table)
+
+
+def decode(codes: Tensor, scale: Tensor, table: Tensor, bits: int = 8) -> Tensor:
+    """s·table[code]: uint8 [out, in], scale [out, groups] -> [out, in] in the scale's type."""
+    return affine.decode(codes, scale, table)
+
+
+def fake_quantize(
+    x: Tensor, bits: int, group_size: int | None = None, symmetric: bool = False, clip: float = 1.0
+) -> Tensor:
+    """x rounded to a grid that is chosen at run time, for every token or group of the last axis."""
+    return affine.fake_quantize(x, bits, group_size, symmetric, clip)
+
+
+def fake_quantize_static(
+    x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool = False
+) -> Tensor:
+    """x rounded to a grid that was chosen before: scale and zero point [1] or [channels]."""
+    return affine.fake_quantize_static(x, scale, zero, bits, symmetric)
+
+
+def observed(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """x itself, of which calibration has seen the range [low, high]: [1], or [channels] each.
+
+    The ranges are parameters of the graph, for quantizers and SmoothQuant to read. To basis inference
+    the operator is unknown, so nothing that would make the ranges wrong moves past it.
     """
-    grouped = weight.unflatten(-1, (scale.shape[-1], -1))
-    steps = torch.round(grouped / scale.to(weight.dtype).unsqueeze(-1))
-    return steps.clamp(quant_min, quant_max).to(torch.int8).flatten(-2)
+    return torch.ops.aten.alias.default(x)
 
 
 for _function, _schema in {
@@ -143,8 +178,17 @@ for _function, _schema in {
     rotary_embedding: "(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor",
     hadamard: "(Tensor x, int order, int dim=-1, int inner=1) -> Tensor",
     rotate: "(Tensor x, Tensor rotation, int dim=-1, int inner=1) -> Tensor",
-    choose_scale: "(Tensor weight, int group_size, int quant_max, bool bfloat16=False) -> Tensor",
-    quantize: "(Tensor weight, Tensor scale, int quant_min, int quant_max) -> Tensor",
+    choose_qparams: "(Tensor weight, int? group_size, int bits, bool symmetric=True, bool clip_search=False,"
+    " bool bfloat16=False) -> (Tensor, Tensor)",
+    quantize: "(Tensor weight, Tensor scale, Tensor zero, int bits, bool symmetric=True) -> Tensor",
+    dequantize: "(Tensor integers, Tensor scale, Tensor? zero=None, int bits=8) -> Tensor",
+    absmax: "(Tensor weight, int? group_size) -> Tensor",
+    encode: "(Tensor weight, Tensor scale, Tensor table) -> Tensor",
+    decode: "(Tensor codes, Tensor scale, Tensor table, int bits=8) -> Tensor",
+    fake_quantize: "(Tensor x, int bits, int? group_size=None, bool symmetric=False, float clip=1.0)"
+    " -> Tensor",
+    fake_quantize_static: "(Tensor x, Tensor scale, Tensor zero, int bits, bool symmetric=False) -> Tensor",
+    observed: "(Tensor x, Tensor low, Tensor high) -> Tensor",
 }.items():
     _library.define(_function.__name__ + _schema)
     _library.impl(_function.__name__, _function, "CompositeImplicitAutograd")

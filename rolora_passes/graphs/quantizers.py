@@ -1,17 +1,35 @@
-"""Quantizers as graph nodes, in torch's own `quantized_decomposed` operators."""
+"""Quantizers as graph nodes: what a weight is on its grid, as an expression or as stored integers."""
 
 from __future__ import annotations
 
 import operator
+from typing import Protocol
 
 import torch
-import torch.ao.quantization.fx._decomposed
-from torch import fx
+from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.graph import aten, dtype_of, insert, insert_after
+from rolora_passes.graphs.affine import Grid, codebook
+from rolora_passes.graphs.graph import (
+    add_parameter,
+    dtype_of,
+    insert,
+    parameter_names,
+    root_names,
+)
 
-_decomposed = torch.ops.quantized_decomposed
+_rolora = torch.ops.rolora
+
+
+class Quantized(Protocol):
+    """A weight on its grid: integers int8 [out, in], scale float32 and zero point int8 [out, groups]."""
+
+    @property
+    def integers(self) -> Tensor: ...
+    @property
+    def scale(self) -> Tensor: ...
+    @property
+    def zero(self) -> Tensor: ...
 
 
 def require_float32(graph: fx.GraphModule, name: str) -> None:
@@ -28,51 +46,65 @@ def require_float32(graph: fx.GraphModule, name: str) -> None:
         )
 
 
-def quantize_weight(
-    graph: fx.GraphModule, before: fx.Node, weight: fx.Node, bits: int, group: int | None, width: int
-) -> fx.Node:
-    """dequantize(quantize(W, s), s) before a node, for W [out, width]; returns the dequantized node.
+def require_bits(name: str, option: str, bits: int | None, low: int = 2) -> None:
+    """Refuse a width that no grid here has; None is a value left in floating point.
 
-    Args:
-        group: input channels that share a scale, or None for one scale per output channel.
+    Raises:
+        PassError: from the pass `name`, about its option.
     """
-    high = 2 ** (bits - 1) - 1
-    low = -high - 1 if bits == 4 else -high  # the range of each kernel
-    scale = insert(
-        graph, before, torch.ops.rolora.choose_scale.default, weight, group or width, high, bool(group)
-    )
-    integers = insert(graph, before, torch.ops.rolora.quantize.default, weight, scale, low, high)
-    if group:
-        return insert(
-            graph, before, _decomposed.dequantize_per_channel_group.default,
-            integers, scale, None, low, high, torch.int8, group, torch.float32,
-        )  # fmt: skip
-    channel = insert(graph, before, aten.squeeze.dim, scale, -1)
-    return insert(
-        graph,
-        before,
-        _decomposed.dequantize_per_channel.default,
-        integers,
-        channel,
-        None,
-        0,
-        low,
-        high,
-        torch.int8,
+    if bits is not None and not low <= bits <= 8:
+        raise PassError(f"{name}: {option} must be {low} to 8, found {bits}")
+
+
+def require_group(name: str, site: str, width: int, group_size: int | None) -> None:
+    """Refuse groups that do not divide an axis; names the ones that would.
+
+    Raises:
+        PassError: from the pass `name`, about a site.
+    """
+    if group_size is None or width % group_size == 0:
+        return
+    fits = [str(g) for g in (16, 32, 64, 128, 256) if width % g == 0]
+    raise PassError(
+        f"{name}: groups of {group_size} do not divide {site}, whose width is {width}; "
+        f"use {' or '.join([*fits, 'None (one scale for all of it)'])}"
     )
 
 
-def quantize_per_token(graph: fx.GraphModule, value: fx.Node) -> fx.Node:
-    """int8, asymmetric, one scale and zero point per token (all but the last axis), chosen at run time."""
-    chosen = insert_after(
-        graph, value, _decomposed.choose_qparams_per_token_asymmetric.default, value, torch.int8
+def quantize_weight(graph: fx.GraphModule, before: fx.Node, weight: fx.Node, grid: Grid) -> fx.Node:
+    """dequantize(quantize(W, s, z), s, z) before a node, rounded to nearest; returns the dequantized node."""
+    known = (grid.group_size, grid.bits, grid.symmetric, grid.clip_search, grid.group_size is not None)
+    chosen = insert(graph, before, _rolora.choose_qparams.default, weight, *known)
+    scale, zero = (insert(graph, before, operator.getitem, chosen, i) for i in (0, 1))
+    integers = insert(graph, before, _rolora.quantize.default, weight, scale, zero, grid.bits, grid.symmetric)
+    shift = None if grid.symmetric else zero
+    return insert(graph, before, _rolora.dequantize.default, integers, scale, shift, grid.bits)
+
+
+def encode_weight(
+    graph: fx.GraphModule, before: fx.Node, weight: fx.Node, kind: str, bits: int, group_size: int | None
+) -> fx.Node:
+    """decode(encode(W / s), s) before a node, in a codebook; returns the decoded node."""
+    table = _table(graph, kind, bits)
+    scale = insert(graph, before, _rolora.absmax.default, weight, group_size)
+    codes = insert(graph, before, _rolora.encode.default, weight, scale, table)
+    return insert(graph, before, _rolora.decode.default, codes, scale, table, bits)
+
+
+def _table(graph: fx.GraphModule, kind: str, bits: int) -> fx.Node:
+    """The codebook as a parameter, once in a graph."""
+    name = f"codebooks.{kind}{bits}"
+    if name in parameter_names(graph):
+        return next(n for n in graph.graph.find_nodes(op="get_attr") if n.target == name)
+    return add_parameter(graph, name, codebook(kind, bits).clone())
+
+
+def store_quantized(graph: fx.GraphModule, linear: fx.Node, quantized: Quantized, grid: Grid) -> None:
+    """Have a linear read a weight that is on its grid already: integers and scales become parameters."""
+    root = root_names(linear.args[1])[0]
+    integers, scale = (
+        add_parameter(graph, root + suffix, value.contiguous())
+        for suffix, value in (("_q", quantized.integers), ("_scale", quantized.scale))
     )
-    scale = insert_after(graph, chosen, operator.getitem, chosen, 0)
-    zero = insert_after(graph, scale, operator.getitem, chosen, 1)
-    quantized = insert_after(
-        graph, zero, _decomposed.quantize_per_token.default, value, scale, zero, -128, 127, torch.int8
-    )
-    return insert_after(
-        graph, quantized, _decomposed.dequantize_per_token.default,
-        quantized, scale, zero, -128, 127, torch.int8, torch.float32,
-    )  # fmt: skip
+    zero = None if grid.symmetric else add_parameter(graph, root + "_zero", quantized.zero.contiguous())
+    linear.update_arg(1, insert(graph, linear, _rolora.dequantize.default, integers, scale, zero, grid.bits))

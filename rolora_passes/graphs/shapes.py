@@ -48,8 +48,10 @@ class _Shapes(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in _KEEPING and isinstance(args[0], torch.Tensor):
             return args[0]
+        meta = torch.device("meta")
         if "device" in kwargs:
-            kwargs = {**kwargs, "device": torch.device("meta")}
+            kwargs = {**kwargs, "device": meta}
+        args = tuple(meta if isinstance(a, torch.device) else a for a in args)
         return super().call_function(target, args, kwargs)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

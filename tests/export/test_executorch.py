@@ -15,7 +15,7 @@ from rolora_passes.export.executorch import LoweringReport, to_executorch
 from rolora_passes.export.extras import require
 from rolora_passes.export.kv_cache import add_kv_cache
 from rolora_passes.export.runner import load_pte
-from rolora_passes.graphs.graph import convert
+from rolora_passes.graphs.graph import convert, is_op
 
 OUTSIDE = {
     "llama::update_cache.out",
@@ -142,8 +142,10 @@ def test_two_sided_attention_is_refused() -> None:
 
 def test_failure_leaves_no_file(tmp_path: Path) -> None:
     graph = tiny_llama(weights=8)
-    graph.get_buffer("layers.0.down.zero").fill_(1)
-    with pytest.raises(LoweringError, match="zero point"):
+    weight = next(n for n in graph.graph.nodes if is_op(n, "dequantize"))
+    with graph.graph.inserting_before(weight):
+        weight.update_arg(2, graph.graph.get_attr("layers.0.down.scale"))
+    with pytest.raises(LoweringError, match="found 8 bits with zero points, per row"):
         to_executorch(graph, tmp_path / "model.pte")
     assert list(tmp_path.iterdir()) == []
 

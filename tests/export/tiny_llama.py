@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx, nn
 
 import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
+from rolora_passes.graphs import affine
 
-aten, quantized, rolora = torch.ops.aten, torch.ops.quantized_decomposed, torch.ops.rolora
+aten, rolora = torch.ops.aten, torch.ops.rolora
 
 
 @dataclass(frozen=True)
@@ -46,30 +46,14 @@ class Weight(nn.Module):
         if bits == 32:
             self.weight = nn.Parameter(weight)
             return
-        width, largest = (group, 7) if bits == 4 else (columns, 127)
-        blocks = weight.unflatten(-1, (-1, width))
-        scale = (blocks.abs().amax(-1) / largest).bfloat16().float()
-        stored = (blocks / scale[..., None]).round().clamp(-largest - (bits == 4), largest)
-        self.register_buffer("stored", stored.flatten(1).to(torch.int8))
-        self.register_buffer("scale", scale if bits == 4 else scale.flatten())
-        self.register_buffer("zero", torch.zeros(rows, dtype=torch.int64))
+        scale, zero = affine.choose_qparams(weight, group if bits == 4 else None, bits, bfloat16=bits == 4)
+        self.register_buffer("stored", affine.quantize(weight, scale, zero, bits, True))
+        self.register_buffer("scale", scale)
 
     def forward(self) -> Tensor:
         if self.bits == 32:
             return self.weight
-        if self.bits == 8:
-            arguments = (self.stored, self.scale, self.zero, 0, -127, 127, torch.int8)
-            return quantized.dequantize_per_channel.default(*arguments)
-        grouped = (self.stored, self.scale, None, -8, 7, torch.int8, self.group, torch.float32)
-        return quantized.dequantize_per_channel_group.default(*grouped)
-
-
-def fake_quantize(x: Tensor) -> Tensor:
-    """Dynamic int8 for each token, asymmetric."""
-    chosen = quantized.choose_qparams_per_token_asymmetric.default(x, torch.int8)
-    scale, zero = chosen[0], chosen[1]
-    stored = quantized.quantize_per_token.default(x, scale, zero, -128, 127, torch.int8)
-    return quantized.dequantize_per_token.default(stored, scale, zero, -128, 127, torch.int8, torch.float32)
+        return rolora.dequantize.default(self.stored, self.scale, None, self.bits)
 
 
 class Decoder(nn.Module):
@@ -101,7 +85,7 @@ class Decoder(nn.Module):
         return aten.linear.default(x, weight())
 
     def quantize(self, x: Tensor) -> Tensor:
-        return x if self.sizes.weights == 32 else fake_quantize(x)
+        return x if self.sizes.weights == 32 else rolora.fake_quantize.default(x, 8)
 
     def norm(self, x: Tensor) -> Tensor:
         if self.sizes.layer_norm:

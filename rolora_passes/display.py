@@ -1,0 +1,101 @@
+"""What the command line shows: progress while work goes on, and what was compiled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rolora_passes.export.compile import Compiled
+    from rolora_passes.manager import Record
+
+console = Console(stderr=True, highlight=False)
+
+
+class Display:
+    """The stage, and a bar for what is counted, on standard error while work goes on."""
+
+    def __init__(self) -> None:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+        )
+        self._progress = Progress(
+            *columns,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._stage = self._progress.add_task("starting …", total=None, count="")
+        self._bars: dict[str, Any] = {}
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def stage(self, name: str) -> None:
+        """What is being done now; the bars of the stage before go."""
+        for bar in self._bars.values():
+            self._progress.remove_task(bar)
+        self._bars = {}
+        self._progress.reset(self._stage, description=f"{name} …")
+
+    def count(self, name: str, done: int, total: int) -> None:
+        """How much of something is done."""
+        if name not in self._bars:
+            self._bars[name] = self._progress.add_task(name, count="")
+        self._progress.update(self._bars[name], completed=done, total=total, count=f"{done}/{total}")
+
+
+def pass_line(record: Record) -> None:
+    checked = "" if record.error is None else f", same function to {record.error:.0e}"
+    left = f", {len(record.report.left)} left" if record.report.left else ""
+    console.print(
+        f"  {record.name:22} {len(record.report.changed):4} sites{left}, {record.seconds:.1f} s{checked}"
+    )
+
+
+def print_summary(compiled: Compiled) -> None:
+    table = Table(title=f"{compiled.folder / 'model.pte'}", show_header=False, title_justify="left")
+    lowering, weights = compiled.lowering, compiled.weights
+    table.add_row("size", f"{lowering.bytes / 1e6:.1f} MB")
+    bits_each = f"{weights.bits_per_weight:.2f} bits each with scales"
+    table.add_row("weights", f"{weights.elements / 1e6:.1f} M, {bits_each}")
+    for bits, count in weights.by_bits.items():
+        table.add_row("", f"{count / 1e6:.1f} M at {bits} bits")
+    for record in compiled.history:
+        table.add_row(record.name, _outcome(record))
+    table.add_row("delegated", f"{lowering.delegates} XNNPACK delegates")
+    outside = ", ".join(f"{count} {name}" for name, count in lowering.operators.items())
+    table.add_row("not delegated", f"{sum(lowering.operators.values())} instructions: {outside}")
+    table.add_row("seconds", ", ".join(f"{name} {value:.0f}" for name, value in compiled.seconds.items()))
+    Console().print(table)
+
+
+def _outcome(record: Record) -> str:
+    text = f"{len(record.report.changed)} sites"
+    if record.report.left:
+        reasons = Counter(reason for _, reason in record.report.left)
+        text += "".join(f"; {count} left: {reason}" for reason, count in reasons.most_common(2))
+    return text

@@ -1,0 +1,142 @@
+"""A scorer as one of lm-eval's language models. Imported only where lm-eval is known to be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+
+from rolora_passes.errors import EvaluationError
+from rolora_passes.evaluation.scorers import Scorer, require_known
+
+Request = tuple[Any, list[int], list[int]]  # the texts, or None; tokens of the context; of the continuation
+
+_MAX_LENGTH = 2048  # lm-eval's own, for models that do not say
+_MAX_NEW_TOKENS = 256  # lm-eval's own
+
+
+class ScorerLM(TemplateLM):  # type: ignore[misc]
+    """Tokens, truncation and special tokens as lm-eval's `HFLM` has them; one request at a time.
+
+    Contexts are cut on the left to what the model holds. Requests that ask for the same logits (answers of
+    one token to one question) are computed once.
+    """
+
+    def __init__(
+        self, scorer: Scorer, tokenizer: Any, on_progress: Callable[[str, int, int], None] | None = None
+    ) -> None:
+        super().__init__()
+        self.scorer, self.tokenizer = scorer, tokenizer
+        self.max_length = scorer.max_length or _MAX_LENGTH
+        self._on_progress = on_progress or (lambda name, done, total: None)
+        self._last: tuple[list[int], int, Tensor] | None = None
+
+    @property
+    def eot_token_id(self) -> int:
+        found: int | None = self.tokenizer.eos_token_id
+        if found is None:
+            raise EvaluationError(
+                "this task begins or ends texts with the tokenizer's end-of-text token, and it has none: "
+                "give a --tokenizer that does"
+            )
+        return found
+
+    @property
+    def prefix_token_id(self) -> int:
+        found: int | None = self.tokenizer.bos_token_id
+        return self.eot_token_id if found is None else found
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokens of a text, with what the tokenizer adds by itself, unless the text begins with BOS."""
+        begin = self.tokenizer.bos_token
+        if add_special_tokens is None:
+            add_special_tokens = not (begin and string.startswith(begin))
+        found: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return found
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
+        found = []
+        for texts, context, continuation in self._counted("answers", requests):
+            found.append(self._score(context, continuation))
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, found[-1])
+        return found
+
+    def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        """(log-probability of a continuation in nats, whether greedy decoding would give it)."""
+        count = len(continuation)
+        if not 1 <= count <= self.max_length:
+            raise EvaluationError(
+                f"expected an answer of 1 to {self.max_length} tokens, found {count} after "
+                f"{self.tokenizer.decode(context)[-60:]!r}"
+            )
+        tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
+        logits, targets = self._logits(tokens, len(tokens) - count), torch.tensor(continuation)
+        picked = logits.log_softmax(-1).gather(-1, targets[:, None])
+        return float(picked.sum()), bool((logits.argmax(-1) == targets).all())
+
+    def _logits(self, tokens: list[int], start: int) -> Tensor:
+        """Logits [len(tokens) - start, V] from a position on."""
+        if self._last is None or self._last[:2] != (tokens, start):
+            row = torch.tensor([tokens])
+            require_known(self.scorer, row)
+            self._last = tokens, start, self.scorer.logits(row, start)[0].float()
+        return self._last[2]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        found = []
+        for (text,) in self._counted("texts", [request.args for request in requests]):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            found.append(sum(self._score(*make_disjoint_window(window))[0] for window in windows))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        found = []
+        for context, settings in self._counted("generations", [request.args for request in requests]):
+            found.append(self._generate(context, settings))
+            self.cache_hook.add_partial("generate_until", (context, settings), found[-1])
+        return found
+
+    def _generate(self, context: str, settings: dict[str, Any]) -> str:
+        """Greedy text up to a stop, which is left out."""
+        if settings.get("do_sample"):
+            raise EvaluationError(f"only greedy generation is evaluated, the task asks for {settings}")
+        until = settings.get("until") or []
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        room = int(settings.get("max_gen_toks", settings.get("max_new_tokens", _MAX_NEW_TOKENS)))
+        if not 0 < room < self.max_length:
+            raise EvaluationError(
+                f"the task generates up to {room} tokens; the model holds {self.max_length} with the prompt"
+            )
+        tokens = self.tok_encode(context)[-(self.max_length - room) :]
+        new: list[int] = []
+        text = ""
+        while len(new) < room and not any(stop in text for stop in stops):
+            token = int(self._logits([*tokens, *new], len(tokens) + len(new) - 1).argmax())
+            if token == self.eot_token_id:
+                break
+            new.append(token)
+            text = self.tokenizer.decode(new)
+        for stop in stops:
+            text = text.split(stop)[0]
+        return text
+
+    def _counted(self, name: str, items: list[Any]) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            yield item
+            self._on_progress(name, number + 1, len(items))

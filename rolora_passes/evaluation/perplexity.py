@@ -1,0 +1,153 @@
+"""Perplexity of a text, and how far two models' predictions are apart.
+
+Perplexity is token level, by the protocol of GPTQ, QuaRot and SpinQuant: the token stream is cut into windows
+that do not overlap, the tail that fills no window is dropped, and every token of a window but the first is
+predicted from those before it in the window. It is exp of the mean over all predicted tokens. (Their code
+takes each window's mean, multiplies by its length and divides by the sum of lengths: the same mean.)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rolora_passes.errors import DataError, EvaluationError
+from rolora_passes.evaluation.scorers import Scorer, require_known, require_window
+
+PROTOCOL = (
+    "token-level perplexity: windows that do not overlap, tail dropped, each token of a window but the first "
+    "predicted from those before it in the window"
+)
+_ROWS = 128  # positions whose log-probabilities are held at once
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What `perplexity` found.
+
+    Attributes:
+        value: exp(nll).
+        nll: mean negative log-likelihood, nats per token.
+        nll_error: standard error of nll over windows; None if there is only one.
+        tokens: tokens predicted, windows * (window - 1).
+    """
+
+    value: float
+    nll: float
+    nll_error: float | None
+    tokens: int
+    windows: int
+    window: int
+    seconds: float
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the perplexity over windows, to first order."""
+        return None if self.nll_error is None else self.value * self.nll_error
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What `divergence` found: KL(a || b) in nats per token, and how often both have the same top token."""
+
+    kl: float
+    agreement: float
+    tokens: int
+
+
+def perplexity(
+    scorer: Scorer,
+    tokens: Tensor,
+    window: int = 2048,
+    limit: int | None = None,
+    on_progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of a token stream int64 [n]; see this module for the protocol.
+
+    Args:
+        window: tokens of a window.
+        limit: how many windows, from the beginning; None for all.
+        on_progress: called with the windows done and of how many.
+
+    Raises:
+        DataError: less than one window of text, or tokens the model does not know.
+        EvaluationError: windows longer than the model holds, or logits that are not finite.
+    """
+    windows = split_windows(scorer, tokens, window, limit)
+    start, losses = time.perf_counter(), []
+    for number, row in enumerate(windows):
+        losses.append(_loss(scorer, row))
+        if on_progress:
+            on_progress(number + 1, len(windows))
+    each = torch.tensor(losses, dtype=torch.float64)
+    nll, count = float(each.mean()), len(losses)
+    error = float(each.std() / math.sqrt(count)) if count > 1 else None
+    value = math.exp(nll) if nll < 700 else math.inf
+    return Perplexity(value, nll, error, count * (window - 1), count, window, time.perf_counter() - start)
+
+
+def split_windows(scorer: Scorer, tokens: Tensor, window: int, limit: int | None) -> Tensor:
+    """The windows int64 [N, window] a scorer is asked about.
+
+    Raises:
+        DataError, EvaluationError: see `perplexity`.
+    """
+    if tokens.dim() != 1 or tokens.dtype != torch.int64:
+        raise DataError(f"expected a stream of tokens int64 [n], found {tokens.dtype} {list(tokens.shape)}")
+    if window < 2 or (limit is not None and limit < 1):
+        raise EvaluationError(
+            f"expected windows of at least 2 tokens and at least 1 of them, found window {window}, {limit}"
+        )
+    require_window(scorer, window)
+    count = len(tokens) // window
+    if not count:
+        raise DataError(
+            f"expected a text of at least one window, {window} tokens, found {len(tokens)}: "
+            "give more text, or a smaller --window"
+        )
+    require_known(scorer, tokens)
+    return tokens[: count * window].reshape(count, window)[:limit]
+
+
+def divergence(a: Scorer, b: Scorer, windows: Tensor, on_progress: Progress | None = None) -> Divergence:
+    """KL(a || b) and top-1 agreement after every token of windows int64 [N, S]: a graph and its artefact."""
+    for scorer in (a, b):
+        require_window(scorer, windows.shape[1])
+        require_known(scorer, windows)
+    kl, same = 0.0, 0
+    for number, row in enumerate(windows):
+        for p, q in zip(_chunks(a.logits(row[None])[0]), _chunks(b.logits(row[None])[0]), strict=True):
+            log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+            kl += float((log_p.exp() * (log_p - log_q)).sum())
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        if on_progress:
+            on_progress(number + 1, len(windows))
+    return Divergence(kl / windows.numel(), same / windows.numel(), windows.numel())
+
+
+def _loss(scorer: Scorer, row: Tensor) -> float:
+    """Mean negative log-likelihood of the tokens [S] of a window after the first."""
+    total, targets = 0.0, row[1:]
+    logits = scorer.logits(row[None, :-1])[0]
+    for chunk, target in zip(_chunks(logits), targets.split(_ROWS), strict=True):
+        picked = chunk.gather(-1, target[:, None]).squeeze(-1)
+        total += float((chunk.logsumexp(-1) - picked).sum(dtype=torch.float64))
+    if not math.isfinite(total):
+        raise EvaluationError(
+            "expected finite logits, found NaN or infinite ones: the model, its recipe or its precision "
+            "(--dtype) is at fault"
+        )
+    return total / len(targets)
+
+
+def _chunks(logits: Tensor) -> Iterator[Tensor]:
+    """Rows of logits [S, V] in float32 or better, some at a time: no second copy of all of them is made."""
+    for chunk in logits.split(_ROWS):
+        yield chunk if chunk.dtype == torch.float64 else chunk.float()

@@ -1,0 +1,99 @@
+"""Values of expressions over parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from rolora_passes.graphs.graph import argument, get_tensor, op_name, upstream
+
+# Elements evaluated at a time where rows are independent (a token table): 8 MB in float64.
+_BLOCK = 1 << 20
+
+
+def evaluate(graph: fx.GraphModule, nodes: list[fx.Node]) -> list[Tensor]:
+    """The values of constant expressions over the same parameters, computed in float64.
+
+    Expressions that work on every row for itself are evaluated in blocks of rows.
+    """
+    rows = _independent_rows(graph, nodes)
+    if rows is None:
+        return compute(graph, nodes, dtype=torch.float64)
+    count, width = rows
+    step = max(1, _BLOCK // width)
+    results: list[Tensor] = []
+    for start in range(0, count, step):
+        parts = compute(graph, nodes, dtype=torch.float64, rows=slice(start, start + step))
+        results = results or [part.new_empty(count, *part.shape[1:]) for part in parts]
+        for result, part in zip(results, parts, strict=True):
+            result[start : start + step] = part
+    return results
+
+
+def compute(
+    graph: fx.GraphModule,
+    nodes: list[fx.Node],
+    inputs: Mapping[fx.Node, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    rows: slice | None = None,
+) -> list[Any]:
+    """The values of expressions over parameters, and over inputs where those are given.
+
+    Args:
+        dtype: the type to compute in: floating-point parameters are cast to it. None: in their own.
+        rows: of every parameter that has some; None for all.
+    """
+    steps = sorted(upstream(nodes))
+    dead = deaths(steps, nodes)
+    done: dict[fx.Node, Any] = dict(inputs or {})
+    with torch.no_grad():
+        for step in steps:
+            if step.op == "get_attr":
+                tensor = get_tensor(graph, str(step.target)).detach()
+                tensor = tensor[rows] if rows is not None and tensor.dim() > 1 else tensor
+                done[step] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            elif step not in done:
+                done[step] = call(step, done.__getitem__)
+            for value in dead[step]:
+                del done[value]
+    return [done[node] for node in nodes]
+
+
+def call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    """What a node's operator gives for the values of its operands."""
+    args = fx.node.map_arg(node.args, value_of)
+    kwargs = fx.node.map_arg(node.kwargs, value_of)
+    return cast(Callable[..., Any], node.target)(*args, **kwargs)
+
+
+def deaths(steps: Collection[fx.Node], kept: Collection[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For every step, the values that no step after it reads, those to be kept excepted."""
+    last = {value: step for step in steps for value in (step, *step.all_input_nodes)}
+    dead: dict[fx.Node, list[fx.Node]] = {step: [] for step in steps}
+    for value, step in last.items():
+        if value not in kept:
+            dead[step].append(value)
+    return dead
+
+
+def _independent_rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> tuple[int, int] | None:
+    """(rows, width) of the one table under large expressions that treat every row for itself, else None."""
+    tables = set()
+    for node in upstream(nodes):
+        name = op_name(node)
+        if node.op == "get_attr":
+            tensor = get_tensor(graph, str(node.target))
+            if tensor.dim() > 1:
+                tables.add((node, tensor.shape))
+        elif name in ("rotate", "hadamard"):
+            if argument(node, "dim") not in (1, -1):
+                return None
+        elif name not in ("mul", "div", "choose_qparams", "getitem", "quantize", "absmax", "encode"):
+            return None
+    if len(tables) != 1:
+        return None
+    ((_, shape),) = tables
+    return (shape[0], shape[1]) if len(shape) == 2 and shape.numel() > 2 * _BLOCK else None

@@ -1,0 +1,87 @@
+"""Running a graph over many windows of tokens in stages, while what is still to come is rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rolora_passes.graphs.evaluate import call, compute, deaths
+from rolora_passes.graphs.graph import positions_like, upstream
+
+
+class Stages:
+    """The forward passes of N windows, kept in step: all of them stand behind the same node.
+
+    Together the stages are one forward pass for every window. Between them the memory is N times the
+    *frontier*, the values that later nodes read. What no window changes (parameters, expressions over
+    them, what positions alone decide) is computed once a stage, when it is first read, and kept no longer.
+
+        stages = Stages(graph, tokens)
+        for value in stages.advance(node): ...      # node's value, window by window
+        ...                                         # rewrite what stands after node
+        for value in stages.advance(later): ...
+
+    Between stages a caller may rewrite the readers of `node` and everything after them, and add parameters.
+    """
+
+    def __init__(self, graph: fx.GraphModule, tokens: Tensor) -> None:
+        """Stand before the first node, with tokens int64 [N, S]."""
+        self._graph = graph
+        self._tokens, self._positions = graph.graph.find_nodes(op="placeholder")
+        self._position_values = positions_like(tokens[:1])
+        self._reached: fx.Node | None = None
+        self._windows: list[dict[fx.Node, Any]] = [{self._tokens: window} for window in tokens.split(1)]
+
+    def advance(self, node: fx.Node) -> Iterator[Tensor]:
+        """Run every window up to and including a node; yields the node's value for each, batch of one.
+
+        The iterator is to be exhausted: a window that was not asked for has not moved.
+        """
+        steps, frontier = self._plan(node)
+        dead = deaths(steps, {*frontier, node})
+        shared: dict[fx.Node, Any] = {}
+        for window in self._windows:
+            with torch.no_grad():
+                value_of = partial(self._value, window, shared)
+                for step in steps:
+                    window[step] = call(step, value_of)
+                    for value in dead[step]:
+                        window.pop(value, None)
+                value = value_of(node)
+            for stale in window.keys() - frontier:  # the node itself, or what a rewrite stopped reading
+                del window[stale]
+            yield value
+        self._reached = node
+
+    def _plan(self, node: fx.Node) -> tuple[list[fx.Node], set[fx.Node]]:
+        """What a window has to compute up to a node, and which of its values are read behind it.
+
+        Computed afresh every time: the caller has rewritten the graph since.
+        """
+        place = {n: i for i, n in enumerate(self._graph.graph.nodes)}
+        start = -1 if self._reached is None else place[self._reached]
+        stop = place[node]
+        assert start < stop, f"{node} stands before {self._reached}, where the windows are"
+        (output,) = self._graph.graph.find_nodes(op="output")
+        needed = upstream([node, output]) - {output}  # returning a value is no reason to keep it
+        own = {self._tokens}  # values that differ between windows
+        for n in place:
+            if not own.isdisjoint(n.all_input_nodes):
+                own.add(n)
+        steps = [n for n in place if start < place[n] <= stop and n in own & needed and n is not self._tokens]
+        frontier = {
+            n for n in own if place[n] <= stop and any(place[u] > stop and u in needed for u in n.users)
+        }
+        return steps, frontier
+
+    def _value(self, window: dict[fx.Node, Any], shared: dict[fx.Node, Any], node: fx.Node) -> Any:
+        """A value as a window reads it: its own, or one that no window changes."""
+        if node in window:
+            return window[node]
+        if node not in shared:
+            (shared[node],) = compute(self._graph, [node], {self._positions: self._position_values})
+        return shared[node]

@@ -1,0 +1,106 @@
+"""Settings as papers write them, W4A4KV4, and the pipelines of the methods that are compared at them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from rolora_passes.errors import PassError
+from rolora_passes.fold_constants import FoldConstants
+from rolora_passes.fuse_norm import FuseNorm
+from rolora_passes.insert_hadamard import InsertHadamard
+from rolora_passes.observe_activations import ObserveActivations
+from rolora_passes.passes import Pass
+from rolora_passes.quantize_activations import QuantizeActivations
+from rolora_passes.quantize_kv_cache import QuantizeKVCache
+from rolora_passes.quantize_weights import QuantizeWeights
+from rolora_passes.rotate import Rotate
+from rolora_passes.smooth_quant import SmoothQuant
+
+_FORM = re.compile(r"W(?P<weights>\d+)A(?P<activations>\d+)(KV(?P<cache>\d+))?(G(?P<group>\d+))?", re.I)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Bits of weights, activations and cache; 16 is floating point. `group` of weights, None: per channel."""
+
+    weights: int = 16
+    activations: int = 16
+    cache: int = 16
+    group: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Setting:
+        """`W4A4KV4`, `W4A8` (the cache in floating point), `W4A16G128` (groups of 128).
+
+        Raises:
+            PassError: not of that form, or a width that is not 2 to 8 (activations 3 to 8) or 16.
+        """
+        found = _FORM.fullmatch(text)
+        known = {k: int(v) for k, v in found.groupdict().items() if v is not None} if found else {}
+        if not found or any(
+            known.get(k, 16) not in (*range(low, 9), 16)
+            for k, low in (("weights", 2), ("activations", 3), ("cache", 2))
+        ):
+            raise PassError(
+                f"expected a setting like W4A4KV4, W4A8 or W4A16G128 (2 to 8 bits, activations 3 to 8; "
+                f"16 leaves floating point), found {text!r}"
+            )
+        return cls(**known)
+
+
+def quantizers(setting: Setting, method: str) -> list[Pass]:
+    """The quantizers of a setting, as QuaRot's paper has them; the head and the embedding stay in float.
+
+    Weights symmetric per channel with clip search (2 bits: asymmetric, in groups of 64, for there are too
+    few levels for a whole channel); activations symmetric per token, clipped to 0.9 of their range at 4 bits;
+    keys and values asymmetric per head, clipped to 0.95 at 4 bits.
+    """
+    two, steps = setting.weights == 2, list[Pass]()
+    if setting.weights < 16:
+        group = setting.group or (64 if two else None)
+        options = {"method": method, "clip_search": True, "head": None}
+        steps.append(QuantizeWeights(setting.weights, group, not two, **options))  # type: ignore[arg-type]
+        steps.append(FoldConstants())
+    if setting.activations < 16:
+        clip = 0.9 if setting.activations == 4 else 1.0
+        steps.append(
+            QuantizeActivations(setting.activations, symmetric=True, clip=clip, head=None, float_weights=True)
+        )
+    if setting.cache < 16:
+        clip = 0.95 if setting.cache == 4 else 1.0
+        steps.append(QuantizeKVCache(setting.cache, setting.cache, clip=clip))
+    return steps
+
+
+def _rotated(setting: Setting) -> list[Pass]:
+    """R1, R2 and R4, and R3 where it costs nothing in vain; folded once, in float64."""
+    return [FuseNorm(), Rotate(), InsertHadamard(r3=setting.cache < 16, r4=True), FoldConstants()]
+
+
+METHODS: dict[str, Callable[[Setting], Iterable[Pass]]] = {
+    "rtn": lambda s: quantizers(s, "rtn"),
+    "gptq": lambda s: quantizers(s, "gptq"),
+    "smoothquant": lambda s: [ObserveActivations(per="channel"), SmoothQuant(), *quantizers(s, "rtn")],
+    "quarot-rtn": lambda s: [*_rotated(s), *quantizers(s, "rtn")],
+    "quarot": lambda s: [*_rotated(s), *quantizers(s, "gptq")],
+}
+"""What each method does before the quantizers, and how it rounds weights.
+
+rtn: nothing, to nearest. gptq (Frantar et al., 2023). smoothquant (Xiao et al., 2023): scaling, to nearest.
+quarot (Ashkboos et al., 2024): randomised Hadamards, GPTQ; its heads' matrices are folded, as SpinQuant's
+R2, where QuaRot has one more Hadamard at run time. quarot-rtn: the same, rounded to nearest.
+"""
+
+
+def method_passes(name: str) -> list[Pass]:
+    """The pipeline of `method:setting`, such as `quarot:W4A4KV4`.
+
+    Raises:
+        PassError: no such method, or not a setting.
+    """
+    method, _, setting = name.partition(":")
+    if method not in METHODS:
+        raise PassError(f"expected one of {', '.join(METHODS)} before the colon, found {name!r}")
+    return list(METHODS[method](Setting.parse(setting)))

@@ -1,0 +1,70 @@
+"""Settings by the names papers give them, and what each method's pipeline is at them."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import tokens_for
+from test_quantize_weights import wide
+
+from rolora_passes import FoldConstants, QuantizeActivations, QuantizeKVCache, QuantizeWeights, apply_passes
+from rolora_passes.errors import PassError
+from rolora_passes.graphs.accounting import weigh
+from rolora_passes.recipes import dump_recipe, load_recipe
+from rolora_passes.settings import METHODS, Setting, method_passes
+
+
+@pytest.mark.parametrize(
+    ("text", "setting"),
+    [
+        ("W4A4KV4", Setting(4, 4, 4)),
+        ("w4a8", Setting(4, 8, 16)),
+        ("W4A16KV16", Setting(4, 16, 16)),
+        ("W3A16G128", Setting(3, 16, 16, 128)),
+        ("W2A6KV2G32", Setting(2, 6, 2, 32)),
+    ],
+)
+def test_settings_as_papers_write_them(text: str, setting: Setting) -> None:
+    assert Setting.parse(text) == setting
+
+
+@pytest.mark.parametrize(
+    "text", ["", "W4", "A4W4", "W1A16", "W4A2", "W4A4KV1", "W12A16", "W4A4 KV4", "W4A4G"]
+)
+def test_other_texts_are_refused(text: str) -> None:
+    with pytest.raises(PassError, match=r"expected a setting like W4A4KV4.*found"):
+        Setting.parse(text)
+
+
+def test_a_pipeline_has_the_quantizers_of_its_setting() -> None:
+    assert method_passes("rtn:W4A16") == [
+        QuantizeWeights(4, None, clip_search=True, head=None),
+        FoldConstants(),
+    ]
+    assert method_passes("rtn:W16A4KV4") == [
+        QuantizeActivations(4, symmetric=True, clip=0.9, head=None, float_weights=True),
+        QuantizeKVCache(4, 4, clip=0.95),
+    ]
+    assert method_passes("rtn:W2A16")[0] == QuantizeWeights(2, 64, False, clip_search=True, head=None)
+    r3 = [
+        next(p for p in method_passes(f"quarot:W4A4{kv}") if p.name == "insert-hadamard")
+        for kv in ("", "KV4")
+    ]
+    assert [p.r3 for p in r3] == [False, True]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_round_trips(method: str) -> None:
+    passes = load_recipe(f"{method}:W4A4KV4", seed=3)
+    assert all(p.seed == 3 for p in passes if hasattr(p, "seed"))
+    graph = apply_passes(wide(), passes, calibration=tokens_for(wide(), 4, 40))
+    assert weigh(graph).by_bits[4] > 0
+    assert {"weights quantized", "activations quantized", "cache quantized"} <= {*graph.meta["facts"]}
+    assert "activations observed" not in graph.meta["facts"]
+    assert dump_recipe(passes)
+
+
+def test_errors() -> None:
+    with pytest.raises(PassError, match=r"expected a recipe file .*quarot:W4A4KV4.*, found 'awq:W4A4'"):
+        load_recipe("awq:W4A4")
+    with pytest.raises(PassError, match="expected a setting like W4A4KV4"):
+        load_recipe("quarot")
