@@ -120,5 +120,5 @@ class QuantizeActivations(Pass):
             add_parameter(graph, f"{name}.input_{part}", tensor.reshape(1))
             for part, tensor in zip(("scale", "zero"), chosen, strict=True)
         )
-        known = (source, scale, zero, bits, self.symmetric)
-        return insert_after(graph, value, ops.fake_quantize_static.default, *known)
+        grid = (scale, zero, bits, self.symmetric)
+        return insert_after(graph, value, ops.fake_quantize_static.default, source, *grid)

@@ -121,7 +121,7 @@ def _search(rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool,
 def round_trip(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> Tensor:
     """x on its grid: s·(clamp(round(x/s) + z) - z), for scale and zero point that broadcast over x."""
     first, last = limits(bits, symmetric)
-    steps = (x * (1 / scale)).round_()
+    steps: Tensor = (x * (1 / scale)).round_()
     if symmetric:
         return steps.clamp_(first, last).mul_(scale)
     shift = zero.to(x.dtype)
@@ -132,13 +132,13 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: 
     """The integers of a weight [..., n] on the grids of its groups: int8 [..., n]."""
     first, last = limits(bits, symmetric)
     groups = weight.unflatten(-1, (scale.shape[-1], -1))
-    steps = (groups * (1 / scale.to(weight.dtype)).unsqueeze(-1)).round_()
+    steps: Tensor = (groups * (1 / scale.to(weight.dtype)).unsqueeze(-1)).round_()
     return steps.add_(zero.unsqueeze(-1)).clamp_(first, last).to(torch.int8).flatten(-2)
 
 
 def dequantize(integers: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     """s·(q - z) in the scales' type, for integers [..., n] and scales and zero points [..., groups]."""
-    groups = integers.unflatten(-1, (scale.shape[-1], -1)).to(scale.dtype)
+    groups: Tensor = integers.unflatten(-1, (scale.shape[-1], -1)).to(scale.dtype)
     if zero is not None:
         groups = groups - zero.unsqueeze(-1)
     return (groups * scale.unsqueeze(-1)).flatten(-2)
@@ -152,7 +152,9 @@ def fake_quantize(
     The range, max|x| (symmetric) or [min(x, 0), max(x, 0)], is multiplied by `clip`. Gradients pass
     straight through, outside the range too.
     """
-    result: Tensor = _StraightThrough.apply(x, bits, group_size or x.shape[-1], symmetric, clip)
+    result: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
+        x, bits, group_size or x.shape[-1], symmetric, clip
+    )
     return result
 
 
@@ -203,9 +205,8 @@ def codebook(kind: str, bits: int) -> Tensor:
 
 def absmax(weight: Tensor, group_size: int | None) -> Tensor:
     """The largest magnitude in every group of a weight [..., n]: float32 [..., groups], never zero."""
-    return (
-        weight.unflatten(-1, (-1, group_size or weight.shape[-1])).abs().amax(-1).float().clamp_min(EPSILON)
-    )
+    groups: Tensor = weight.unflatten(-1, (-1, group_size or weight.shape[-1]))
+    return groups.abs().amax(-1).float().clamp_min(EPSILON)
 
 
 def encode(weight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
@@ -217,5 +218,5 @@ def encode(weight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
 
 def decode(codes: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """s·table[code] in the scales' type, for codes [..., n] and scales [..., groups]."""
-    groups = table.to(scale.dtype)[codes.int()].unflatten(-1, (scale.shape[-1], -1))
+    groups: Tensor = table.to(scale.dtype)[codes.int()].unflatten(-1, (scale.shape[-1], -1))
     return (groups * scale.unsqueeze(-1)).flatten(-2)

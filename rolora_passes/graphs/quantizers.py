@@ -14,7 +14,6 @@ from rolora_passes.graphs.graph import (
     add_parameter,
     dtype_of,
     insert,
-    parameter_names,
     root_names,
 )
 
@@ -94,8 +93,10 @@ def encode_weight(
 def _table(graph: fx.GraphModule, kind: str, bits: int) -> fx.Node:
     """The codebook as a parameter, once in a graph."""
     name = f"codebooks.{kind}{bits}"
-    if name in parameter_names(graph):
-        return next(n for n in graph.graph.find_nodes(op="get_attr") if n.target == name)
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and node.target == name:
+            found: fx.Node = node
+            return found
     return add_parameter(graph, name, codebook(kind, bits).clone())
 
 

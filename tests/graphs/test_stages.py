@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from rolora_passes import FuseNorm, Rotate, apply_passes
 from rolora_passes.graphs import stages as module
 from rolora_passes.graphs.affine import Grid, quantize
+from rolora_passes.graphs import evaluate
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import (
     add_parameter,
@@ -63,7 +64,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[fx.Node, Any]]:
         made.append((node, weakref.ref(result) if isinstance(result, Tensor) else None))
         return result
 
-    monkeypatch.setattr(module, "call", call)
+    for place in (module, evaluate):  # what windows compute, and what they share
+        monkeypatch.setattr(place, "call", call)
     return made
 
 
