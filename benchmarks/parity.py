@@ -9,6 +9,7 @@ import torch
 from common import captured, compare, options, tokens_of
 
 from rolora_passes import apply_passes
+from rolora_passes.data import calibration_tokens
 from rolora_passes.export import to_executorch
 from rolora_passes.export.runner import load_pte
 from rolora_passes.graphs import run
@@ -18,14 +19,23 @@ from rolora_passes.recipes import load_recipe
 def main() -> None:
     """Print KL (nats per token) and top-1 agreement over 64 tokens, for each recipe."""
     parser = options(__doc__ or "")
-    parser.add_argument("--recipes", nargs="+", default=["8da4w", "rotated-8da4w", "rotated-8da4w-tied"])
+    deployable = ("8da4w", "rotated-8da4w", "rotated-8da4w-tied", "rotated-8da4w-kv8", "rotated-gptq-8da4w")
+    parser.add_argument("--recipes", nargs="+", default=deployable)
+    parser.add_argument("--calibration", help="text for recipes with GPTQ; they are left out without it")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows of 2048 tokens")
     arguments = parser.parse_args()
     graph, tokenizer = captured(arguments.model)
     tokens = tokens_of(tokenizer, arguments.text, 64)
     expected = run(graph, tokens)
     print(f"{'recipe':22}{'compared':34}{'KL':>10}{'top-1':>8}")
     for recipe in arguments.recipes:
-        quantized = apply_passes(graph, load_recipe(recipe), verify=False)
+        passes, data = load_recipe(recipe), None
+        if any(step.needs_calibration for step in passes):
+            if arguments.calibration is None:
+                print(f"{recipe:22}left out: it needs --calibration TEXT")
+                continue
+            data = calibration_tokens(arguments.calibration, tokenizer, arguments.samples)
+        quantized = apply_passes(graph, passes, verify=False, calibration=data)
         fake = run(quantized, tokens)
         with tempfile.TemporaryDirectory() as folder:
             to_executorch(quantized, Path(folder) / "model.pte", max_length=128, last_token=False)

@@ -1,4 +1,4 @@
-"""The command line: `rolora compile | run | eval | inspect | passes`."""
+"""The command line: `rolora compile | run | eval | sensitivity | inspect | passes`."""
 
 from __future__ import annotations
 
@@ -92,6 +92,22 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_eval(commands.add_parser("eval", help="perplexity and task accuracies of a model or an artefact"))
 
+    rank = commands.add_parser("sensitivity", help="which linears lose the most when quantized alone")
+    rank.add_argument("model", help="model folder, hub name, .gguf, or saved graph")
+    rank.add_argument("--recipe", required=True, help="its quantizers are tried, on what it does before them")
+    rank.add_argument("--text", required=True, help=".txt, .jsonl, or hub:NAME/CONFIG:SPLIT")
+    rank.add_argument(
+        "--window", type=_at_least(2, int), default=512, help="tokens of a window (%(default)s)"
+    )
+    rank.add_argument(
+        "--windows", type=_at_least(1, int), default=1, help="the first N windows (%(default)s)"
+    )
+    rank.add_argument("--top", type=_at_least(1, int), default=20, help="rows to print (%(default)s)")
+    rank.add_argument("--tokenizer", metavar="FOLDER", help="of a saved graph, which has none")
+    rank.add_argument("-o", "--output", type=Path, metavar="FILE", help="write all rows as JSON")
+    _recipe_options(rank)
+    rank.set_defaults(run=_sensitivity)
+
     look = commands.add_parser("inspect", help="what a model, a saved graph or a compiled folder is made of")
     look.add_argument("model", help="model folder, hub name, .gguf, saved graph, or compiled folder")
     look.add_argument(
@@ -101,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--as-captured", action="store_true", help="before fuse-norm")
     look.set_defaults(run=_inspect)
 
-    passes = commands.add_parser("passes", help="list the passes and recipes, or explain one pass")
+    passes = commands.add_parser("passes", help="list the passes and recipes, or explain one")
     passes.add_argument("name", nargs="?")
     passes.set_defaults(run=_passes)
     return parser
@@ -226,6 +242,30 @@ def _eval(options: argparse.Namespace) -> None:
         save_results(result, options.output)
 
 
+def _sensitivity(options: argparse.Namespace) -> None:
+    from rolora_passes.evaluation.ranking import rank_sites, ranking_table
+    from rolora_passes.evaluation.report import save_results
+
+    with Display() as display:
+        result = rank_sites(
+            options.model,
+            options.recipe,
+            options.text,
+            options.window,
+            options.windows,
+            seed=options.seed,
+            calibration=_calibration(options, display),
+            tokenizer=options.tokenizer,
+            verify=not options.no_verify,
+            on_stage=display.stage,
+            on_progress=display.count,
+            on_pass=pass_line,
+        )
+    Console().print(ranking_table(result, options.top))
+    if options.output is not None:
+        save_results(result, options.output)
+
+
 def _run(options: argparse.Namespace) -> None:
     from rolora_passes.export.runner import generate
 
@@ -290,9 +330,13 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _passes(options: argparse.Namespace) -> None:
-    from rolora_passes.recipes import recipe_names
+    from rolora_passes.recipes import dump_recipe, load_recipe, recipe_names
     from rolora_passes.registry import PASSES, pass_class
+    from rolora_passes.settings import METHODS
 
+    if (options.name and options.name in recipe_names()) or ":" in (options.name or ""):
+        print(dump_recipe(load_recipe(options.name)), end="")
+        return
     if options.name:
         print(inspect.getdoc(pass_class(options.name)))
         return
@@ -300,6 +344,7 @@ def _passes(options: argparse.Namespace) -> None:
         cls = pass_class(name)
         print(f"{name:22} {(inspect.getdoc(cls) or '').splitlines()[0]}")
     print(f"\nrecipes: {', '.join(recipe_names())}")
+    print(f"methods, at any setting: {', '.join(f'{name}:W4A4KV4' for name in METHODS)}")
 
 
 if __name__ == "__main__":

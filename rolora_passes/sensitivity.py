@@ -77,6 +77,23 @@ def sensitivity(
     return sorted(found, key=lambda site: -site.kl)
 
 
+def split_recipe(passes: Iterable[Pass]) -> tuple[list[Pass], list[Pass]]:
+    """(what a recipe does before it quantizes, its quantizers that can be tried site by site).
+
+    Raises:
+        PassError: it has no such quantizer.
+    """
+    steps = list(passes)
+    lossy = [i for i, step in enumerate(steps) if step.kind == "lossy"]
+    quantizers = [steps[i] for i in lossy if hasattr(steps[i], "targets")]
+    if not quantizers:
+        raise PassError(
+            f"sensitivity: expected a recipe with quantize-weights or quantize-activations, found "
+            f"{', '.join(step.name for step in steps) or 'no passes'}"
+        )
+    return steps[: lossy[0]], quantizers
+
+
 def _for_sites(step: Pass) -> Pass:
     known = {f.name for f in dataclasses.fields(step)}
     if "targets" not in known:

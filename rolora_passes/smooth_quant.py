@@ -54,6 +54,7 @@ class SmoothQuant(Pass):
 
     requires: ClassVar[tuple[str, ...]] = ("canonical", "activations observed")
     forbids: ClassVar[tuple[str, ...]] = ("weights quantized",)
+    ensures: ClassVar[tuple[str, ...]] = ("smoothed",)
     removes: ClassVar[tuple[str, ...]] = ("activations observed",)
 
     alpha: float = 0.5

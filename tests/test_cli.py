@@ -222,3 +222,30 @@ def test_what_was_measured_is_shown_even_if_it_cannot_be_written(
     )
     assert status == 2 and "perplexity, some text.txt" in printed and "No space left" in said
     assert not (tmp_path / "a.json").exists()
+
+
+def test_sensitivity(checkpoint: Path, text: Path, tmp_path: Path, rolora: Run) -> None:
+    output = tmp_path / "sites.json"
+    status, printed, said = rolora(
+        *("sensitivity", checkpoint, "--recipe", "quarot:W3A4", "--text", text, "--window", 32),
+        *("--windows", 2, "--top", 3, "-o", output),
+    )
+    assert status == 0, said
+    result = json.loads(output.read_text())
+    assert len(result["sites"]) == 7 and printed.count("model.layers.0") == 3
+    assert [list(q) for q in result["quantizers"]] == [["quantize-weights"], ["quantize-activations"]]
+    values = [site["kl"] for site in result["sites"]]
+    assert values == sorted(values, reverse=True) and values[-1] > 0
+    assert result["sites"][0]["name"] in printed
+
+
+def test_sensitivity_of_a_recipe_that_quantizes_nothing(checkpoint: Path, text: Path, rolora: Run) -> None:
+    status, _, said = rolora("sensitivity", checkpoint, "--recipe", "float", "--text", text)
+    assert status == 2 and "expected a recipe with quantize-weights or quantize-activations, found" in said
+
+
+def test_passes_shows_a_recipe(rolora: Run) -> None:
+    status, printed, _ = rolora("passes", "quarot:W4A4KV4")
+    assert status == 0 and "method: gptq" in printed and "quantize-kv-cache" in printed
+    assert "rotate" in rolora("passes", "rotated-8da4w")[1]
+    assert "quarot:W4A4KV4" in rolora("passes")[1]

@@ -13,9 +13,9 @@ from helpers import captured, tokens_for
 from torch import Tensor, fx
 
 from rolora_passes import FuseNorm, Rotate, apply_passes
+from rolora_passes.graphs import evaluate
 from rolora_passes.graphs import stages as module
 from rolora_passes.graphs.affine import Grid, quantize
-from rolora_passes.graphs import evaluate
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import (
     add_parameter,
