@@ -22,8 +22,8 @@ from rolora_passes.data import calibration_tokens, load_text, token_stream
 from rolora_passes.evaluation.perplexity import perplexity
 from rolora_passes.evaluation.scorers import GraphScorer
 from rolora_passes.evaluation.tasks import evaluate_tasks
+from rolora_passes.graphs.accounting import peak_mb
 from rolora_passes.graphs.files import writing
-from rolora_passes.manager import peak_mb
 from rolora_passes.passes import Calibration
 from rolora_passes.recipes import dump_recipe, load_recipe
 

@@ -74,6 +74,15 @@ def pass_line(record: Record) -> None:
     console.print(
         f"  {record.name:22} {len(record.report.changed):4} sites{left}, {record.seconds:.1f} s{checked}"
     )
+    stages = record.report.notes.get("stages", [])
+    if stages:
+        forward, solve = (sum(stage[part] for stage in stages) for part in ("forward", "solve"))
+        lost = {name: error for stage in stages for name, error in stage["sites"].items()}
+        worst = max(lost, key=lambda name: lost[name])
+        console.print(
+            f"  {'':22} {forward:.0f} s of forward passes and Hessians, {solve:.0f} s of rounding, "
+            f"peak {record.peak_mb:.0f} MB; outputs change most at {worst}, by {lost[worst] ** 0.5:.1%}"
+        )
 
 
 def print_summary(compiled: Compiled) -> None:

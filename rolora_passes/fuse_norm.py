@@ -48,7 +48,7 @@ class FuseNorm(Pass):
     """
 
     ensures: ClassVar[tuple[str, ...]] = ("norms fused",)
-    forbids: ClassVar[tuple[str, ...]] = ("rotated", "smoothed", "weights quantized")
+    forbids: ClassVar[tuple[str, ...]] = ("rotated", "weights quantized")
 
     tied: Literal["untie", "keep"] = "untie"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import GraphFormatError, PassError, PassOrderError
+from rolora_passes.graphs.accounting import peak_mb
 from rolora_passes.graphs.capture import from_exported
 from rolora_passes.graphs.graph import copy_graph, parameters
 from rolora_passes.graphs.text import graph_text
@@ -222,9 +222,3 @@ def _write(name: str, text: str, folder: str | Path | None) -> None:
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / f"{name}.txt").write_text(text)
-
-
-def peak_mb() -> float:
-    """The process's peak resident memory, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)

@@ -42,6 +42,8 @@ class SmoothQuant(Pass):
     1/s goes wherever `find_scalings` finds that it keeps the function: a norm's gain and bias, the linear
     before a relu or beside a gate, the values before attention. All s are those of the graph as given, so
     sites do not depend on each other's order. Observers are removed: what they saw is not so any more.
+    A norm must keep its gain to hold 1/s: fuse-norm before this leaves nothing to hold it, and fuse-norm
+    after this multiplies it into W·s again, which undoes the scaling of what norms write.
 
     Options:
         alpha: from 0 (all difficulty stays in the activations) to 1 (it all moves to the weights).
@@ -54,7 +56,6 @@ class SmoothQuant(Pass):
 
     requires: ClassVar[tuple[str, ...]] = ("canonical", "activations observed")
     forbids: ClassVar[tuple[str, ...]] = ("weights quantized",)
-    ensures: ClassVar[tuple[str, ...]] = ("smoothed",)
     removes: ClassVar[tuple[str, ...]] = ("activations observed",)
 
     alpha: float = 0.5

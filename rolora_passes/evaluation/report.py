@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,7 @@ from rolora_passes.graphs.files import writing
 from rolora_passes.graphs.graph import dtype_of
 from rolora_passes.manager import history
 from rolora_passes.passes import Calibration
-from rolora_passes.version import __version__
-
-_PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets", "executorch")
+from rolora_passes.version import versions
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ def _described(
         "dtype": None if graph is None else str(dtype_of(graph)).removeprefix("torch."),
         "seed": seed,
         "threads": torch.get_num_threads(),
-        "versions": {"rolora-passes": __version__, "python": platform.python_version(), **_versions()},
+        "versions": versions(),
     }
 
 
@@ -191,13 +187,3 @@ def save_results(result: Mapping[str, Any], path: Path) -> None:
     """Write a result as JSON; the file appears whole or not at all."""
     with writing(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", "utf-8")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,7 @@ from rolora_passes.manager import Record, apply_passes, check_order, history, re
 from rolora_passes.models import load_model
 from rolora_passes.passes import Calibration
 from rolora_passes.recipes import dump_recipe, load_recipe
-
-_VERSIONS = ("rolora-passes", "torch", "transformers", "executorch", "torchao")
+from rolora_passes.version import versions
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ def _manifest(source: str, config: dict[str, Any], compiled: Compiled, max_lengt
         "target": "executorch",
         "max_length": max_length,
         "config": config,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "passes": [record.row() for record in compiled.history],
         "weights": {
             "elements": compiled.weights.elements,
@@ -149,13 +146,3 @@ def _manifest(source: str, config: dict[str, Any], compiled: Compiled, max_lengt
         },
         "seconds": compiled.seconds,
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found

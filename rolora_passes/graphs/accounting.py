@@ -1,7 +1,9 @@
-"""What a graph's weights weigh."""
+"""What a graph's weights weigh, and what the process that made it has taken."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -57,3 +59,9 @@ def weigh(graph: fx.GraphModule) -> Weights:
             by_bits[bits] = by_bits.get(bits, 0) + tensor.numel()
     elements = sum(by_bits.values())
     return Weights(elements, sum(b * n for b, n in by_bits.items()) + beside, dict(sorted(by_bits.items())))
+
+
+def peak_mb() -> float:
+    """The process's peak resident memory, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.accounting import peak_mb
 from rolora_passes.graphs.affine import Grid, dequantize
 from rolora_passes.graphs.evaluate import evaluate
 from rolora_passes.graphs.files import writing
@@ -68,8 +67,8 @@ def gptq_linears(
 
     Returns: figures. "stages": for each, the "sites" with the relative error of their outputs
         (tr(ΔW·H·ΔWᵀ) / tr(W·H·Wᵀ)), how many "tokens" were seen, "dead_channels", seconds of the
-        "forward" (with the Hessian) and of the "solve", and whether it was "resumed";
-        "peak_mb": the process's peak memory so far.
+        "forward" (with the Hessian) and of the "solve", whether it was "resumed", and the process's
+        "peak_mb" so far.
 
     Raises:
         PassError: a weight cannot be rounded on what its input saw; names the sites.
@@ -95,12 +94,12 @@ def gptq_linears(
             _save(file, results, row)
         for node, (name, grid) in stage.sites.items():
             store(node, results[name], grid)
-        figures.append({**row, "forward": seconds, "resumed": saved is not None})
+        figures.append({**row, "forward": seconds, "resumed": saved is not None, "peak_mb": peak_mb()})
         on_progress(done + rows + 1, len(plan) * per_stage)
     for file in files:
         if file is not None:
             file.unlink(missing_ok=True)
-    return {"stages": figures, "peak_mb": _peak_mb()}
+    return {"stages": figures}
 
 
 def _stages(sites: Sites) -> list[_Stage]:
@@ -215,9 +214,3 @@ def _load(file: Path, stage: _Stage) -> tuple[dict[str, Quantized], dict[str, An
             name: Quantized(*(saved.get_tensor(f"{name}.{part}") for part in parts))
             for name, _ in stage.sites.values()
         }, row
-
-
-def _peak_mb() -> float:
-    """The process's peak resident memory, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)

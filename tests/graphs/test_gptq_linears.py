@@ -177,7 +177,7 @@ def test_figures_say_what_was_lost() -> None:
     expected = (x @ (rounded - weight).t()).square().sum() / (x @ weight.t()).square().sum()
     assert stage["sites"]["model.layers.0.self_attn.q_proj"] == pytest.approx(float(expected), rel=1e-6)
     assert stage["tokens"] == 120 and stage["dead_channels"] == 0 and not stage["resumed"]
-    assert stage["forward"] > 0 and stage["solve"] > 0 and figures["peak_mb"] > 10
+    assert stage["forward"] > 0 and stage["solve"] > 0 and stage["peak_mb"] > 10
 
 
 def test_progress_counts_up_to_the_whole() -> None:
