@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--recipe", default="rotated-8da4w", help="recipe name or .yaml (%(default)s)")
     compile_.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
     compile_.add_argument(
-        "--max-length", type=_at_least(1, int), default=512, help="tokens of context (%(default)s)"
+        "--max-length", type=_at_least(16, int), default=512, help="tokens of context (%(default)s)"
     )
     compile_.add_argument(
         "--fast-prefill", action="store_true", help="attend in XNNPACK in calls from position 0"

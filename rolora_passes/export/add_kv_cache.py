@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from rolora_passes.errors import PassError, VerificationError
-from rolora_passes.export.kv_cache import add_kv_cache
+from rolora_passes.errors import VerificationError
+from rolora_passes.export.kv_cache import add_kv_cache, require_context
 from rolora_passes.graphs.graph import get_tensor, parameters, run, set_tensor
 from rolora_passes.graphs.verify import relative_error, sample_tokens
 from rolora_passes.passes import Pass, Report
@@ -38,8 +38,7 @@ class AddKVCache(Pass):
     max_length: int = 512
 
     def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise PassError(f"add-kv-cache: max_length must be at least 2, found {self.max_length}")
+        require_context(self.max_length)
 
     def run(self, graph: fx.GraphModule) -> Report:
         cached = add_kv_cache(graph, self.max_length)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rolora_passes.errors import LoweringError
 from rolora_passes.export.executorch import LoweringReport, to_executorch
 from rolora_passes.export.extras import require
+from rolora_passes.export.kv_cache import require_context
 from rolora_passes.graphs.accounting import Weights, weigh
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.files import writing_folder
@@ -63,14 +63,13 @@ def compile_model(
         on_stage, on_pass: called as the work goes on, for progress.
 
     Raises:
-        LoweringError: a length below 1, or a graph that cannot be lowered.
+        LoweringError: a length below 16, or a graph that cannot be lowered.
         FileExistsError: `folder` is something else than a compiled folder.
         MissingExtraError: ExecuTorch is not installed.
         Also what `load_model`, `load_recipe`, `capture` and `apply_passes` raise. All that can be known
         before the model is loaded is checked before.
     """
-    if max_length < 1:
-        raise LoweringError(f"expected a context of at least 1 token, found max_length {max_length}")
+    require_context(max_length)
     passes = load_recipe(recipe, seed)
     check_order(passes, ["canonical"])
     if calibration is None:

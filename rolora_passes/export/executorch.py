@@ -69,7 +69,7 @@ def to_executorch(
 
     Args:
         graph: `forward(tokens, positions) -> logits`, or what `add_kv_cache` made of it; weights plain,
-            or quantized as `quantized_decomposed` nodes.
+            or as `rolora::dequantize` of integers.
         path: the `.pte`; written only when everything has succeeded.
         max_length: tokens the caches hold. Taken from the graph if it has caches already.
         last_token: return the logits of the last token alone, [1, 1, V], as the runner needs; otherwise

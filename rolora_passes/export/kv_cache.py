@@ -17,6 +17,16 @@ from rolora_passes.graphs.graph import argument, copy_graph, set_tensor
 _aten = torch.ops.aten
 
 
+def require_context(max_length: int) -> None:
+    """Refuse a context shorter than the calls whose shapes are compared when a graph is lowered.
+
+    Raises:
+        LoweringError: so it is.
+    """
+    if max_length < 16:
+        raise LoweringError(f"expected a context of at least 16 tokens, found max_length {max_length}")
+
+
 def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     """Give a canonical graph the state and inputs the ExecuTorch runner drives it with.
 
@@ -31,6 +41,7 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     evaluated once for all positions below `max_length`, and read at `start`. The given graph is not
     changed.
     """
+    require_context(max_length)
     require("executorch.extension.llm.custom_ops.custom_ops", "executorch")
     import torch.ao.quantization.fx._decomposed
 

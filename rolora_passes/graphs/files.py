@@ -19,7 +19,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
-        with _named(path):
+        with _named(path, temporary):
             yield temporary
             os.replace(temporary, path)
     finally:
@@ -34,7 +34,7 @@ def writing_folder(path: str | Path) -> Iterator[Path]:
     temporary, old = _beside(path), _beside(path)
     temporary.mkdir()
     try:
-        with _named(path):
+        with _named(path, temporary):
             yield temporary
             if path.exists():
                 os.replace(path, old)
@@ -47,15 +47,14 @@ def writing_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """A failed write (a full disk) says neither what nor where; say it."""
+def _named(path: Path, temporary: Path) -> Iterator[None]:
+    """A failed write (a full disk) says neither what nor where, or a hidden name; say what was asked for."""
     try:
         yield
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
     except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+        error.filename = str(error.filename or path).replace(str(temporary), str(path))
         raise
 
 

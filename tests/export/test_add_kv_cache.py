@@ -9,7 +9,7 @@ import torch
 from tiny_llama import tiny_llama
 
 from rolora_passes import apply_passes, history
-from rolora_passes.errors import PassError, PassOrderError
+from rolora_passes.errors import LoweringError, PassOrderError
 from rolora_passes.export import AddKVCache, to_executorch
 from rolora_passes.export.runner import load_pte
 
@@ -34,5 +34,5 @@ def test_errors() -> None:
     plain.meta["facts"] = ["canonical"]
     with pytest.raises(PassOrderError, match="already 'kv cache'"):
         apply_passes(plain, [AddKVCache(), "add-kv-cache"])
-    with pytest.raises(PassError, match="max_length must be at least 2, found 1"):
+    with pytest.raises(LoweringError, match="at least 16 tokens, found max_length 1"):
         AddKVCache(max_length=1)
