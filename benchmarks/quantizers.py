@@ -35,7 +35,7 @@ Key = tuple[str, int]
 
 def rows(seeds: int) -> list[Key]:
     """(recipe, seed) of every row, those that share their weights next to each other."""
-    same_weights = (("W4A16", "W4A4", "W4A4KV4", "W4A8"), ("W6A6",), ("W2A16",))
+    same_weights = (("W4A16", "W4A4", "W4A8"), ("W4A4KV4",), ("W6A6",), ("W2A16",))
     return [("float", 0)] + [
         (f"{method}:{setting}", seed)
         for seed in range(seeds)
@@ -85,7 +85,7 @@ def main() -> None:
     for recipe, seed in rows(options.seeds):
         key = f"{recipe} seed {seed}"
         row = found.setdefault(key, {})
-        tasks = options.tasks if recipe in options.task_rows.split(",") and seed == 0 else None
+        tasks = options.tasks if recipe in options.task_rows.split(",") else None
         if (options.rows and options.rows not in recipe) or ("ppl" in row and (not tasks or "tasks" in row)):
             continue
         start = time.perf_counter()
