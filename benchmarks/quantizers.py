@@ -115,6 +115,10 @@ def table(found: dict[str, Any], seeds: int) -> str:
     for method in METHODS:
         each = [_ppl(found, f"{method}:{s}", seeds if method in RANDOM else 1) for s in SETTINGS]
         lines.append(f"| {method} | {' | '.join(each)} |")
+    for key, row in found.items():
+        for task, figures in row.get("tasks", {}).get("tasks", {}).items():
+            each = [f"{m} {figures[m]:.3f} ± {figures[m + '_stderr']:.3f}" for m in ("acc", "acc_norm")]
+            lines.append(f"{key}: {task}, {figures['examples']} examples: {', '.join(each)}")
     return "\n".join(lines)
 
 
