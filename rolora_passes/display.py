@@ -76,13 +76,21 @@ def pass_line(record: Record) -> None:
     )
     stages = record.report.notes.get("stages", [])
     if stages:
-        forward, solve = (sum(stage[part] for stage in stages) for part in ("forward", "solve"))
-        lost = {name: error for stage in stages for name, error in stage["sites"].items()}
-        worst = max(lost, key=lambda name: lost[name])
-        console.print(
-            f"  {'':22} {forward:.0f} s of forward passes and Hessians, {solve:.0f} s of rounding, "
-            f"peak {record.peak_mb:.0f} MB; outputs change most at {worst}, by {lost[worst] ** 0.5:.1%}"
-        )
+        _gptq_line(stages, record.peak_mb)
+
+
+def _gptq_line(stages: list[dict[str, Any]], peak_mb: float) -> None:
+    """Where GPTQ's time went, and where it changed the outputs most."""
+    resumed = [stage for stage in stages if stage["resumed"]]
+    forward = sum(stage["forward"] for stage in stages)
+    solve = sum(stage["solve"] for stage in stages if not stage["resumed"])
+    lost = {name: error for stage in stages for name, error in stage["sites"].items()}
+    worst = max(lost, key=lambda name: lost[name])
+    earlier = f"{len(resumed)} of {len(stages)} stages from an earlier run, " if resumed else ""
+    console.print(
+        f"  {'':22} {earlier}{forward:.0f} s of forward passes and Hessians, {solve:.0f} s of rounding, "
+        f"peak {peak_mb:.0f} MB; outputs change most at {worst}, by {lost[worst] ** 0.5:.1%}"
+    )
 
 
 def print_summary(compiled: Compiled) -> None:
