@@ -50,8 +50,8 @@ class QuantizeActivations(Pass):
         float_weights: also what linears with floating-point weights read.
 
     Raises:
-        PassError: no linear matches a target, a group size does not divide an input, `static` with a value
-            that was not observed, or linears that share a value and are not asked for alike.
+        PassError: no linear matches a target, a group size does not divide an input, or `static` with a
+            value that was not observed.
     """
 
     kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
