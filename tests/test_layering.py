@@ -38,7 +38,13 @@ LATE = (
     "rolora_passes.evaluation.harness",
 )
 # From the bottom to the top; what is not named here lies between the first two.
-TOP = ("rolora_passes.export", "rolora_passes.evaluation", "rolora_passes.display", "rolora_passes.cli")
+TOP = (
+    "rolora_passes.export",
+    "rolora_passes.evaluation",
+    "rolora_passes.display",
+    "rolora_passes.commands",
+    "rolora_passes.cli",
+)
 # What a pass may import of the package; the manager and what is above it also import passes.
 BELOW = {"rolora_passes.errors", "rolora_passes.passes"}
 

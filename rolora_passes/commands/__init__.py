@@ -1,0 +1,1 @@
+"""The commands: one file each, with `add(commands)` for its options and `run(options)`."""
