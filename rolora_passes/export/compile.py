@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def compile_model(
     calibration: Callable[[Any], Calibration] | None = None,
     on_stage: Callable[[str], None] | None = None,
     on_pass: Callable[[Record], None] | None = None,
+    printing: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """Load, capture, transform and lower a model to `folder`, which appears whole or not at all.
 
@@ -61,6 +62,7 @@ def compile_model(
         seed: see `load_recipe`.
         calibration: makes the calibration data of passes that look at data, given the model's tokenizer.
         on_stage, on_pass: called as the work goes on, for progress.
+        printing: what `apply_passes` is to print and to keep of failures: its arguments by name.
 
     Raises:
         LoweringError: a length below 16, or a graph that cannot be lowered.
@@ -91,7 +93,9 @@ def compile_model(
             del model
         with stage("passes"):
             data = calibration(tokenizer) if calibration is not None else None
-            graph = apply_passes(graph, passes, verify=verify, calibration=data, on_pass=on_pass)
+            graph = apply_passes(
+                graph, passes, verify=verify, calibration=data, on_pass=on_pass, **(printing or {})
+            )
         with stage("lower"):
             lowering = to_executorch(
                 graph, temporary / "model.pte", max_length=max_length, fast_prefill=fast_prefill

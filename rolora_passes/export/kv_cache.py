@@ -11,7 +11,8 @@ import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.extras import require
 from rolora_passes.export.kv_storage import Cache, Held, held, read_cache, write_cache
-from rolora_passes.export.shapes import Shape, constant_nodes, drop_unused, infer_shapes
+from rolora_passes.export.positions import position_only, tabulate
+from rolora_passes.export.shapes import Shape, drop_unused, infer_shapes
 from rolora_passes.graphs.graph import argument, copy_graph, set_tensor
 
 _aten = torch.ops.aten
@@ -48,7 +49,7 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     result = copy_graph(graph)
     shapes = infer_shapes(result, {"tokens": (1, None), "positions": (1, None)})
     window = _Window(result, max_length)
-    _tabulate_positions(result, window)
+    _read_tables(result, window)
     caches: dict[tuple[Held, Held], tuple[Cache, Cache]] = {}
     for node in result.graph.find_nodes(op="call_function", target=torch.ops.rolora.attention.default):
         _cache_attention(result, node, shapes, window, caches)
@@ -91,64 +92,15 @@ class _Window:
             return self.module.graph.call_function(_aten.narrow.default, arguments)
 
 
-def _tabulate_positions(module: fx.GraphModule, window: _Window) -> None:
+def _read_tables(module: fx.GraphModule, window: _Window) -> None:
     """Replace every maximal value that depends on positions and constants alone by a table."""
-    graph = module.graph
-    known = constant_nodes(graph)
-    dependent = {window.positions}
-    for node in graph.nodes:
-        inputs = node.all_input_nodes
-        derived = node.op == "call_function" and any(n in dependent for n in inputs)
-        if derived and all(n in known or n in dependent for n in inputs):
-            dependent.add(node)
-    needed = [n for n in graph.nodes if n in dependent and any(u not in dependent for u in n.users)]
-    tables = _evaluate(module, window.positions, needed, window.max_length)
-    for index, (node, (table, dim)) in enumerate(zip(needed, tables, strict=True)):
+    dependent = position_only(module.graph, window.positions)
+    tables = tabulate(module, window.positions, window.max_length)
+    for index, (node, (table, dim)) in enumerate(tables.items()):
         read = window.read(f"positions.table_{index}", table, dim)
         node.replace_all_uses_with(read, delete_user_cb=lambda user: user not in dependent)
-    for node in reversed([n for n in graph.nodes if n in dependent]):
-        graph.erase_node(node)
-
-
-def _evaluate(
-    module: fx.GraphModule, positions: fx.Node, needed: list[fx.Node], max_length: int
-) -> list[tuple[Tensor, int]]:
-    """Values of position-only nodes at 0 .. max_length - 1, and which dimension is the position."""
-    if not needed:
-        return []
-    extracted, mapped = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in _ancestors(needed):
-        mapped[node] = extracted.node_copy(node, lambda n: mapped[n])
-    extracted.output([mapped[n] for n in needed])
-    function = fx.GraphModule(module, extracted)
-    index = torch.arange(max_length)[None]
-    skip = max_length // 2
-    with torch.no_grad():
-        whole, part = function(index), function(index[:, skip:])
-    return [
-        _check_table(node, table, rest, skip) for node, table, rest in zip(needed, whole, part, strict=True)
-    ]
-
-
-def _ancestors(nodes: list[fx.Node]) -> list[fx.Node]:
-    """Nodes and everything they are computed from, in graph order."""
-    found, stack = set[fx.Node](), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return [n for n in nodes[0].graph.nodes if n in found]
-
-
-def _check_table(node: fx.Node, whole: Tensor, part: Tensor, skip: int) -> tuple[Tensor, int]:
-    dims = [d for d, (a, b) in enumerate(zip(whole.shape, part.shape, strict=True)) if a != b]
-    if len(dims) != 1 or not torch.equal(whole.narrow(dims[0], skip, part.shape[dims[0]]), part):
-        raise LoweringError(
-            f"`{node.name}` ({node.target}) depends on `positions` but is not a table with one row per "
-            f"position (shapes {tuple(whole.shape)} and {tuple(part.shape)}): it cannot be cached"
-        )
-    return whole.contiguous(), dims[0]
+    for node in reversed([n for n in module.graph.nodes if n in dependent]):
+        module.graph.erase_node(node)
 
 
 def _cache_attention(

@@ -59,6 +59,27 @@ def infer_shapes(
     return found
 
 
+def infer_symbols(
+    graph: fx.GraphModule,
+) -> dict[fx.Node, tuple[tuple[int | str | None, ...], torch.dtype]]:
+    """Shape and type of the tensors of a graph whose batch is dynamic too, found by two runs on meta tensors.
+
+    A size is a number, "batch", "length" (of tokens), the length of another input by its name
+    ("decoder_tokens"), or None for what follows from these.
+    """
+    names = [str(n.target) for n in graph.graph.find_nodes(op="placeholder")]
+    lengths = {name: "length" if name in ("tokens", "positions") else name for name in names}
+    symbols = ["batch", *dict.fromkeys(lengths.values())]
+    known = [dict(zip(symbols, sizes, strict=False)) for sizes in ((2, 7, 11), (3, 13, 17))]
+    runs = [_run(graph, {n: (sizes["batch"], sizes[lengths[n]]) for n in names}, 0) for sizes in known]
+    meaning: dict[tuple[int, int], int | str] = {(known[0][s], known[1][s]): s for s in symbols}
+    found = {}
+    for node, (first, dtype) in runs[0].items():
+        pairs = zip(first, runs[1][node][0], strict=True)
+        found[node] = (tuple(a if a == b else meaning.get((a, b)) for a, b in pairs), dtype)
+    return found
+
+
 def _run(
     graph: fx.GraphModule, inputs: Mapping[str, Shape], length: int
 ) -> dict[fx.Node, tuple[tuple[int, ...], torch.dtype]]:

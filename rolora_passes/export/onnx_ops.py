@@ -1,0 +1,344 @@
+"""Lowerings to standard ONNX operators, which both flavours share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from rolora_passes.errors import LoweringError
+from rolora_passes.export.hadamard import few_factors
+from rolora_passes.export.onnx_emitter import Emitter, Heads, Lowering, Node, Result
+from rolora_passes.export.onnx_norms import folded_norm, norm_affine
+from rolora_passes.graphs.affine import EPSILON, limits
+from rolora_passes.graphs.graph import argument, get_tensor, is_op
+
+_FLOAT = torch.float32
+_CASTS = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.int64: ir.DataType.INT64,
+    torch.int32: ir.DataType.INT32,
+    torch.bool: ir.DataType.BOOL,
+}
+
+
+def _same(kind: str) -> Lowering:
+    """An operator of the same operands in the same order."""
+    return lambda e, node: e.op(kind, *(e.value(a) for a in node.args[:2]))
+
+
+def _mul(e: Emitter, node: Node) -> Result:
+    norm = folded_norm(e, node)
+    return e.result(norm) if norm else e.op("Mul", *(e.value(a) for a in node.args[:2]))
+
+
+def _first(kind: str, **attributes: Any) -> Lowering:
+    """An operator of one operand."""
+    return lambda e, node: e.op(kind, e.value(node.args[0]), **attributes)
+
+
+def _scaled(kind: str) -> Lowering:
+    """add and sub: x ± alpha·y"""
+
+    def lower(e: Emitter, node: Node) -> Result:
+        norm = folded_norm(e, node)
+        if norm:
+            return e.result(norm)
+        x, y = (e.value(a) for a in node.args[:2])
+        alpha = argument(node, "alpha", 1) if isinstance(node.target, torch._ops.OpOverload) else 1
+        return e.op(kind, x, y if alpha == 1 else e.op("Mul", y, e.value(alpha)))
+
+    return lower
+
+
+def _silu(e: Emitter, node: Node) -> Result:
+    x = e.value(node.args[0])
+    return e.op("Mul", x, e.op("Sigmoid", x))
+
+
+def _gelu(e: Emitter, node: Node) -> Result:
+    return e.op("Gelu", e.value(node.args[0]), approximate=argument(node, "approximate", "none"))
+
+
+def _layer_norm(e: Emitter, node: Node) -> Result:
+    inputs = (e.value(node.args[0]), *norm_affine(e, node))
+    return e.op("LayerNormalization", *inputs, axis=-1, epsilon=argument(node, "eps"))
+
+
+def float_linear(e: Emitter, node: Node) -> ir.Value:
+    """x·Wᵀ + b, the weight stored transposed."""
+    x, weight, bias = e.value(node.args[0]), node.args[1], argument(node, "bias")
+    if weight.op == "get_attr":
+        transposed = e.store.add(f"{weight.target}.T", get_tensor(e.graph, str(weight.target)).T)
+    else:
+        transposed = e.op("Transpose", e.value(weight), perm=[1, 0])
+    product = e.op("MatMul", x, transposed)
+    return product if bias is None else e.op("Add", product, e.value(bias))
+
+
+def _softmax(e: Emitter, node: Node) -> Result:
+    return e.op("Softmax", e.value(node.args[0]), axis=argument(node, "dim"))
+
+
+def _reduce(kind: str) -> Lowering:
+    def lower(e: Emitter, node: Node) -> Result:
+        dims = argument(node, "dim")
+        axes = e.integers(*(dims if isinstance(dims, (list, tuple)) else [dims]))
+        return e.op(kind, e.value(node.args[0]), axes, keepdims=int(argument(node, "keepdim", False)))
+
+    return lower
+
+
+def _topk(e: Emitter, node: Node) -> Result:
+    count, dim = argument(node, "k"), argument(node, "dim", -1)
+    return tuple(e.ops("TopK", e.value(node.args[0]), e.integers(count), axis=dim, outputs=2))
+
+
+def _getitem(e: Emitter, node: Node) -> Result:
+    found = e.result(node.args[0])
+    assert isinstance(found, tuple)
+    picked: ir.Value = found[node.args[1]]
+    return picked
+
+
+def _index(e: Emitter, node: Node) -> Result:
+    x, indices = node.args[0], node.args[1]
+    if not isinstance(indices, (list, tuple)) or len(indices) != 1 or not isinstance(indices[0], fx.Node):
+        raise LoweringError("only x[i] with one index tensor is lowered")
+    return e.op("Gather", e.value(x), e.value(indices[0]), axis=0)
+
+
+def _embedding(e: Emitter, node: Node) -> Result:
+    return e.op("Gather", e.value(node.args[0]), e.value(node.args[1]), axis=0)
+
+
+# Shapes
+
+
+def _unflatten(e: Emitter, node: Node) -> Result:
+    x, dim, sizes = node.args
+    rank = e.rank(x)
+    axis = dim % rank
+    if rank == 3 and axis == 2 and len(sizes) == 2:
+        count, width = (int(n) for n in e.shape(node)[2:])
+        return Heads(e.value(x), count, width)
+    after = [int(n) for n in sizes]
+    return e.reshape(e.value(x), *[0] * axis, *after, *_tail(e, x, axis + 1))
+
+
+def _flatten(e: Emitter, node: Node) -> Result:
+    x = node.args[0]
+    rank = e.rank(x)
+    first, last = (argument(node, name) % rank for name in ("start_dim", "end_dim"))
+    if (rank, first, last) == (4, 2, 3):
+        return e.flat(x)
+    return e.reshape(e.value(x), *[0] * first, -1, *_tail(e, x, last + 1))
+
+
+def _tail(e: Emitter, node: Node, start: int) -> list[int]:
+    """The sizes from an axis on."""
+    sizes = e.shape(node)[start:]
+    if not all(isinstance(size, int) for size in sizes):
+        raise LoweringError(f"expected constant sizes behind axis {start}, found {sizes}")
+    return [int(size) for size in sizes]
+
+
+def _view(e: Emitter, node: Node) -> Result:
+    sizes = node.args[1]
+    if all(isinstance(size, int) for size in sizes):
+        return e.reshape(e.value(node.args[0]), *sizes)
+    one = e.integers(1)
+    parts = [
+        e.integers(size) if isinstance(size, int) else e.op("Reshape", e.value(size), one) for size in sizes
+    ]
+    return e.op("Reshape", e.value(node.args[0]), e.op("Concat", *parts, axis=0))
+
+
+def _expand(e: Emitter, node: Node) -> Result:
+    sizes = [1 if size == -1 else size for size in node.args[1]]
+    if not all(isinstance(size, int) for size in sizes):
+        raise LoweringError("only an expansion to constant sizes is lowered")
+    return e.op("Expand", e.value(node.args[0]), e.integers(*sizes))
+
+
+def _transpose(e: Emitter, node: Node) -> Result:
+    rank = e.rank(node)
+    order = list(range(rank))
+    i, j = (node.args[1] % rank, node.args[2] % rank) if len(node.args) > 1 else (0, 1)
+    order[i], order[j] = order[j], order[i]
+    return e.op("Transpose", e.value(node.args[0]), perm=order)
+
+
+def _permute(e: Emitter, node: Node) -> Result:
+    return e.op("Transpose", e.value(node.args[0]), perm=[d % e.rank(node) for d in node.args[1]])
+
+
+def _axes(kind: str) -> Lowering:
+    """unsqueeze and squeeze of one axis"""
+    return lambda e, node: e.op(kind, e.value(node.args[0]), e.integers(node.args[1]))
+
+
+def _slice(e: Emitter, node: Node) -> Result:
+    x, dim, start, end, step = (argument(node, n) for n in ("self", "dim", "start", "end", "step"))
+    axis, start, end = dim % e.rank(node), start or 0, 2**62 if end is None else end
+    if step != 1 or not isinstance(start, int) or not isinstance(end, int):
+        raise LoweringError("only slices with constant bounds and step 1 are lowered")
+    found = e.result(x)
+    if isinstance(found, Heads) and axis == 2:
+        count, width = int(e.shape(node)[2]), found.width
+        return Heads(e.slice(e.flat(x), 2, start * width, (start + count) * width), count, width)
+    return e.slice(e.value(x), axis, start, end)
+
+
+def _cat(e: Emitter, node: Node) -> Result:
+    parts = [e.value(part) for part in node.args[0]]
+    return e.op("Concat", *parts, axis=argument(node, "dim", 0))
+
+
+def _repeat_interleave(e: Emitter, node: Node) -> Result:
+    x, count, dim = node.args[0], argument(node, "repeats"), argument(node, "dim")
+    axis, rank = dim % e.rank(x), e.rank(x)
+    times = [1] * (rank + 1)
+    times[axis + 1] = count
+    tiled = e.op("Tile", e.op("Unsqueeze", e.value(x), e.integers(axis + 1)), e.integers(*times))
+    return e.reshape(tiled, *[0] * axis, -1, *_tail(e, x, axis + 1))
+
+
+def _size(e: Emitter, node: Node) -> Result:
+    dim = argument(node, "dim")
+    return e.op("Squeeze", e.op("Shape", e.value(node.args[0]), start=dim, end=dim + 1))
+
+
+def _arange(e: Emitter, node: Node) -> Result:
+    bounds = [e.value(a) for a in node.args]
+    zero, one = (e.numbers(n, torch.int64) for n in (0, 1))
+    return e.op("Range", *{1: [zero, *bounds, one], 2: [*bounds, one]}.get(len(bounds), bounds))
+
+
+def _cast(e: Emitter, node: Node) -> Result:
+    dtype = e.shapes[node][1]
+    if dtype not in _CASTS:
+        raise LoweringError(f"no cast to {dtype} is lowered")
+    return e.op("Cast", e.value(node.args[0]), to=_CASTS[dtype])
+
+
+# Rotations and quantizers at run time
+
+
+def _hadamard(e: Emitter, node: Node) -> Result:
+    """One product for every Kronecker factor; an axis is read as (outer, order, inner)."""
+    x, order, inner = node.args[0], int(argument(node, "order")), int(argument(node, "inner"))
+    dim, rank = int(argument(node, "dim")) % e.rank(x), e.rank(x)
+    rest = _tail(e, x, dim)
+    right = inner * math.prod(rest[1:])
+    result = e.value(x)
+    for factor in reversed(few_factors(order)):
+        k = len(factor)
+        result = _multiply(e, result, factor / math.sqrt(k), dim, math.prod(rest) // (k * right), right)
+        right *= k
+    if rank == 4 and dim == 3:
+        return Heads(e.reshape(result, 0, 0, -1), int(e.shape(node)[2]), rest[0])
+    return e.reshape(result, *[0] * dim, *rest)
+
+
+def _multiply(e: Emitter, x: ir.Value, factor: torch.Tensor, dim: int, left: int, right: int) -> ir.Value:
+    """x from axis `dim` on read as (left, k, right), its middle axis times a k x k matrix."""
+    k = len(factor)
+    if right == 1:
+        return e.op("MatMul", e.reshape(x, *[0] * dim, left, k), _matrix(e, factor))
+    return e.op("MatMul", _matrix(e, factor.T.contiguous()), e.reshape(x, *[0] * dim, left, k, right))
+
+
+def _matrix(e: Emitter, factor: torch.Tensor) -> ir.Value:
+    key = ("hadamard", tuple(map(tuple, factor.tolist())))
+    if key not in e.shared:
+        e.shared[key] = e.store.add(f"hadamard_{len(factor)}", factor)
+    return e.shared[key]
+
+
+def _fake_quantize(e: Emitter, node: Node) -> Result:
+    """The grid of every token or group from its own range, then `_round_trip`; see `affine.fake_quantize`."""
+    x, bits, group, symmetric, clip = (
+        argument(node, n) for n in ("x", "bits", "group_size", "symmetric", "clip")
+    )
+    rank, width = e.rank(x), int(e.shape(x)[-1])
+    value = e.value(x)
+    if group not in (None, width):
+        value = e.reshape(value, *[0] * (rank - 1), width // group, group)
+    axes = e.integers(-1)
+    low, high = (e.op(kind, value, axes, keepdims=1) for kind in ("ReduceMin", "ReduceMax"))
+    low, high = (e.op(kind, bound, e.numbers(0.0, _FLOAT)) for kind, bound in (("Min", low), ("Max", high)))
+    if clip != 1.0:
+        low, high = (e.op("Mul", bound, e.numbers(float(clip), _FLOAT)) for bound in (low, high))
+    scale, zero = _qparams(e, low, high, bits, symmetric)
+    result = _round_trip(e, value, scale, zero, bits, symmetric)
+    return result if group in (None, width) else e.reshape(result, *[0] * (rank - 1), width)
+
+
+def _qparams(
+    e: Emitter, low: ir.Value, high: ir.Value, bits: int, symmetric: bool
+) -> tuple[ir.Value, ir.Value | None]:
+    first, last = limits(bits, symmetric)
+    range_ = e.op("Max", e.op("Neg", low), high) if symmetric else e.op("Sub", high, low)
+    steps = e.numbers(float(last if symmetric else last - first), _FLOAT)
+    scale = e.op("Max", e.op("Div", range_, steps), e.numbers(EPSILON, _FLOAT))
+    if symmetric:
+        return scale, None
+    zero = e.op("Sub", e.numbers(float(first), _FLOAT), e.op("Round", e.op("Div", low, scale)))
+    return scale, _clamp(e, zero, bits, symmetric)
+
+
+def _round_trip(
+    e: Emitter, x: ir.Value, scale: ir.Value, zero: ir.Value | None, bits: int, symmetric: bool
+) -> ir.Value:
+    steps = e.op("Round", e.op("Mul", x, e.op("Reciprocal", scale)))
+    if zero is None:
+        return e.op("Mul", _clamp(e, steps, bits, symmetric), scale)
+    shifted = _clamp(e, e.op("Add", steps, zero), bits, symmetric)
+    return e.op("Mul", e.op("Sub", shifted, zero), scale)
+
+
+def _clamp(e: Emitter, x: ir.Value, bits: int, symmetric: bool) -> ir.Value:
+    return e.op("Clip", x, *(e.numbers(float(n), _FLOAT) for n in limits(bits, symmetric)))
+
+
+def _fake_quantize_static(e: Emitter, node: Node) -> Result:
+    x, scale, zero, bits, symmetric = (argument(node, n) for n in ("x", "scale", "zero", "bits", "symmetric"))
+    shift = None if symmetric else e.op("Cast", e.value(zero), to=ir.DataType.FLOAT)
+    return _round_trip(e, e.value(x), e.value(scale), shift, bits, symmetric)
+
+
+STANDARD: dict[str, Lowering] = {
+    "add": _scaled("Add"), "sub": _scaled("Sub"), "mul": _mul, "div": _same("Div"),
+    "pow": _same("Pow"), "matmul": _same("MatMul"), "bmm": _same("MatMul"),
+    "neg": _first("Neg"), "exp": _first("Exp"), "log": _first("Log"), "sqrt": _first("Sqrt"),
+    "abs": _first("Abs"),
+    "cos": _first("Cos"), "sin": _first("Sin"), "tanh": _first("Tanh"), "sigmoid": _first("Sigmoid"),
+    "relu": _first("Relu"), "silu": _silu, "gelu": _gelu, "softmax": _softmax,
+    "sum": _reduce("ReduceSum"), "mean": _reduce("ReduceMean"), "topk": _topk, "getitem": _getitem,
+    "layer_norm": _layer_norm, "index": _index, "embedding": _embedding,
+    "unflatten": _unflatten, "flatten": _flatten, "view": _view, "reshape": _view, "expand": _expand,
+    "transpose": _transpose, "t": _transpose, "permute": _permute,
+    "unsqueeze": _axes("Unsqueeze"), "squeeze": _axes("Squeeze"),
+    "slice": _slice, "cat": _cat, "repeat_interleave": _repeat_interleave,
+    "sym_size": _size, "arange": _arange, "to": _cast,
+    "hadamard": _hadamard, "fake_quantize": _fake_quantize, "fake_quantize_static": _fake_quantize_static,
+}  # fmt: skip
+
+# Whose row s of a result [B, S, ..] depends on row s of its operands [B, S, ..] alone.
+ROWWISE = {
+    "add", "sub", "mul", "div", "pow", "neg", "exp", "tanh", "sigmoid", "relu", "silu", "gelu",
+    "linear", "rms_norm", "layer_norm", "hadamard", "fake_quantize", "fake_quantize_static",
+    "unflatten", "flatten",
+}  # fmt: skip
+
+
+def is_rowwise(e: Emitter, node: Node) -> bool:
+    """Whether a node may be computed for one token alone."""
+    if not is_op(node, *ROWWISE) or not all(a in e.shapes for a in [node, *node.all_input_nodes]):
+        return False
+    values = [node, *(a for a in node.all_input_nodes if a not in e.constants)]
+    return all(e.shape(v)[:2] == ("batch", "length") and e.rank(v) > 2 for v in values)
