@@ -1,9 +1,12 @@
-"""What the benchmarks share: the model, a text, and comparisons of logits."""
+"""What the benchmarks share: the model, a text, comparisons of logits, and what a command costs."""
 
 from __future__ import annotations
 
 import argparse
+import resource
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +52,26 @@ def compare(found: Tensor, expected: Tensor) -> tuple[float, float]:
     p, q = (torch.log_softmax(x.float(), -1) for x in (expected, found))
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     return kl, float((found.argmax(-1) == expected.argmax(-1)).float().mean())
+
+
+def run_costing(command: list[str], folder: Path, log: Path) -> dict[str, float]:
+    """Run a command in `folder`, what it prints going to `log`; return its seconds and peak memory.
+
+    Raises:
+        SystemExit: it failed; the message ends with what it printed last.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    with log.open("w") as stream:
+        status = subprocess.run(command, cwd=folder, stdout=stream, stderr=stream).returncode
+    wall = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if status:
+        last = "\n".join(log.read_text().splitlines()[-20:])
+        sys.exit(f"{' '.join(command)} failed:\n{last}")
+    return {
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "wall_seconds": wall,
+        # In KiB on Linux, and never below what this process held when it started the command.
+        "peak_rss_mb": after.ru_maxrss / 1024,
+    }

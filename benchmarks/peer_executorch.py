@@ -16,16 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import run_costing
 
 EXPORTER = "executorch.extension.llm.export.export_llm"
 PACKAGES = ("executorch", "torch", "torchao", "transformers")
@@ -144,19 +142,7 @@ def run_exporter(folder: Path, log: Path) -> dict[str, float]:
     """Run the exporter in `folder`; return what it cost."""
     command = [sys.executable, "-m", EXPORTER, "--config", "config.yaml"]
     command += ["hydra.run.dir=.", "hydra.output_subdir=null"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start = time.perf_counter()
-    with log.open("w") as stream:
-        subprocess.run(command, cwd=folder, stdout=stream, stderr=stream, check=True)
-    wall = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {
-        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "wall_seconds": wall,
-        # In KiB on Linux, and never below what this process held when it started the exporter,
-        # which is about half of what the exporter itself takes.
-        "peak_rss_mb": after.ru_maxrss / 1024,
-    }
+    return run_costing(command, folder, log)
 
 
 def export_peer(out: Path, group_size: int, max_length: int) -> dict[str, Any]:
