@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rolora_passes.manager import Record
 
 console = Console(stderr=True, highlight=False)
+_log = logging.getLogger(__name__)
 
 
 class Display:
@@ -56,6 +58,7 @@ class Display:
 
     def stage(self, name: str) -> None:
         """What is being done now; the bars of the stage before go."""
+        _log.info("%s", name)
         for bar in self._bars.values():
             self._progress.remove_task(bar)
         self._bars = {}
@@ -94,20 +97,37 @@ def _gptq_line(stages: list[dict[str, Any]], peak_mb: float) -> None:
 
 
 def print_summary(compiled: Compiled) -> None:
-    table = Table(title=f"{compiled.folder / 'model.pte'}", show_header=False, title_justify="left")
-    lowering, weights = compiled.lowering, compiled.weights
-    table.add_row("size", f"{lowering.bytes / 1e6:.1f} MB")
+    """What was compiled, what it weighs, what every pass did, and how near the programs are to the model."""
+    table = Table(title=str(compiled.folder), show_header=False, title_justify="left")
+    weights = compiled.weights
     bits_each = f"{weights.bits_per_weight:.2f} bits each with scales"
     table.add_row("weights", f"{weights.elements / 1e6:.1f} M, {bits_each}")
     for bits, count in weights.by_bits.items():
         table.add_row("", f"{count / 1e6:.1f} M at {bits} bits")
     for record in compiled.history:
         table.add_row(record.name, _outcome(record))
-    table.add_row("delegated", f"{lowering.delegates} XNNPACK delegates")
-    outside = ", ".join(f"{count} {name}" for name, count in lowering.operators.items())
-    table.add_row("not delegated", f"{sum(lowering.operators.values())} instructions: {outside}")
+    for target, lowering in compiled.lowerings.items():
+        for row in lowering.rows():
+            table.add_row(target, row)
+            target = ""
     table.add_row("seconds", ", ".join(f"{name} {value:.0f}" for name, value in compiled.seconds.items()))
     Console().print(table)
+    if compiled.parity:
+        Console().print(parity_table(compiled.parity))
+
+
+def parity_table(rows: list[dict[str, Any]]) -> Table:
+    """The rows of `evaluation.parity.compare_programs`."""
+    title = f"On {rows[0]['tokens']} tokens of text: KL in nats per token, agreement of the likeliest token"
+    table = Table(title=title, title_justify="left")
+    names = ("", "KL to model", "top-1", "KL to graph", "top-1", "greedy tokens as the graph's")
+    for name in names:
+        table.add_column(name, justify="right" if name else "left")
+    for row in rows:
+        model = (f"{row['kl']:.2e}", f"{row['top1']:.0%}")
+        graph = (f"{row['kl_graph']:.2e}", f"{row['top1_graph']:.0%}", f"{row['greedy']} of {row['of']}")
+        table.add_row(row["name"], *model, *(graph if row["name"] != "quantized graph" else ("", "", "")))
+    return table
 
 
 def _outcome(record: Record) -> str:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rolora_passes.commands.options import at_least, calibration_of, recipe_options
+from rolora_passes.commands.options import (
+    at_least,
+    calibration_of,
+    print_options,
+    printing_of,
+    recipe_options,
+)
 from rolora_passes.display import Display, pass_line, print_summary
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("compile", help="model in, .pte and report out")
+    parser = commands.add_parser("compile", help="model in, programs for stock runtimes and a report out")
     parser.add_argument("model", help="model folder, hub name, or .gguf file")
     parser.add_argument("--recipe", default="rotated-8da4w", help="recipe name or .yaml (%(default)s)")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
@@ -19,13 +26,33 @@ def add(commands: Any) -> None:
         "--max-length", type=at_least(16, int), default=512, help="tokens of context (%(default)s)"
     )
     parser.add_argument(
+        "--target",
+        action="append",
+        choices=("executorch", "onnx"),
+        help="what to lower to, once or twice (executorch)",
+    )
+    parser.add_argument(
+        "--flavor",
+        choices=("ort", "portable"),
+        default="ort",
+        help="of ONNX: ONNX Runtime's kernels, or the standard's operators alone (%(default)s)",
+    )
+    parser.add_argument(
+        "--accuracy-level",
+        type=int,
+        choices=(0, 4),
+        help="of ONNX products with quantized weights: 4 is int8 activations (where the recipe has them)",
+    )
+    parser.add_argument(
         "--fast-prefill", action="store_true", help="attend in XNNPACK in calls from position 0"
     )
     recipe_options(parser)
+    print_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
+    from rolora_passes.evaluation.parity import compare_programs
     from rolora_passes.export.compile import compile_model
 
     with Display() as display:
@@ -33,12 +60,17 @@ def run(options: argparse.Namespace) -> None:
             options.model,
             options.recipe,
             options.output,
+            targets=options.target or ("executorch",),
             max_length=options.max_length,
+            flavor=options.flavor,
+            accuracy_level=options.accuracy_level,
             fast_prefill=options.fast_prefill,
             verify=not options.no_verify,
             calibration=calibration_of(options, display),
             seed=options.seed,
             on_stage=display.stage,
             on_pass=pass_line,
+            printing=printing_of(options),
+            check=None if options.no_verify else partial(compare_programs, on_progress=display.count),
         )
     print_summary(compiled)

@@ -11,6 +11,8 @@ from typing import Any
 from rolora_passes.commands.options import at_least
 from rolora_passes.errors import RunError
 
+_PROGRAMS = {"executorch": "model.pte", "onnx": "model.onnx"}
+
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("run", help="generate text from a compiled folder in its stock runtime")
@@ -21,31 +23,36 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="do not wrap the prompt in the model's chat template"
     )
+    parser.add_argument("--target", choices=tuple(_PROGRAMS), help="which program, if there are several")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    from rolora_passes.export.runner import generate
+    from rolora_passes.export import onnx_runner, runner
 
-    manifest = options.folder / "manifest.json"
-    if not manifest.is_file():
+    folder = options.folder
+    if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(
-            f"expected a folder that `rolora compile` wrote, found no manifest.json in {options.folder}"
+            f"expected a folder that `rolora compile` wrote, found no manifest.json in {folder}"
         )
-    prompt = options.prompt if options.raw else _chat(options.folder, options.prompt)
-    screen = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # the runner's own output is put aside
+    there = [target for target, file in _PROGRAMS.items() if (folder / file).is_file()]
+    target = options.target or (there[0] if there else None)
+    if target not in there:
+        raise RunError(f"expected a program for {target or ' or '.join(_PROGRAMS)} in {folder}, found none")
+    prompt = options.prompt if options.raw else _chat(folder, options.prompt)
+    screen = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # ExecuTorch's runner prints too, and is put aside
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True, file=screen)
+
+    given = (prompt, options.max_new_tokens, options.temperature, show)
     try:
-        generate(
-            options.folder / "model.pte",
-            options.folder / "tokenizer.json",
-            prompt,
-            options.max_new_tokens,
-            options.temperature,
-            on_text=lambda text: print(text, end="", flush=True, file=screen),
-        )
+        if target == "onnx":
+            onnx_runner.generate(folder, *given)
+        else:
+            runner.generate(folder / "model.pte", folder / "tokenizer.json", *given)
     except RuntimeError as error:  # the runner's own
-        program = options.folder / "model.pte"
-        raise RunError(f"the runner failed on {program}: {error}; its log is above") from error
+        raise RunError(f"the runner failed on {folder / 'model.pte'}: {error}; its log is above") from error
     print(file=screen, flush=True)
 
 

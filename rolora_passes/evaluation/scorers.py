@@ -1,20 +1,21 @@
 """What can be evaluated: anything that gives logits for tokens, a graph or a compiled program alike.
 
-Another runtime is one more subclass of `Scorer`, and its target's name in `_PROGRAMS`.
+Another runtime is one more subclass of `ProgramScorer`, and its target's name in `PROGRAMS`.
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import DataError, EvaluationError, RunError, one_line
+from rolora_passes.export.onnx_runner import OnnxProgram
 from rolora_passes.export.runner import load_pte
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import convert, run
@@ -55,33 +56,46 @@ class GraphScorer(Scorer):
 
 
 class ProgramScorer(Scorer):
-    """A folder that `rolora compile` wrote, in ExecuTorch's runtime.
+    """A folder that `rolora compile` wrote, in a runtime that keeps a cache.
 
-    A program returns the last token's logits, as its runner needs, so tokens from `start` on go through its
+    A program returns the last token's logits, as generation needs, so tokens from `start` on go through its
     cache one at a time, which is also how text is generated. Programs lowered with `last_token=False` take
     them in one call. Tokens a window has in common with the one before are in the cache already.
 
+    Attributes:
+        file: what the program is called in its folder.
+
     Raises:
         RunError: not such a folder, or the runtime refuses its program.
-        MissingExtraError: ExecuTorch is not installed.
+        MissingExtraError: the runtime is not installed.
     """
+
+    file: ClassVar[str]
 
     def __init__(self, folder: str | Path) -> None:
         manifest = read_manifest(Path(folder))
         self.vocabulary = manifest.get("config", {}).get("vocab_size")
         self.max_length: int = manifest["max_length"]
-        self._program = Path(folder) / "model.pte"
-        if not self._program.is_file():
-            raise RunError(f"expected model.pte in {folder}, found none: compile it again")
         self._cached: list[int] = []
+        self._program = Path(folder) / self.file
+        if not self._program.is_file():
+            raise RunError(f"expected {self.file} in {folder}, found none: compile it again")
         probe = torch.zeros(1, min(2, self.max_length), dtype=torch.int64)
         try:
-            self._forward = load_pte(self._program)
-            self._all_positions = self._forward(probe, torch.tensor([0])).shape[1] > 1
-        except RuntimeError as error:
+            self._open()
+            self._all_positions = self._call(probe, 0).shape[1] > 1
+        except (RunError, RuntimeError) as error:
             raise RunError(
                 f"the runtime refuses {self._program}: {one_line(error)}; compile it again"
             ) from error
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Load the program."""
+
+    @abstractmethod
+    def _call(self, tokens: Tensor, position: int) -> Tensor:
+        """Logits [1, 1 or S, V] of tokens int64 [1, S], which the cache holds from `position` on."""
 
     def logits(self, tokens: Tensor, start: int = 0) -> Tensor:
         require_window(self, tokens.shape[1])
@@ -98,6 +112,15 @@ class ProgramScorer(Scorer):
         self._cached = tokens[0].tolist()
         return found
 
+
+class ExecutorchScorer(ProgramScorer):
+    """`model.pte` in ExecuTorch's runtime."""
+
+    file = "model.pte"
+
+    def _open(self) -> None:
+        self._forward = load_pte(self._program)
+
     def _call(self, tokens: Tensor, position: int) -> Tensor:
         try:
             return self._forward(tokens.contiguous(), torch.tensor([position]))
@@ -107,7 +130,22 @@ class ProgramScorer(Scorer):
             ) from error
 
 
-_PROGRAMS: dict[str, Callable[[Path], Scorer]] = {"executorch": ProgramScorer}
+class OnnxScorer(ProgramScorer):
+    """`model.onnx` in ONNX Runtime."""
+
+    file = "model.onnx"
+
+    def _open(self) -> None:
+        self._run = OnnxProgram(self._program.parent)
+
+    def _call(self, tokens: Tensor, position: int) -> Tensor:
+        return self._run(tokens, position)
+
+
+PROGRAMS: dict[str, type[ProgramScorer]] = {
+    "executorch": ExecutorchScorer,
+    "onnx": OnnxScorer,
+}
 
 
 def open_scorer(
@@ -118,10 +156,12 @@ def open_scorer(
     seed: int | None = None,
     tokenizer: str | Path | None = None,
     dtype: torch.dtype | None = None,
+    target: str | None = None,
     verify: bool = True,
     ready: Callable[[Scorer, Any], None] | None = None,
     on_stage: Callable[[str], None] | None = None,
     on_pass: Callable[[Record], None] | None = None,
+    printing: Mapping[str, Any] | None = None,
 ) -> tuple[Scorer, Any]:
     """A scorer for whatever is there, and its tokenizer.
 
@@ -134,10 +174,12 @@ def open_scorer(
         tokenizer: where the tokenizer is; a saved graph has none of its own.
         dtype: the precision a model or graph computes in; None is float32 for a model, and what it was
             saved in for a graph.
+        target: which program of a compiled folder; None is the first it has.
         verify: check the exact passes of the recipe.
         ready: called with the model as it was loaded and its tokenizer, before any pass runs: the place to
             refuse what cannot be evaluated.
         on_stage, on_pass: called as the work goes on, for progress.
+        printing: what `apply_passes` is to print and to keep of failures: its arguments by name.
 
     Raises:
         EvaluationError: a recipe or precision for a compiled folder; no tokenizer.
@@ -150,7 +192,7 @@ def open_scorer(
             option = "--recipe" if recipe is not None else "--dtype"
             raise EvaluationError(f"{source} is compiled, and evaluated as it is: leave {option} out")
         stage("loading")
-        scorer, words = _open_program(path), load_tokenizer(tokenizer or path)
+        scorer, words = open_program(path, target), load_tokenizer(tokenizer or path)
         if ready:
             ready(scorer, words)
         return scorer, words
@@ -162,7 +204,9 @@ def open_scorer(
     if passes:
         stage("passes")
         given = calibration(words) if calibration and any(p.needs_calibration for p in passes) else None
-        graph = apply_passes(graph, passes, verify=verify, calibration=given, on_pass=on_pass)
+        graph = apply_passes(
+            graph, passes, verify=verify, calibration=given, on_pass=on_pass, **(printing or {})
+        )
     return GraphScorer(graph), words
 
 
@@ -197,12 +241,21 @@ def _open_graph(
     return capture(model), other or words
 
 
-def _open_program(folder: Path) -> Scorer:
-    target = read_manifest(folder).get("target")
-    if target not in _PROGRAMS:
-        known = ", ".join(_PROGRAMS)
-        raise EvaluationError(f"expected a program for {known} in {folder}, found one for {target!r}")
-    return _PROGRAMS[target](folder)
+def open_program(folder: Path, target: str | None = None) -> ProgramScorer:
+    """A program of a compiled folder: the target's, or the first it has.
+
+    Raises:
+        EvaluationError: it has none that is known, or not this one.
+        Also what `read_manifest` and the program's scorer raise.
+    """
+    there = list(read_manifest(folder).get("targets", {}))
+    known = [name for name in there if name in PROGRAMS and target in (None, name)]
+    if not known:
+        raise EvaluationError(
+            f"expected a program for {target or ' or '.join(PROGRAMS)} in {folder}, found "
+            f"{' and '.join(there) or 'none'}: compile it with --target"
+        )
+    return PROGRAMS[known[0]](folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

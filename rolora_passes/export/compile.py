@@ -1,17 +1,21 @@
-"""The whole way: a model in, a folder out that a stock runner can serve."""
+"""The whole way: a model in, a folder out that stock runtimes can serve."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from torch import fx
+
+from rolora_passes.errors import LoweringError
 from rolora_passes.export.executorch import LoweringReport, to_executorch
 from rolora_passes.export.extras import require
 from rolora_passes.export.kv_cache import require_context
+from rolora_passes.export.onnx import Flavor, OnnxReport, write_onnx
 from rolora_passes.graphs.accounting import Weights, weigh
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.files import writing_folder
@@ -22,15 +26,26 @@ from rolora_passes.passes import Calibration
 from rolora_passes.recipes import dump_recipe, load_recipe
 from rolora_passes.version import versions
 
+Target = Literal["executorch", "onnx"]
+Check = Callable[[fx.GraphModule, fx.GraphModule, Path, Any], list[dict[str, Any]]]
+"""(captured graph, graph as lowered, folder with the programs, tokenizer) -> rows of a table."""
+_NEEDS = {"executorch": "executorch.version", "onnx": "onnx_ir"}
+
 
 @dataclass(frozen=True)
 class Compiled:
-    """What `compile_model` wrote and what it measured on the way."""
+    """What `compile_model` wrote and what it measured on the way.
+
+    Attributes:
+        lowerings: by target.
+        parity: what `check` returned.
+    """
 
     folder: Path
     weights: Weights
     history: list[Record]
-    lowering: LoweringReport
+    lowerings: dict[str, LoweringReport | OnnxReport]
+    parity: list[dict[str, Any]]
     seconds: dict[str, float]
 
 
@@ -39,45 +54,53 @@ def compile_model(
     recipe: str | Path,
     folder: str | Path,
     *,
+    targets: Sequence[Target] = ("executorch",),
     max_length: int = 512,
     fast_prefill: bool = False,
+    flavor: Flavor = "ort",
+    accuracy_level: int | None = None,
     verify: bool = True,
     seed: int | None = None,
     calibration: Callable[[Any], Calibration] | None = None,
     on_stage: Callable[[str], None] | None = None,
     on_pass: Callable[[Record], None] | None = None,
     printing: Mapping[str, Any] | None = None,
+    check: Check | None = None,
 ) -> Compiled:
     """Load, capture, transform and lower a model to `folder`, which appears whole or not at all.
 
-    The folder holds `model.pte`, the tokenizer, `recipe.yaml`, `manifest.json` (versions, what every
-    pass did, the census of the lowering), and `R.bin` and `rotations.json` where the recipe rotates.
+    The folder holds `model.pte`, or `model.onnx` with its data and `genai_config.json`, or both; the
+    tokenizer, `recipe.yaml`, `manifest.json` (versions, what every pass did, the census of every lowering),
+    and `R.bin` and `rotations.json` where the recipe rotates.
 
     Args:
         source: a model folder, a hub name, or a `.gguf` file.
         recipe: a recipe's name or file.
         folder: where to write; a compiled folder there is replaced, anything else is not.
-        max_length: tokens of context the program holds.
+        targets: "executorch", "onnx", or both, for which the passes are run once.
+        max_length: tokens of context the programs hold.
         fast_prefill: see `to_executorch`.
+        flavor, accuracy_level: see `to_onnx`.
         seed: see `load_recipe`.
         calibration: makes the calibration data of passes that look at data, given the model's tokenizer.
         on_stage, on_pass: called as the work goes on, for progress.
         printing: what `apply_passes` is to print and to keep of failures: its arguments by name.
+        check: called with the finished programs, to compare them; its rows go into the manifest.
 
     Raises:
-        LoweringError: a length below 16, or a graph that cannot be lowered.
+        LoweringError: an unknown target, a length below 16, or a graph that cannot be lowered.
         FileExistsError: `folder` is something else than a compiled folder.
-        MissingExtraError: ExecuTorch is not installed.
+        MissingExtraError: what writes a target's programs is not installed.
         Also what `load_model`, `load_recipe`, `capture` and `apply_passes` raise. All that can be known
         before the model is loaded is checked before.
     """
     require_context(max_length)
+    _require_targets(targets)
     passes = load_recipe(recipe, seed)
     check_order(passes, ["canonical"])
     if calibration is None:
         require_calibration(passes, None)
     _require_replaceable(Path(folder))
-    require("executorch.version", "executorch")
     seconds: dict[str, float] = {}
 
     def stage(name: str) -> _Clock:
@@ -89,29 +112,52 @@ def compile_model(
         with stage("load"):
             model, tokenizer = load_model(source)
         with stage("capture"):
-            graph = capture(model)
+            captured = capture(model)
             del model
         with stage("passes"):
             data = calibration(tokenizer) if calibration is not None else None
             graph = apply_passes(
-                graph, passes, verify=verify, calibration=data, on_pass=on_pass, **(printing or {})
+                captured, passes, verify=verify, calibration=data, on_pass=on_pass, **(printing or {})
             )
-        with stage("lower"):
-            lowering = to_executorch(
-                graph, temporary / "model.pte", max_length=max_length, fast_prefill=fast_prefill
-            )
+        lowerings: dict[str, LoweringReport | OnnxReport] = {}
         tokenizer.save_pretrained(temporary)
+        if "executorch" in targets:
+            with stage("lower to executorch"):
+                lowerings["executorch"] = to_executorch(
+                    graph, temporary / "model.pte", max_length=max_length, fast_prefill=fast_prefill
+                )
+        if "onnx" in targets:
+            with stage("lower to onnx"):
+                lowerings["onnx"] = write_onnx(
+                    graph, temporary, flavor, max_length=max_length, accuracy_level=accuracy_level
+                )
         (temporary / "recipe.yaml").write_text(dump_recipe(passes))
         if graph.meta.get("rotations"):
             save_rotations(graph, temporary)
-        compiled = Compiled(Path(folder), weigh(graph), history(graph), lowering, seconds)
-        manifest = _manifest(source, graph.meta.get("config", {}), compiled, max_length)
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        compiled = Compiled(Path(folder), weigh(graph), history(graph), lowerings, [], seconds)
+        manifest = temporary / "manifest.json"
+        known = _manifest(source, graph.meta.get("config", {}), compiled, max_length)
+        manifest.write_text(json.dumps(known, indent=1))
+        if check is not None:
+            with stage("compare"):
+                compiled.parity.extend(check(captured, graph, temporary, tokenizer))
+            manifest.write_text(json.dumps(known | {"parity": compiled.parity}, indent=1))
     return compiled
 
 
+def _require_targets(targets: Sequence[str]) -> None:
+    unknown = [t for t in targets if t not in get_args(Target)]
+    if unknown or not targets:
+        raise LoweringError(
+            f"expected targets of {', '.join(get_args(Target))}, found {', '.join(unknown) or 'none'}"
+        )
+    for target in targets:
+        require(_NEEDS[target], target)
+
+
 def _require_replaceable(folder: Path) -> None:
-    compiled = (folder / "manifest.json").is_file() and (folder / "model.pte").is_file()
+    programs = ("model.pte", "model.onnx")
+    compiled = (folder / "manifest.json").is_file() and any((folder / p).is_file() for p in programs)
     if folder.exists() and not compiled and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not a compiled folder; choose another name")
 
@@ -128,24 +174,22 @@ class _Clock:
 
 
 def _manifest(source: str, config: dict[str, Any], compiled: Compiled, max_length: int) -> dict[str, Any]:
+    weights = compiled.weights
     return {
         "source": Path(source).name,
-        "target": "executorch",
+        "targets": {name: _figures(report) for name, report in compiled.lowerings.items()},
         "max_length": max_length,
         "config": config,
         "versions": versions(),
         "passes": [record.row() for record in compiled.history],
         "weights": {
-            "elements": compiled.weights.elements,
-            "bits_per_weight": round(compiled.weights.bits_per_weight, 3),
-            "by_bits": compiled.weights.by_bits,
-        },
-        "lowering": {
-            "bytes": compiled.lowering.bytes,
-            "cache_bytes": compiled.lowering.cache_bytes,
-            "delegates": compiled.lowering.delegates,
-            "operators": compiled.lowering.operators,
-            "cpu_seconds": compiled.lowering.seconds,
+            "elements": weights.elements,
+            "bits_per_weight": round(weights.bits_per_weight, 3),
+            "by_bits": weights.by_bits,
         },
         "seconds": compiled.seconds,
     }
+
+
+def _figures(report: LoweringReport | OnnxReport) -> dict[str, Any]:
+    return {name: value for name, value in asdict(report).items() if name != "path"}

@@ -24,6 +24,7 @@ from rolora_passes.export.rotary import expand_rotary
 from rolora_passes.export.shapes import Shape, infer_shapes
 from rolora_passes.graphs.files import writing
 from rolora_passes.graphs.graph import copy_graph, dtype_of, parameters
+from rolora_passes.graphs.inputs import require_decoder
 
 CANONICAL: dict[str, Shape] = {"tokens": (1, None), "positions": (1, None)}
 CACHED: dict[str, Shape] = {"tokens": (1, None), "input_pos": (1,)}
@@ -42,6 +43,15 @@ class LoweringReport:
     """What the caches of keys and values take in memory."""
     seconds: dict[str, float]
     """CPU seconds by stage."""
+
+    def rows(self) -> list[str]:
+        """Lines for people."""
+        outside = ", ".join(f"{count} {name}" for name, count in self.operators.items())
+        return [
+            f"{self.path.name}, {self.bytes / 1e6:.1f} MB",
+            f"{self.delegates} XNNPACK delegates",
+            f"{sum(self.operators.values())} instructions outside: {outside}",
+        ]
 
 
 @dataclass
@@ -111,8 +121,10 @@ def to_executorch(
 
 def _prepare(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     """A copy with caches, in the operators and the grouping that suit the kernels."""
-    result = copy_graph(graph)
     cached = "max_length" in graph.meta
+    if not cached:
+        require_decoder(graph, "ExecuTorch's runner")
+    result = copy_graph(graph)
     fuse_heads(result)
     shapes = infer_shapes(result, CACHED if cached else CANONICAL)
     expand_rotary(result, {node: shape[-1] for node, (shape, _) in shapes.items() if shape and shape[-1]})

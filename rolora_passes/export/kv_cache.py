@@ -14,6 +14,7 @@ from rolora_passes.export.kv_storage import Cache, Held, held, read_cache, write
 from rolora_passes.export.positions import position_only, tabulate
 from rolora_passes.export.shapes import Shape, drop_unused, infer_shapes
 from rolora_passes.graphs.graph import argument, copy_graph, set_tensor
+from rolora_passes.graphs.inputs import require_decoder
 
 _aten = torch.ops.aten
 
@@ -43,6 +44,7 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     changed.
     """
     require_context(max_length)
+    require_decoder(graph, "a cache")
     require("executorch.extension.llm.custom_ops.custom_ops", "executorch")
     import torch.ao.quantization.fx._decomposed
 

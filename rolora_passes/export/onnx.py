@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -49,6 +49,16 @@ class OnnxReport:
     notes: dict[str, int]
     seconds: float
 
+    def rows(self) -> list[str]:
+        """Lines for people."""
+        shown = [f"{n} {name.removeprefix('com.microsoft::')}" for name, n in self.operators.items() if n > 9]
+        census = ", ".join(shown) + (", few others" if len(shown) < len(self.operators) else "")
+        return [
+            f"{self.path.name} ({self.flavor}), {self.bytes / 1e6:.1f} MB",
+            f"{sum(self.operators.values())} nodes: {census}",
+            *(f"{count} times: {note}" for note, count in self.notes.items()),
+        ]
+
 
 def to_onnx(
     graph: fx.GraphModule,
@@ -56,7 +66,7 @@ def to_onnx(
     flavor: Flavor = "ort",
     *,
     max_length: int = 512,
-    accuracy_level: int = 4,
+    accuracy_level: int | None = None,
     last_token: bool = True,
     tokenizer: Any = None,
 ) -> OnnxReport:
@@ -72,9 +82,9 @@ def to_onnx(
             (opset 23), which run in any conforming runtime, and slower.
         max_length: tokens that prompt and answer may have together; what depends on positions alone is
             tabulated for so many.
-        accuracy_level: of products with quantized weights, as ONNX Runtime numbers them. 4: where the graph
-            rounds activations to 8 bits, the kernel's own rounding to 8 bits takes its place. 0: activations
-            are what the graph makes them, its rounding written out.
+        accuracy_level: of products with quantized weights, as ONNX Runtime numbers them. 4: activations in
+            int8, by the kernel's own rounding in place of the graph's. 0: activations as the graph makes
+            them, its rounding written out. None: 4 where the graph rounds to 8 bits, else 0.
         last_token: return the logits of each row's last token alone, [B, 1, V], which is what is sampled
             from; otherwise [B, S, V].
         tokenizer: saved beside the model, with its chat template, if given.
@@ -87,8 +97,8 @@ def to_onnx(
     """
     if flavor not in get_args(Flavor):
         raise LoweringError(f"expected a flavor of {', '.join(get_args(Flavor))}, found {flavor!r}")
-    if accuracy_level not in (0, 4):
-        raise LoweringError(f"expected accuracy_level 0 or 4, found {accuracy_level}")
+    if accuracy_level not in (None, 0, 4):
+        raise LoweringError(f"expected accuracy_level 0, 4 or None, found {accuracy_level}")
     require_context(max_length)
     require_replaceable(Path(folder))
     with writing_folder(Path(folder)) as temporary:
@@ -102,7 +112,7 @@ def to_onnx(
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-    return report
+    return replace(report, path=Path(folder) / MODEL)
 
 
 def require_replaceable(folder: Path) -> None:
@@ -121,7 +131,7 @@ def write_onnx(
     flavor: Flavor,
     *,
     max_length: int,
-    accuracy_level: int = 4,
+    accuracy_level: int | None = None,
     last_token: bool = True,
 ) -> OnnxReport:
     """`to_onnx` into a folder that is there already."""

@@ -42,7 +42,7 @@ class Settings:
     """What a lowering is asked for; see `to_onnx`."""
 
     max_length: int
-    accuracy_level: int
+    accuracy_level: int | None
 
 
 class Emitter:
@@ -61,6 +61,8 @@ class Emitter:
         self.constants = constant_nodes(graph.graph)
         self.results: dict[fx.Node, Result] = {}
         self.notes: dict[str, int] = {}
+        self.levels: set[int] = set()
+        """Accuracy levels of the products with quantized weights."""
         self.shared: dict[Any, ir.Value] = {}
         """Values that several lowerings use, by what they are."""
         self.inputs: Inputs

@@ -11,6 +11,8 @@ from torch import fx
 from rolora_passes.export.onnx_emitter import Emitter
 from rolora_passes.graphs.graph import argument, is_op
 
+LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
+
 
 def write_genai_config(
     graph: fx.GraphModule, e: Emitter, folder: Path, layers: int, max_length: int, share_buffer: bool
@@ -24,14 +26,13 @@ def write_genai_config(
     if len(shapes) > 1:
         e.note("no genai_config.json: layers differ in their heads, which it cannot say")
         return
-    heads, (kv_heads, width) = shapes.pop()
+    ((heads, (kv_heads, width)),) = shapes
     config = graph.meta.get("config", {})
     names = [value.name for value in e.inputs.inputs if not str(value.name).startswith("past")]
-    decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+    decoder: dict[str, Any] = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **session_entries(e)},
         "filename": "model.onnx",
         "head_size": width,
-        "hidden_size": config.get("hidden_size"),
         "inputs": {
             **{name: name for name in names},
             "past_key_names": "past_key_values.%d.key",
@@ -46,6 +47,8 @@ def write_genai_config(
         "num_hidden_layers": layers,
         "num_key_value_heads": kv_heads,
     }
+    if config.get("hidden_size") is not None:
+        decoder["hidden_size"] = config["hidden_size"]
     ends = config.get("eos_token_id")
     pad = config.get("pad_token_id")
     model: dict[str, Any] = {
@@ -60,3 +63,8 @@ def write_genai_config(
     search = {"max_length": max_length, "do_sample": False, "past_present_share_buffer": share_buffer}
     known = {key: value for key, value in model.items() if value is not None}
     (folder / "genai_config.json").write_text(json.dumps({"model": known, "search": search}, indent=1))
+
+
+def session_entries(e: Emitter) -> dict[str, str]:
+    """How ONNX Runtime is to multiply where it makes its own kernels of dequantized weights."""
+    return {LEVEL_ENTRY: str(max(e.levels))} if e.levels else {}

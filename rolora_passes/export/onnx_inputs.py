@@ -11,8 +11,10 @@ from functools import cached_property
 
 import onnx_ir as ir
 import torch
+from torch import fx
 
 from rolora_passes.export.onnx_emitter import Emitter
+from rolora_passes.graphs.graph import is_op
 
 _END = torch.iinfo(torch.int64).max
 
@@ -42,8 +44,15 @@ class Inputs:
         total = "total_length" if cached else "length"
         self.mask = self._input("attention_mask", ir.DataType.INT64, ["batch", total])
 
-    def cache(self, heads: int, width: int) -> tuple[ir.Value, ir.Value]:
-        """The past keys and values of one more attention, [B, heads, past, width] each."""
+    def cache(self, heads: int, width: int, *kept: fx.Node) -> tuple[ir.Value, ir.Value]:
+        """The past keys and values of one more attention, [B, heads, past, width] each.
+
+        Args:
+            kept: the keys and values that go in.
+        """
+        for node in kept:
+            if is_op(node, "fake_quantize", "fake_quantize_static"):
+                self.e.note("keys or values are rounded, but held in float32, as the kernels hold them")
         number = sum(v.name.startswith("past_key") for v in self.inputs if v.name) // 2
         shape: list[int | str] = ["batch", heads, "past_length", width]
         key, value = (
@@ -146,10 +155,13 @@ class MaskedInputs(Inputs):
 
     @cached_property
     def positions(self) -> ir.Value:  # type: ignore[override]
-        before = self.e.op("Sub", self.e.op("CumSum", self.mask, self.e.integers(1)), self.e.integers(1))
-        places = self.e.op("Max", before, self.e.integers(0))
-        start = self.e.op("Neg", self.count)
-        return self.e.op("Slice", places, start, self.e.integers(_END), self.e.integers(1))
+        return self._newest(self.key_positions)
+
+    @cached_property
+    def key_positions(self) -> ir.Value:
+        """How many tokens stand before each column of a row, [B, T]."""
+        count = self.e.op("CumSum", self.mask, self.e.numbers(1, torch.int64))
+        return self.e.op("Max", self.e.op("Sub", count, self.e.integers(1)), self.e.integers(0))
 
     @cached_property
     def last(self) -> ir.Value:  # type: ignore[override]
@@ -172,16 +184,22 @@ class MaskedInputs(Inputs):
         return {}
 
     def _causal(self, window: int | None) -> ir.Value:
-        op, total = self.e.op, self.length(self.mask)
-        key = self.columns(total)  # [T]
-        start = op("Neg", self.count)
-        query = op("Slice", key, start, self.e.integers(_END), self.e.integers(0))
-        query = op("Unsqueeze", query, self.e.integers(1))  # [S, 1]
-        seen = op("And", op("LessOrEqual", key, query), self.keys)
+        """By positions: a row that is padded on the right has a gap before what follows its prompt."""
+        op, last, first = self.e.op, self.e.integers(-1), self.e.integers(1)
+        key, query = op("Unsqueeze", self.key_positions, first), op("Unsqueeze", self.positions, last)
+        seen = op("LessOrEqual", key, query)  # [B, S, T]
         if window is not None:
             edge = op("Sub", query, self.e.integers(window))
             seen = op("And", seen, op("Greater", key, edge))
-        return op("Or", seen, op("Equal", key, query))  # a row of padding sees itself, lest it be NaN
+        seen = op("And", op("Unsqueeze", seen, first), self.keys)
+        columns = self.columns(self.length(self.mask))
+        itself = op("Equal", columns, op("Unsqueeze", self._newest(columns, 0), last))
+        return op("Or", seen, itself)  # what pads a row sees itself, lest it be NaN
+
+    def _newest(self, value: ir.Value, axis: int = 1) -> ir.Value:
+        """The last S along an axis."""
+        start = self.e.op("Neg", self.count)
+        return self.e.op("Slice", value, start, self.e.integers(_END), self.e.integers(axis))
 
 
 _NAMES = {"tokens": "input_ids", "decoder_tokens": "decoder_input_ids"}

@@ -230,32 +230,28 @@ def _cast(e: Emitter, node: Node) -> Result:
 
 def _hadamard(e: Emitter, node: Node) -> Result:
     """One product for every Kronecker factor; an axis is read as (outer, order, inner)."""
-    x, order, inner = node.args[0], int(argument(node, "order")), int(argument(node, "inner"))
-    dim, rank = int(argument(node, "dim")) % e.rank(x), e.rank(x)
+    x, order, inner = node.args[0], argument(node, "order"), argument(node, "inner")
+    dim, rank = argument(node, "dim") % e.rank(x), e.rank(x)
     rest = _tail(e, x, dim)
-    right = inner * math.prod(rest[1:])
-    result = e.value(x)
+    value, sizes, right = e.value(x), rest, inner * math.prod(rest[1:])
     for factor in reversed(few_factors(order)):
         k = len(factor)
-        result = _multiply(e, result, factor / math.sqrt(k), dim, math.prod(rest) // (k * right), right)
-        right *= k
+        left = math.prod(rest) // (k * right)
+        needed = [n for n in (left, k, right) if n != 1 or n == k] if k > 1 else sizes
+        if needed != sizes:
+            value, sizes = e.reshape(value, *[0] * dim, *needed), needed
+        scaled = factor / math.sqrt(k)
+        operands = (value, _matrix(e, scaled)) if right == 1 else (_matrix(e, scaled.T), value)
+        value, right = e.op("MatMul", *operands), right * k
     if rank == 4 and dim == 3:
-        return Heads(e.reshape(result, 0, 0, -1), int(e.shape(node)[2]), rest[0])
-    return e.reshape(result, *[0] * dim, *rest)
-
-
-def _multiply(e: Emitter, x: ir.Value, factor: torch.Tensor, dim: int, left: int, right: int) -> ir.Value:
-    """x from axis `dim` on read as (left, k, right), its middle axis times a k x k matrix."""
-    k = len(factor)
-    if right == 1:
-        return e.op("MatMul", e.reshape(x, *[0] * dim, left, k), _matrix(e, factor))
-    return e.op("MatMul", _matrix(e, factor.T.contiguous()), e.reshape(x, *[0] * dim, left, k, right))
+        return Heads(e.reshape(value, 0, 0, -1), e.shape(node)[2], rest[0])
+    return value if sizes == rest else e.reshape(value, *[0] * dim, *rest)
 
 
 def _matrix(e: Emitter, factor: torch.Tensor) -> ir.Value:
     key = ("hadamard", tuple(map(tuple, factor.tolist())))
     if key not in e.shared:
-        e.shared[key] = e.store.add(f"hadamard_{len(factor)}", factor)
+        e.shared[key] = e.store.add(f"hadamard_{len(factor)}", factor.contiguous())
     return e.shared[key]
 
 

@@ -29,11 +29,11 @@ def _linear(e: Emitter, node: Node) -> Result:
     bias, weight = argument(node, "bias"), quantized_weight(e, node.args[1])
     if weight is None:
         return float_linear(e, node)
-    x = e.value(kernel_input(e, node))
-    return _matmul_nbits(e, x, weight, None if bias is None else e.value(bias))
+    x, level = kernel_input(e, node)
+    return _matmul_nbits(e, e.value(x), weight, None if bias is None else e.value(bias), level)
 
 
-def _matmul_nbits(e: Emitter, x: ir.Value, weight: Quantized, bias: ir.Value | None) -> ir.Value:
+def _matmul_nbits(e: Emitter, x: ir.Value, weight: Quantized, bias: ir.Value | None, level: int) -> ir.Value:
     block, repeat = kernel_groups(weight)
     packed, scale, zero = blocks(weight, block, repeat)
     rows, width = weight.integers.shape
@@ -48,9 +48,8 @@ def _matmul_nbits(e: Emitter, x: ir.Value, weight: Quantized, bias: ir.Value | N
     ]
     while inputs[-1] is None:
         inputs.pop()
-    level = {"accuracy_level": e.settings.accuracy_level} if e.settings.accuracy_level else {}
     sizes = {"K": int(width), "N": int(rows), "bits": weight.stored_bits, "block_size": block}
-    return e.op("MatMulNBits", x, *inputs, domain=MICROSOFT, **sizes, **level)
+    return e.op("MatMulNBits", x, *inputs, domain=MICROSOFT, **sizes, accuracy_level=level)
 
 
 def _embedding(e: Emitter, node: Node) -> Result:
@@ -149,7 +148,7 @@ def _attention(e: Emitter, node: Node) -> Result:
     tables: list[ir.Value] = []
     if rotary is not None:
         tables = list(rotary_tables(e, *rotary))
-    past = inputs.cache(kv_heads, width)
+    past = inputs.cache(kv_heads, width, key, value)
     options = {"local_window_size": window} if window is not None else {}
     options |= {"rotary_interleaved": int(rotary[2])} if rotary is not None else {}
     options |= {"softcap": softcap} if softcap is not None else {}
@@ -191,8 +190,8 @@ def _flat_heads(e: Emitter, part: _Range, width: int) -> ir.Value:
 
 def _kernel_rotates(e: Emitter, rotary: Rotary, width: int) -> bool:
     """Whether the kernel has this rotary embedding: from a table, over channels it can load."""
-    tabled = rotary[0] in e.tables and rotary[1] in e.tables
-    return tabled and int(e.shape(rotary[0])[-1]) // 2 <= width // 16 * 8
+    tabled, half = rotary[0] in e.tables and rotary[1] in e.tables, e.shape(rotary[0])[-1] // 2
+    return bool(tabled and half % 8 == 0 and half <= width // 16 * 8)
 
 
 def _silu(e: Emitter, node: Node) -> Result:

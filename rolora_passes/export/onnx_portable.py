@@ -22,7 +22,8 @@ def _linear(e: Emitter, node: Node) -> Result:
     bias, weight = argument(node, "bias"), quantized_weight(e, node.args[1])
     if weight is None:
         return float_linear(e, node)
-    product = e.op("MatMul", e.value(kernel_input(e, node)), _dequantized(e, weight))
+    x, _ = kernel_input(e, node)
+    product = e.op("MatMul", e.value(x), _dequantized(e, weight))
     return product if bias is None else e.op("Add", product, e.value(bias))
 
 
@@ -96,7 +97,7 @@ def _attention(e: Emitter, node: Node) -> Result:
         raise LoweringError("expected keys and values of one width in a cache, found different ones")
     assert isinstance(e.inputs, MaskedInputs)
     mask = e.inputs.visible(argument(node, "window"))
-    past = e.inputs.cache(kv_heads, widths[0])
+    past = e.inputs.cache(kv_heads, widths[0], key, value)
     outputs = e.ops("Attention", *parts, mask, *past, outputs=3, **options)
     e.inputs.present((outputs[1], outputs[2]), kv_heads, widths[0])
     return Heads(outputs[0], heads, widths[1])

@@ -120,9 +120,14 @@ def pack_signed(integers: Tensor) -> Tensor:
     return (low & 15) | (high << 4)
 
 
-def kernel_input(e: Emitter, linear: Node) -> Node:
-    """What a linear with quantized weights reads: before its 8-bit rounding, where the kernel does that."""
-    x = linear.args[0]
-    if is_op(x, "fake_quantize") and argument(x, "bits") == 8 and e.settings.accuracy_level == 4:
-        x = x.args[0]
-    return x
+def kernel_input(e: Emitter, linear: Node) -> tuple[Node, int]:
+    """What a linear with quantized weights reads, and the accuracy level of its product.
+
+    Level 4 is the kernel's own rounding of activations to 8 bits, in place of the graph's; 0 leaves them.
+    """
+    x, level = linear.args[0], e.settings.accuracy_level
+    rounded = is_op(x, "fake_quantize") and argument(x, "bits") == 8
+    if level is None:
+        level = 4 if rounded else 0
+    e.levels.add(level)
+    return (x.args[0] if rounded and level == 4 else x), level

@@ -15,7 +15,7 @@ from tiny_checkpoint import save_checkpoint
 from torch import Tensor
 
 from rolora_passes.errors import DataError, EvaluationError, RunError
-from rolora_passes.evaluation import GraphScorer, ProgramScorer, Scorer, divergence, open_scorer, perplexity
+from rolora_passes.evaluation import GraphScorer, ExecutorchScorer, Scorer, divergence, open_scorer, perplexity
 from rolora_passes.export import compile_model, to_executorch
 from rolora_passes.graphs import convert, save_graph
 
@@ -164,7 +164,7 @@ def compiled(checkpoint: Path) -> Path:
 def test_a_program_equals_its_graph(checkpoint: Path, compiled: Path) -> None:
     program, tokenizer = open_scorer(compiled)
     graph, _ = open_scorer(checkpoint)
-    assert isinstance(program, ProgramScorer) and isinstance(graph, GraphScorer)
+    assert isinstance(program, ExecutorchScorer) and isinstance(graph, GraphScorer)
     assert program.max_length == 32 and program.vocabulary == graph.vocabulary == 97
     assert tokenizer("a\nb").input_ids == open_scorer(checkpoint)[1]("a\nb").input_ids
     tokens = stream(64)
@@ -178,7 +178,7 @@ def test_a_program_equals_its_graph(checkpoint: Path, compiled: Path) -> None:
 
 def test_a_programs_cache_serves_the_next_window(compiled: Path, checkpoint: Path) -> None:
     """Whatever was asked before, and from whatever position."""
-    program, graph = ProgramScorer(compiled), open_scorer(checkpoint)[0]
+    program, graph = ExecutorchScorer(compiled), open_scorer(checkpoint)[0]
     tokens = stream(20)[None]
     other = tokens.clone()
     other[:, 12:] = stream(8, seed=1)
@@ -204,7 +204,7 @@ def test_a_program_of_all_positions(compiled: Path, checkpoint: Path, tmp_path: 
     graph = open_scorer(checkpoint)[0]
     (tmp_path / "manifest.json").write_text((compiled / "manifest.json").read_text())
     to_executorch(graph.graph, tmp_path / "model.pte", max_length=32, last_token=False)
-    program, tokens = ProgramScorer(tmp_path), stream(20)[None]
+    program, tokens = ExecutorchScorer(tmp_path), stream(20)[None]
     for start in (9, 0, 19):
         torch.testing.assert_close(
             program.logits(tokens, start), graph.logits(tokens, start), atol=1e-4, rtol=0
@@ -212,7 +212,7 @@ def test_a_program_of_all_positions(compiled: Path, checkpoint: Path, tmp_path: 
 
 
 def test_a_program_that_fails_is_named(compiled: Path, tmp_path: Path) -> None:
-    program = ProgramScorer(compiled)
+    program = ExecutorchScorer(compiled)
 
     def fail(*_: Tensor) -> Tensor:
         raise RuntimeError("method->execute() failed")
@@ -233,7 +233,7 @@ def test_a_program_that_fails_is_named(compiled: Path, tmp_path: Path) -> None:
         if content is not None:
             (tmp_path / name).write_text(content)
         with pytest.raises(RunError, match=message):
-            ProgramScorer(tmp_path)
+            ExecutorchScorer(tmp_path)
 
 
 # What can be opened.
@@ -272,7 +272,7 @@ def test_what_cannot_be_opened(checkpoint: Path, compiled: Path, tmp_path: Path)
     path = save_graph(captured("llama"), tmp_path / "graph.safetensors")
     strange = tmp_path / "strange"
     strange.mkdir()
-    manifest = {**json.loads((compiled / "manifest.json").read_text()), "target": "abacus"}
+    manifest = {**json.loads((compiled / "manifest.json").read_text()), "targets": {"abacus": {}}}
     (strange / "manifest.json").write_text(json.dumps(manifest))
     for source, options, message in (
         (path, {}, "a saved graph has no tokenizer: give --tokenizer FOLDER with .*graph.safetensors"),
@@ -280,7 +280,7 @@ def test_what_cannot_be_opened(checkpoint: Path, compiled: Path, tmp_path: Path)
         (compiled, {"recipe": "8da4w"}, "is compiled, and evaluated as it is: leave --recipe out"),
         (compiled, {"dtype": torch.float64}, "is compiled, and evaluated as it is: leave --dtype out"),
         (compiled / "model.pte", {}, "expected the folder that `rolora compile` wrote, found a program"),
-        (strange, {}, "expected a program for executorch in .*strange, found one for 'abacus'"),
+        (strange, {}, "expected a program for executorch or onnx in .*strange, found abacus"),
     ):
         with pytest.raises(EvaluationError, match=message):
             open_scorer(source, **options)

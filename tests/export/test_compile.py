@@ -1,0 +1,121 @@
+"""From a model folder to programs for two runtimes that say the same, and text from each of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as t
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from rolora_passes.cli import main
+from rolora_passes.errors import EvaluationError, LoweringError
+from rolora_passes.evaluation import ExecutorchScorer, OnnxScorer, open_scorer
+from rolora_passes.export import compile_model
+
+PROMPT = "The quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama with a tokenizer of bytes, which both runtimes' own tokenizers read."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<end>"])}, []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ends = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
+    config = t.LlamaConfig(vocab_size=257, max_position_embeddings=128, **sizes, **heads, **ends)
+    model = t.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)
+        strange = [i for i, c in enumerate([*alphabet, ""]) if not (c.isascii() and c.isprintable())]
+        model.lm_head.weight[strange] = 0  # text of other bytes is no text
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def twin(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("out") / "twin"
+    command = ["compile", str(checkpoint), "--recipe", "8da4w", "--max-length", "96", "-o", str(folder)]
+    assert main([*command, "--target", "executorch", "--target", "onnx"]) == 0
+    return folder
+
+
+def test_both_programs_and_what_each_is(twin: Path) -> None:
+    there = {p.name for p in twin.iterdir()}
+    assert there >= {"model.pte", "model.onnx", "genai_config.json", "tokenizer.json", "recipe.yaml"}
+    manifest = json.loads((twin / "manifest.json").read_text())
+    assert list(manifest["targets"]) == ["executorch", "onnx"]
+    assert manifest["targets"]["executorch"]["delegates"] == 3
+    assert manifest["targets"]["onnx"]["operators"]["com.microsoft::MatMulNBits"] == 11
+    assert manifest["targets"]["onnx"]["flavor"] == "ort"
+
+
+def test_twin_parity(twin: Path) -> None:
+    rows = {row["name"]: row for row in json.loads((twin / "manifest.json").read_text())["parity"]}
+    assert list(rows) == ["quantized graph", "executorch", "onnx"]
+    for name in ("executorch", "onnx"):
+        assert rows[name]["kl_graph"] < rows[name]["kl"] / 5
+        assert rows[name]["top1_graph"] > 0.9
+        assert rows[name]["greedy"] > 8
+    assert rows["quantized graph"]["kl_graph"] == 0
+    assert {row["tokens"] for row in rows.values()} == {64}
+
+
+def spelt(text: str) -> str:
+    """Bytes that are no text are dropped by the runtimes and marked by transformers."""
+    return "".join(c for c in text if c.isascii() and c.isprintable())
+
+
+@pytest.mark.parametrize("target", ["executorch", "onnx"])
+def test_text_from_either_runtime(
+    target: str, twin: Path, checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    command = ["run", str(twin), "--target", target, "--prompt", PROMPT, "--max-new-tokens", "8", "--raw"]
+    assert main(command) == 0
+    scorer, tokenizer = open_scorer(twin, target=target)
+    tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
+    for _ in range(8):
+        tokens = torch.cat([tokens, scorer.logits(tokens, tokens.shape[1] - 1)[:, -1].argmax(-1)[None]], 1)
+    expected = tokenizer.decode(tokens[0, len(PROMPT) :])
+    assert spelt(capfd.readouterr().out) == spelt(expected)
+    assert len(spelt(expected)) > 2
+
+
+def test_a_scorer_for_each_target(twin: Path) -> None:
+    assert isinstance(open_scorer(twin)[0], ExecutorchScorer)
+    scorer, _ = open_scorer(twin, target="onnx")
+    assert isinstance(scorer, OnnxScorer)
+    assert scorer.max_length == 96
+    tokens = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(0))
+    whole = scorer.logits(tokens)
+    assert whole.shape == (1, 20, 257)
+    again = scorer.logits(tokens, 15)  # with what the cache has in common
+    torch.testing.assert_close(again, whole[:, 15:], atol=1e-4, rtol=1e-3)
+
+
+def test_onnx_alone(checkpoint: Path, tmp_path: Path) -> None:
+    compiled = compile_model(str(checkpoint), "float", tmp_path / "out", targets=("onnx",), flavor="portable")
+    assert not (tmp_path / "out/model.pte").exists()
+    assert compiled.lowerings["onnx"].operators["Attention"] == 2
+    with pytest.raises(EvaluationError, match=r"expected a program for executorch .* found onnx"):
+        open_scorer(tmp_path / "out", target="executorch")
+
+
+@pytest.mark.parametrize("targets", [(), ("tflite",), ("onnx", "coreml")])
+def test_unknown_targets(targets: tuple[str, ...], checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match="expected targets of executorch, onnx, found"):
+        compile_model(str(checkpoint), "float", tmp_path / "out", targets=targets)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

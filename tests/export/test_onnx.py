@@ -1,0 +1,366 @@
+"""An ONNX model computes what its graph computes, in either flavour, or nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from architectures import CONFIGS, tiny_wide
+from helpers import captured, randomized
+from tiny_llama import tiny_llama
+from torch import Tensor, fx
+
+from rolora_passes import apply_passes
+from rolora_passes.errors import LoweringError, RunError
+from rolora_passes.export.onnx import OnnxReport, to_onnx
+from rolora_passes.export.onnx_runner import OnnxProgram
+from rolora_passes.graphs.capture import capture
+from rolora_passes.graphs.graph import convert, copy_graph, insert_after, is_op, run
+from rolora_passes.graphs.verify import relative_error
+from rolora_passes.manager import PassLike
+
+FLAVORS = ("ort", "portable")
+NARROW = {"opt", "gpt2", "gpt_neox"}  # heads of 6 channels, which ONNX Runtime's kernel does not have
+FUSED: list[PassLike] = ["fuse-norm", {"rotate": {"seed": 1}}]
+QUANTIZED: list[PassLike] = [
+    {"quantize-weights": {"group_size": 32}},
+    {"quantize-activations": {"bits": 8}},
+    {"quantize-embedding": {"bits": 8}},
+    "fold-constants",
+]
+
+
+@pytest.fixture(scope="module")
+def wide() -> fx.GraphModule:
+    """Linears 64 and 128 wide, 4 heads on 2."""
+    return capture(tiny_wide())
+
+
+def tokens_of(batch: int, length: int) -> Tensor:
+    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def lower(graph: fx.GraphModule, folder: Path, flavor: str, **options: Any) -> OnnxReport:
+    return to_onnx(graph, folder, flavor, max_length=32, **{"last_token": False} | options)  # type: ignore[arg-type]
+
+
+def logits(folder: Path, tokens: Tensor, prefill: int) -> Tensor:
+    """A prompt in one call, then token by token through the caches."""
+    program, length = OnnxProgram(folder), tokens.shape[1]
+    parts = [program(tokens[:, :prefill], 0)]
+    parts += [program(tokens[:, i : i + 1], i) for i in range(prefill, length)]
+    return torch.cat(parts, 1)
+
+
+def check(graph: fx.GraphModule, folder: Path, flavor: str, **options: Any) -> OnnxReport:
+    report = lower(graph, folder, flavor, **options)
+    tokens = tokens_of(2, 11)
+    assert relative_error(logits(folder, tokens, 7), run(graph, tokens)) <= 5e-6
+    return report
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_in_both_flavours(name: str, tmp_path: Path) -> None:
+    """Windows of 4 in a prompt of 7, soft caps, partial rotary, experts, learned positions."""
+    graph = captured(name, torch.float32)
+    check(graph, tmp_path / "portable", "portable")
+    if name in NARROW:
+        with pytest.raises(
+            LoweringError, match=r"multiple of 8 channels, .* found 6: take flavor='portable'"
+        ):
+            lower(graph, tmp_path / "ort", "ort")
+        assert not (tmp_path / "ort").exists()
+    else:
+        check(graph, tmp_path / "ort", "ort")
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize("name", ["llama", "stablelm", "starcoder2"])
+def test_fused_and_rotated(name: str, flavor: str, tmp_path: Path) -> None:
+    check(apply_passes(captured(name, torch.float32), FUSED), tmp_path / "model", flavor)
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hadamard": True},
+        {"hadamard": True, "head_dim": 24, "mlp": 480},
+        {"rotary_dim": 8, "interleaved": True},
+        {"rotary_dim": 8, "window": 4, "softcap": 5.0},
+        {"layer_norm": True, "learned_positions": 32},
+        {"kv_heads": 4, "head_dim": 32},
+    ],
+    ids=str,
+)
+def test_kinds_of_decoder(sizes: dict[str, Any], flavor: str, tmp_path: Path) -> None:
+    check(tiny_llama(**sizes), tmp_path / "model", flavor)
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "group"), [(4, 32), (4, None), (2, 64), (3, 16), (5, None), (8, 32), (4, 8)]
+)
+def test_weights_of_every_width(
+    bits: int, group: int | None, symmetric: bool, flavor: str, wide: fx.GraphModule, tmp_path: Path
+) -> None:
+    steps: list[PassLike] = [
+        {"quantize-weights": {"bits": bits, "group_size": group, "symmetric": symmetric}},
+        {"quantize-embedding": {"bits": bits, "group_size": group}},
+        "fold-constants",
+    ]
+    graph = apply_passes(wide, steps)
+    if group == 8 and flavor == "ort":
+        with pytest.raises(
+            LoweringError, match=r"groups of 16, 32, 64, 128 or 256.*found groups of 8"
+        ) as error:
+            lower(graph, tmp_path / "model", flavor)
+        assert str(error.value).count("found groups of 8") == 2 * 5 + 2  # each of them is told
+        return
+    report = check(graph, tmp_path / "model", flavor)
+    assert bool(report.notes) == (flavor == "ort" and bits not in (4, 8))
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 4}, {"bits": 8}, {"bits": 6, "symmetric": True, "clip": 0.9}, {"bits": 4, "group_size": 32}],
+)
+def test_activations_written_out(
+    options: dict[str, Any], flavor: str, wide: fx.GraphModule, tmp_path: Path
+) -> None:
+    """Few tokens: one value that rounds the other way is seen by all tokens after it."""
+    graph = apply_passes(wide, [*QUANTIZED[:1], {"quantize-activations": options}, "fold-constants"])
+    lower(graph, tmp_path / "model", flavor, accuracy_level=0)
+    errors = []
+    for seed in range(8):
+        tokens = torch.randint(0, 97, (1, 3), generator=torch.Generator().manual_seed(seed))
+        errors.append(relative_error(logits(tmp_path / "model", tokens, 2), run(graph, tokens)))
+    assert sorted(errors)[4] <= 5e-6
+    assert max(errors) <= 0.1
+
+
+def test_the_kernel_rounds_activations_to_8_bits(wide: fx.GraphModule, tmp_path: Path) -> None:
+    graph = apply_passes(wide, QUANTIZED)
+    report = lower(graph, tmp_path / "model", "ort")
+    model = onnx.load(tmp_path / "model/model.onnx", load_external_data=False)
+    products = [n for n in model.graph.node if n.op_type == "MatMulNBits"]
+    levels = {a.i for n in products for a in n.attribute if a.name == "accuracy_level"}
+    assert levels == {4} and "Round" not in report.operators
+    assert len(products) == 2 * 5 + 1  # queries, keys and values in one
+    tokens = tokens_of(1, 9)
+    assert relative_error(logits(tmp_path / "model", tokens, 5), run(graph, tokens)) <= 0.1
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_keys_and_values_are_rounded_but_held_in_float(
+    flavor: str, wide: fx.GraphModule, tmp_path: Path
+) -> None:
+    graph = apply_passes(wide, [{"quantize-kv-cache": {"keys": 8, "values": 8}}])
+    report = lower(graph, tmp_path / "model", flavor)
+    assert any("held in float32" in note for note in report.notes)
+    tokens = tokens_of(1, 3)
+    assert relative_error(logits(tmp_path / "model", tokens, 2), run(graph, tokens)) <= 1e-2
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_kept_or_merged(merged: bool, flavor: str, wide: fx.GraphModule, tmp_path: Path) -> None:
+    graph = randomized(apply_passes(wide, [{"add-lora": {"rank": 4}}]), "lora")
+    if merged:
+        graph = apply_passes(graph, ["merge-lora", "fold-constants"])
+    check(graph, tmp_path / "model", flavor)
+
+
+def test_one_table_for_embedding_and_head_is_written_once(tmp_path: Path) -> None:
+    sizes = {}
+    for tie in (True, False):
+        graph = capture(tiny_wide())
+        if tie:
+            linear = graph.graph.output_node().args[0]
+            table = next(n.args[0] for n in graph.graph.nodes if is_op(n, "embedding"))
+            linear.update_arg(1, table)  # type: ignore[union-attr]
+        graph = apply_passes(graph, [{"quantize-weights": {"group_size": 32, "head": 4}}, "fold-constants"])
+        if tie:
+            head = graph.graph.output_node().args[0]
+            lookup = next(n for n in graph.graph.nodes if is_op(n, "embedding"))
+            weight = head.args[1]  # type: ignore[union-attr]
+            while weight > lookup:
+                lookup.prepend(weight)
+            lookup.update_arg(0, weight)
+            graph.recompile()
+        sizes[tie] = check(graph, tmp_path / str(tie), "ort").bytes
+    assert sizes[True] < sizes[False] - 97 * 64 * 3
+
+
+# Batches
+
+
+def padded(rows: list[Tensor], left: list[bool]) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    tokens, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
+    for i, (row, on_left) in enumerate(zip(rows, left, strict=True)):
+        place = slice(width - len(row), width) if on_left else slice(0, len(row))
+        tokens[i, place], mask[i, place] = row, 1
+    return tokens, mask
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize("sides", ["left", "right", "both"])
+@pytest.mark.parametrize("kind", ["rotary", "learned", "window"])
+def test_a_padded_batch_of_4_equals_its_rows_alone(
+    kind: str, sides: str, flavor: str, tmp_path: Path
+) -> None:
+    """Whatever side rows are padded on, in the prompt and while 4 more tokens are decoded."""
+    options = {"rotary": {}, "learned": {"learned_positions": 32}, "window": {"window": 4}}[kind]
+    graph = tiny_llama(**options)
+    lower(graph, tmp_path / "model", flavor, last_token=True)
+    rows = [tokens_of(1, n)[0] for n in (3, 9, 1, 6)]
+    left = {"left": [True] * 4, "right": [False] * 4, "both": [True, False, True, False]}[sides]
+    tokens, mask = padded(rows, left)
+    program = OnnxProgram(tmp_path / "model")
+    found = program(tokens, 0, mask)
+    for _ in range(4):
+        expected = torch.cat([run(graph, row[None])[:, -1:] for row in rows])
+        assert found.shape == expected.shape
+        assert relative_error(found, expected) <= 5e-6
+        new = found.argmax(-1)
+        rows = [torch.cat([row, token]) for row, token in zip(rows, new, strict=True)]
+        mask = torch.cat([mask, torch.ones(4, 1, dtype=torch.int64)], 1)
+        found = program(new, mask.shape[1] - 1, mask)
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_a_prompt_in_pieces(flavor: str, tmp_path: Path) -> None:
+    graph, tokens = tiny_llama(layers=3), tokens_of(1, 12)
+    lower(graph, tmp_path / "model", flavor)
+    program, expected = OnnxProgram(tmp_path / "model"), run(graph, tokens)
+    for start, end in ((0, 5), (5, 9), (9, 12)):
+        found = program(tokens[:, start:end], start)
+        assert relative_error(found, expected[:, start:end]) <= 5e-6
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_only_the_last_token_reaches_the_head(flavor: str, wide: fx.GraphModule, tmp_path: Path) -> None:
+    lower(wide, tmp_path / "model", flavor, last_token=True)
+    tokens = tokens_of(2, 8)
+    found = OnnxProgram(tmp_path / "model")(tokens, 0)
+    assert found.shape == (2, 1, 97)
+    assert relative_error(found, run(wide, tokens)[:, -1:]) <= 5e-6
+    model = onnx.load(tmp_path / "model/model.onnx", load_external_data=False)
+    assert [n.op_type for n in model.graph.node].count("GatherND") <= 2
+
+
+# The standard, and the runtimes
+
+
+@pytest.mark.parametrize("steps", [FUSED, [*FUSED, *QUANTIZED], [{"add-lora": {"rank": 2}}]], ids=len)
+def test_portable_models_pass_the_checker_and_the_reference_evaluator(
+    steps: list[PassLike], wide: fx.GraphModule, tmp_path: Path
+) -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    graph = apply_passes(wide, steps)
+    lower(graph, tmp_path / "model", "portable", accuracy_level=0)
+    path = str(tmp_path / "model/model.onnx")
+    onnx.checker.check_model(path, full_check=True)
+    model = onnx.load(path)
+    assert {(o.domain, o.version) for o in model.opset_import} == {("", 23)}
+    tokens = tokens_of(2, 6)
+    feed: dict[str, Any] = {"input_ids": tokens.numpy(), "attention_mask": np.ones((2, 6), np.int64)}
+    feed |= {
+        i.name: np.zeros((2, 2, 0, 16), np.float32) for i in model.graph.input if i.name.startswith("past")
+    }
+    found = torch.from_numpy(ReferenceEvaluator(model).run(["logits"], feed)[0])
+    assert relative_error(found, run(graph, tokens)) <= 1e-5
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_genai_generates_what_the_graph_would(flavor: str, tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai", reason="part of the extra onnx")
+    graph = tiny_llama(layers=2)
+    graph.meta["config"]["eos_token_id"] = 98
+    lower(graph, tmp_path / "model", flavor, last_token=True)
+    prompts = [tokens_of(1, n) for n in (6, 3)]
+    model = genai.Model(str(tmp_path / "model"))
+    for rows in ([prompts[0]], [prompts[1]]):
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=16)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(rows[0].numpy().astype(np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        found = list(generator.get_sequence(0))
+        expected = rows[0]
+        while expected.shape[1] < len(found):
+            expected = torch.cat([expected, run(graph, expected)[:, -1].argmax(-1)[None]], 1)
+        assert found == expected[0].tolist()
+
+
+# Bad input
+
+
+def test_operators_without_a_lowering_are_told_at_once(tmp_path: Path) -> None:
+    graph = copy_graph(captured("llama", torch.float32))
+    for node in [n for n in graph.graph.nodes if is_op(n, "silu")]:
+        new = insert_after(graph, node, torch.ops.aten.erfinv.default, node)
+        node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)  # type: ignore[misc]
+        new.meta["source"] = "model.py:12: x = erfinv(x)"
+    with pytest.raises(LoweringError, match="2 nodes have operators without a lowering") as error:
+        lower(graph, tmp_path / "model", "ort")
+    assert str(error.value).count("aten.erfinv.default: `erfinv") == 2
+    assert "model.py:12: x = erfinv(x)" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flavor": "tflite"}, "expected a flavor of ort, portable, found 'tflite'"),
+        ({"accuracy_level": 1}, "expected accuracy_level 0, 4 or None, found 1"),
+        ({"max_length": 8}, "at least 16 tokens, found max_length 8"),
+    ],
+)
+def test_options_that_mean_nothing(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match=message):
+        to_onnx(tiny_llama(), tmp_path / "model", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_graphs_that_cannot_be_lowered(wide: fx.GraphModule, tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match=r"expected a graph in torch.float32, .* found torch.float64"):
+        lower(convert(tiny_llama(), torch.float64), tmp_path / "model", "ort")
+    coded = apply_passes(wide, [{"quantize-weights": {"method": "nf"}}, "fold-constants"])
+    with pytest.raises(LoweringError, match=r"uniform grid.* codes of a codebook"):
+        lower(coded, tmp_path / "model", "ort")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    lower(tiny_llama(), folder, "ort")
+    (folder / "old").write_text("x")
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(LoweringError):
+        lower(tiny_llama(group=8, weights=4), folder, "ort")
+    assert sorted(p.name for p in folder.iterdir()) == before and [p.name for p in tmp_path.iterdir()] == [
+        "model"
+    ]
+    lower(tiny_llama(layers=1), folder, "portable")
+    assert "old" not in {p.name for p in folder.iterdir()}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("x")
+    with pytest.raises(FileExistsError, match=r"holds no model.onnx"):
+        lower(tiny_llama(), tmp_path / "mine", "ort")
+
+
+def test_a_damaged_model_is_refused(tmp_path: Path) -> None:
+    lower(tiny_llama(), tmp_path / "model", "ort")
+    (tmp_path / "model/model.onnx").write_bytes(b"nothing")
+    with pytest.raises(RunError, match="ONNX Runtime refuses"):
+        OnnxProgram(tmp_path / "model")
