@@ -43,16 +43,44 @@ CONFIGS: dict[str, Callable[[], t.PretrainedConfig]] = {
     "smollm3": lambda: t.SmolLM3Config(**UNTIED),
     "starcoder2": lambda: t.Starcoder2Config(**UNTIED),
 }  # fmt: skip
+SMALL = {
+    "vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+BART = {
+    "vocab_size": 97, "d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "max_position_embeddings": 64,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
+    "forced_eos_token_id": 2,
+}  # fmt: skip
+DEBERTA = {
+    **SMALL, "type_vocab_size": 0, "position_biased_input": False, "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm",
+}  # fmt: skip
+MODERN = {**SMALL, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+ENCODERS: dict[str, Callable[[], t.PreTrainedModel]] = {
+    "bert": lambda: t.BertForMaskedLM(t.BertConfig(**SMALL)),
+    "bert-bare": lambda: t.BertModel(t.BertConfig(**SMALL), add_pooling_layer=False),
+    "bert-classifier": lambda: t.BertForSequenceClassification(t.BertConfig(**SMALL, num_labels=3)),
+    "roberta": lambda: t.RobertaForMaskedLM(t.RobertaConfig(**SMALL)),
+    "modernbert": lambda: t.ModernBertForMaskedLM(t.ModernBertConfig(**MODERN, local_attention=8)),
+    "deberta": lambda: t.DebertaV2ForMaskedLM(
+        t.DebertaV2Config(**DEBERTA, share_att_key=True, position_buckets=8)
+    ),
+    "deberta-bare": lambda: t.DebertaV2Model(t.DebertaV2Config(**DEBERTA, conv_kernel_size=3)),
+}
+SEQ2SEQ: dict[str, Callable[[], t.PreTrainedModel]] = {
+    "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(**BART)),
+    "mbart": lambda: t.MBartForConditionalGeneration(t.MBartConfig(**BART, scale_embedding=True)),
+    "marian": lambda: t.MarianMTModel(t.MarianConfig(**BART)),
+}
+OTHERS = ENCODERS | SEQ2SEQ
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> t.PreTrainedModel:
     """A tiny random model; every gain and bias is random too."""
     torch.manual_seed(seed)
-    config = CONFIGS[name]()
-    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"):
-        if hasattr(config, key):
-            setattr(config, key, 0.0)
-    model = t.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model = (OTHERS[name]() if name in OTHERS else _causal(CONFIGS[name]())).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -60,6 +88,13 @@ def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> t.PreT
             else:
                 parameter.mul_(3)
     return model
+
+
+def _causal(config: t.PretrainedConfig) -> t.PreTrainedModel:
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    return t.AutoModelForCausalLM.from_config(config)
 
 
 def tiny_wide(dtype: torch.dtype = torch.float32) -> t.PreTrainedModel:

@@ -21,16 +21,20 @@ from rolora_passes.graphs.verify import relative_error
 from rolora_passes.manager import PassLike
 
 
-@functools.cache
 def model_of(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A tiny model of an architecture; shared, not to be changed."""
-    return tiny(name, dtype)
+    return _model_and_graph(name, dtype)[0]
 
 
-@functools.cache
 def captured(name: str, dtype: torch.dtype = torch.float64) -> fx.GraphModule:
     """The graph of a tiny model of an architecture; shared, for no pass changes its input."""
-    return capture(model_of(name, dtype))
+    return _model_and_graph(name, dtype)[1]
+
+
+@functools.cache  # which would tell a default from the same value given: hence not on those above
+def _model_and_graph(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, fx.GraphModule]:
+    model = tiny(name, dtype)
+    return model, capture(model)
 
 
 def tokens_for(graph: fx.GraphModule, batch: int = 3, length: int = 9, seed: int = 5) -> Tensor:

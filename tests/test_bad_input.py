@@ -108,24 +108,23 @@ def damaged(model: t.PreTrainedModel) -> None:
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "a path": (lambda: "model", "found str; load it with transformers.AutoModelForCausalLM"),
     "any module": (lambda: torch.nn.Linear(2, 2), "found Linear; load it with"),
-    "no head": (lambda: model_of("llama").model, "found LlamaModel, which has no such head"),
+    "no head": (
+        lambda: model_of("llama").model,
+        "found causal attention in LlamaAttention; a decoder is captured with its language-model head",
+    ),
     "a classifier": (
         lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**UNTIED)),
-        "found LlamaForSequenceClassification, which has no such head",
-    ),
-    "a masked model": (
-        lambda: t.BertForMaskedLM(t.BertConfig(intermediate_size=16, **SMALL)),
-        "found BertForMaskedLM, which does not generate",
+        "found causal attention in LlamaAttention; a decoder is captured with its language-model head",
     ),
     "bidirectional": (
         lambda: t.BertLMHeadModel(t.BertConfig(intermediate_size=16, **SMALL)),
         "bidirectional attention in BertSelfAttention",
     ),
-    "an encoder and a decoder": (
+    "an additive bias": (
         lambda: t.T5ForConditionalGeneration(
             t.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=97)
         ),
-        "found T5ForConditionalGeneration, which also needs an encoder",
+        r"T5Attention passes \['position_bias'\] to attention",
     ),
     "attention of its own": (
         lambda: t.BloomForCausalLM(t.BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2)),

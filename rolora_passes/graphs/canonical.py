@@ -20,9 +20,11 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import CaptureError
-from rolora_passes.graphs import fused, graph, norms, rotary
+from rolora_passes.graphs import bookkeeping, fused, graph, norms, rotary
 from rolora_passes.graphs.graph import aten, finish, is_op, merge_equal, op_name
+from rolora_passes.graphs.inputs import DECODER, ENCODER, ENCODER_DECODER, input_names
 from rolora_passes.graphs.shapes import same_shape, shape_of
+from rolora_passes.graphs.sources import keep_only_source, note_source
 
 _COPIES = {
     "clone", "alias", "detach", "detach_", "contiguous", "lift_fresh_copy", "lift_fresh", "view_as",
@@ -36,8 +38,8 @@ def canonicalize(module: torch.nn.Module) -> fx.GraphModule:
     """Rewrite a module unlifted from an ExportedProgram into canonical form.
 
     Raises:
-        CaptureError: the forward is not (tokens, positions) -> one tensor, or mutates a value in a way
-            that cannot be made functional.
+        CaptureError: the forward takes other inputs than `graphs.inputs` names, returns more than one
+            tensor, or mutates a value in a way that cannot be made functional.
     """
     gm = _own(module)
     _remove_checks(gm)
@@ -45,8 +47,11 @@ def canonicalize(module: torch.nn.Module) -> fx.GraphModule:
     _raise_precision(gm)
     rules: list[Callable[[fx.GraphModule], None]] = [
         _remove_copies,
+        bookkeeping.count_positions,
+        bookkeeping.drop_ones,
         fused.parts_to_slices,
         _static_views,
+        fused.unbind_to_slices,
         merge_equal,  # the model computes some values twice (a centred x, a table's unsqueeze)
         fused.addmm_to_linear,
         norms.normalize,
@@ -60,7 +65,7 @@ def canonicalize(module: torch.nn.Module) -> fx.GraphModule:
         rule(gm)
         gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     for node in gm.graph.nodes:
-        node.meta.clear()
+        keep_only_source(node)
     return finish(gm)
 
 
@@ -84,6 +89,7 @@ def _own(module: torch.nn.Module) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "call_function"):
             renamed[node] = result.graph.node_copy(node, lambda n: renamed[n])
+            note_source(renamed[node])
         elif node.op == "output":
             value = node.args[0]
             if isinstance(value, (tuple, list)) and len(value) == 1:
@@ -91,9 +97,11 @@ def _own(module: torch.nn.Module) -> fx.GraphModule:
             if not isinstance(value, fx.Node):
                 raise CaptureError(f"expected a forward that returns logits alone, found {node.args[0]}")
             result.graph.output(renamed[value])
-    inputs = [n.name for n in result.graph.nodes if n.op == "placeholder"]
-    if inputs != ["tokens", "positions"]:
-        raise CaptureError(f"expected forward(tokens, positions), found inputs {inputs}")
+    if input_names(result) not in (DECODER, ENCODER, ENCODER_DECODER):
+        raise CaptureError(
+            "expected forward(tokens, positions), forward(tokens) or forward(tokens, decoder_tokens), "
+            f"found inputs {list(input_names(result))}"
+        )
     return result
 
 
@@ -142,14 +150,15 @@ def _make_functional(gm: fx.GraphModule) -> None:
         )
         if functional is None or shared or not isinstance(subject, fx.Node) or subject.op != "call_function":
             raise CaptureError(f"cannot make {node.format_node()} functional: it writes into a shared value")
-        node.target = getattr(functional, node.target._overloadname, functional.default)
+        overload = node.target._overloadname
+        node.target = getattr(functional, overload if overload in functional.overloads() else "default")
         for user in list(subject.users):
             if order.get(user, 0) > order[node]:
                 user.replace_input_with(subject, node)
 
 
 def _raise_precision(gm: fx.GraphModule) -> None:
-    """In a float64 model, casts to float32 for precision's sake would lower it: widen them."""
+    """In a float64 model, casts to float32 for precision's sake would lower it: widen them, and literals."""
     if graph.dtype_of(gm) != torch.float64:
         return
     wide = {torch.float32: torch.float64}
@@ -161,8 +170,10 @@ def _raise_precision(gm: fx.GraphModule) -> None:
             node.kwargs, lambda v: wide.get(v, v) if isinstance(v, torch.dtype) else v
         )
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and node.op != "get_attr":
-            node.meta["val"] = value.to(torch.float64)
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+            node.meta["val"] = value = value.to(torch.float64)
+            if node.op == "get_attr":
+                graph.set_tensor(gm, node.target, value)
 
 
 def _remove_copies(gm: fx.GraphModule) -> None:
@@ -276,7 +287,7 @@ def _swap(gm: fx.GraphModule, node: Any) -> bool:
     node.append(new)
     new.replace_input_with(transposed, transposed.args[0])
     first, second = _axes(transposed) or (0, 0)
-    new.meta = {"val": node.meta["val"].transpose(first, second)}
+    new.meta["val"] = node.meta["val"].transpose(first, second)
     back = graph.insert_after(gm, new, aten.transpose.int, new, *transposed.args[1:3])
     back.meta = dict(node.meta)
     node.replace_all_uses_with(back)

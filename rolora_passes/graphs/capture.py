@@ -1,10 +1,16 @@
-"""Capture a transformers causal language model once, without a cache, into canonical form."""
+"""Capture a transformers model once, without a cache, into canonical form.
+
+What a graph takes (`graphs.inputs`) depends on the kind of model. A decoder with its language-model head
+gets its positions; an encoder, and an encoder with a decoder, count their own. The result is the logits
+where the model has a head, else the last hidden state. Rows are unpadded: there is no padding mask.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +19,7 @@ from torch import Tensor, fx, nn
 from rolora_passes.errors import CaptureError, one_line
 from rolora_passes.graphs import ops as _ops  # noqa: F401  (registers the operators)
 from rolora_passes.graphs.canonical import canonicalize
-from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.inputs import DECODER, ENCODER, ENCODER_DECODER, inputs_for
 from rolora_passes.graphs.verify import relative_error
 
 if TYPE_CHECKING:
@@ -21,8 +27,34 @@ if TYPE_CHECKING:
 
 _NAME = "rolora"
 _CONFIG_KEYS = ("vocab_size", "hidden_size", "max_position_embeddings", "model_type")
+_KEYWORDS = {"tokens": "input_ids", "positions": "position_ids", "decoder_tokens": "decoder_input_ids"}
 # Tensors transformers hands to every attention function that say nothing about the arithmetic here.
 _IGNORED = {"position_ids", "cache_position"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What kind of model it is: its inputs, and whether its attention must be causal (None: some is)."""
+
+    inputs: tuple[str, ...]
+    causal: bool | None
+    options: dict[str, Any]
+
+    def call(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        """The model's logits, or its last hidden state."""
+        output = model(**{_KEYWORDS[name]: value for name, value in inputs.items()}, **self.options)
+        result = getattr(output, "logits", getattr(output, "last_hidden_state", None))
+        if not isinstance(result, Tensor):
+            raise CaptureError(
+                f"expected logits or a last hidden state from {type(model).__name__}, "
+                f"found {', '.join(output)}; load it with another head"
+            )
+        return result
+
+
+_DECODER = _Kind(DECODER, True, {"use_cache": False})
+_ENCODER = _Kind(ENCODER, False, {})
+_ENCODER_DECODER = _Kind(ENCODER_DECODER, None, {"use_cache": False})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,38 +66,41 @@ class _Mask:
 
 
 def capture(model: PreTrainedModel, *, check: bool = True) -> fx.GraphModule:
-    """Capture a causal language model as `forward(tokens, positions) -> logits` in canonical form.
+    """Capture a language model as `forward(tokens, positions) -> logits` in canonical form.
 
-    Tokens and positions are int64 [B, S], both dimensions dynamic; logits are [B, S, V]. Parameters
-    keep their names and are shared with the model, not copied.
+    Tokens and positions are int64 [B, S], both dimensions dynamic; logits are [B, S, V]. An encoder becomes
+    `forward(tokens) -> what its head gives`, or its last hidden state [B, S, d] if it has none; an encoder
+    with a decoder `forward(tokens, decoder_tokens [B, T]) -> logits [B, T, V]`. Parameters keep their names
+    and are shared with the model, not copied.
 
     Args:
-        model: a transformers model with a language-model head, in eval mode or not (dropout is off).
+        model: a transformers model of text, in eval mode or not (dropout is off).
         check: run graph and model once on 2 x 12 random tokens and compare.
 
     Raises:
-        CaptureError: not a causal LM; weights that are NaN or infinite; attention that is not causal
-            (optionally windowed, soft-capped) softmax attention; a graph that does not agree.
+        CaptureError: not a model of text, or a decoder without its head; weights that are NaN or infinite;
+            attention that is not (optionally windowed, soft-capped) softmax attention, causal in a decoder;
+            a graph that does not agree.
     """
-    _require_causal_lm(model)
+    kind = _kind(model)
     _require_finite(model)
     training = model.training
     model.eval()
     try:
-        with _static_experts(model), _one_node_attention(model):
-            exported = _export(model)
+        with _static_experts(model), _one_node_attention(model, kind):
+            exported = _export(model, kind)
         graph = canonicalize(exported.module(check_guards=False))
         graph.meta["config"] = _config(model)
         graph.meta["facts"] = ["canonical"]
         if check:
-            _compare(graph, model)
+            _compare(graph, model, kind)
     finally:
         model.train(training)
     return graph
 
 
 def from_exported(exported: torch.export.ExportedProgram) -> fx.GraphModule:
-    """Canonical form of an ExportedProgram whose forward takes (tokens, positions) and returns logits."""
+    """Canonical form of an ExportedProgram whose forward takes what `graphs.inputs` names, to one tensor."""
     graph = canonicalize(exported.module(check_guards=False))
     graph.meta["config"] = {}
     graph.meta["facts"] = ["canonical"]
@@ -73,25 +108,31 @@ def from_exported(exported: torch.export.ExportedProgram) -> fx.GraphModule:
 
 
 class _Forward(nn.Module):
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, kind: _Kind) -> None:
         super().__init__()
         self.model = model
+        self.kind = kind
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
-        return logits
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, decoder_tokens: Tensor | None = None
+    ) -> Tensor:
+        given = {"tokens": tokens, "positions": positions, "decoder_tokens": decoder_tokens}
+        return self.kind.call(self.model, {k: v for k, v in given.items() if v is not None})
 
 
-def _export(model: PreTrainedModel) -> torch.export.ExportedProgram:
+def _export(model: PreTrainedModel, kind: _Kind) -> torch.export.ExportedProgram:
     auto = torch.export.Dim.AUTO
     tokens = torch.zeros(2, 6, dtype=torch.int64)  # a batch of 1 would be specialised
-    positions = torch.arange(6).expand(2, 6)
-    shapes = ({0: auto, 1: auto}, {0: auto, 1: auto})
+    samples = {
+        "tokens": tokens,
+        "positions": torch.arange(6).expand(2, 6),
+        "decoder_tokens": tokens[:, :5].clone(),  # a tensor given twice would be one input
+    }
+    given = {name: samples[name] for name in kind.inputs}
+    shapes = {name: {0: auto, 1: auto} for name in given}
     try:
         with torch.no_grad():
-            return torch.export.export(
-                _Forward(model), (tokens, positions), dynamic_shapes=shapes, strict=False
-            )
+            return torch.export.export(_Forward(model, kind), (), given, dynamic_shapes=shapes, strict=False)
     except (CaptureError, MemoryError):
         raise
     except Exception as error:  # whatever the model's own code does with what it is given
@@ -101,23 +142,20 @@ def _export(model: PreTrainedModel) -> torch.export.ExportedProgram:
         ) from error
 
 
-def _require_causal_lm(model: object) -> None:
+def _kind(model: object) -> _Kind:
     from transformers import PreTrainedModel
 
-    kind = type(model).__name__
-    advice = "load it with transformers.AutoModelForCausalLM"
+    name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise CaptureError(f"expected a transformers causal language model, found {kind}; {advice}")
-    head = model.get_output_embeddings()
-    lack = (
-        (getattr(model.config, "is_encoder_decoder", False) and "also needs an encoder")
-        or (head is None and "has no such head")
-        or (not model.can_generate() and "does not generate")
-    )
-    if lack:
         raise CaptureError(
-            f"expected a decoder-only model with a language-model head, found {kind}, which {lack}; {advice}"
+            f"expected a transformers model of text, found {name}; "
+            "load it with transformers.AutoModelForCausalLM, or the class of its own head"
         )
+    if model.main_input_name != "input_ids":
+        raise CaptureError(f"expected a model of text, found {name}, which takes {model.main_input_name}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        return _ENCODER_DECODER
+    return _DECODER if model.can_generate() and model.get_output_embeddings() is not None else _ENCODER
 
 
 def _require_finite(model: PreTrainedModel) -> None:
@@ -134,6 +172,7 @@ def _require_finite(model: PreTrainedModel) -> None:
 
 
 def _attention(
+    kind: _Kind,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -153,17 +192,25 @@ def _attention(
     if isinstance(attention_mask, Tensor):
         raise CaptureError(f"{where} builds its own attention mask; expected a causal or windowed one")
     mask = attention_mask or _Mask(None, False)
-    causal = getattr(module, "is_causal", True) and others.get("is_causal") is not False
-    if mask.bidirectional or not causal:
+    said = others.get("is_causal")
+    causal = (getattr(module, "is_causal", True) if said is None else said) and not mask.bidirectional
+    if kind.causal is True and not causal:
         raise CaptureError(f"expected causal attention, found bidirectional attention in {where}")
-    if mask.local is not None and sliding_window is None:
+    if kind.causal is False and causal:
+        raise CaptureError(
+            f"expected an encoder's bidirectional attention, found causal attention in {where}; a decoder is "
+            "captured with its language-model head: load it with transformers.AutoModelForCausalLM"
+        )
+    if causal and mask.local is not None and sliding_window is None:
         raise CaptureError(
             f"{where} attends within a local range of {mask.local} that is not a sliding window "
             "(chunked attention?); only full and sliding-window causal attention are captured"
         )
+    if not causal:  # only the mask says; both ends of its range are seen
+        sliding_window = None if mask.local is None else mask.local + 1
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return torch.ops.rolora.attention(q, k, v, scale, True, sliding_window, softcap), None
+    return torch.ops.rolora.attention(q, k, v, scale, causal, sliding_window, softcap), None
 
 
 def _mask(*args: Any, local_size: int | None = None, **options: Any) -> _Mask:
@@ -185,11 +232,11 @@ def _setting(model: PreTrainedModel, name: str, value: str) -> Iterator[None]:
 
 
 @contextmanager
-def _one_node_attention(model: PreTrainedModel) -> Iterator[None]:
+def _one_node_attention(model: PreTrainedModel, kind: _Kind) -> Iterator[None]:
     """Have the model call `rolora.attention` and build no mask."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(_NAME, _attention)
+    AttentionInterface.register(_NAME, partial(_attention, kind))
     AttentionMaskInterface.register(_NAME, _mask)
     with _setting(model, "_attn_implementation", _NAME):
         yield
@@ -204,7 +251,7 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
     """What later stages must know of the model that the graph does not say; JSON values only."""
     config = model.config.get_text_config()
     facts = {key: getattr(config, key, None) for key in _CONFIG_KEYS}
-    generation = model.generation_config
+    generation = getattr(model, "generation_config", None)
     for key in ("bos_token_id", "eos_token_id"):
         value = getattr(generation, key, None)
         facts[key] = getattr(config, key, None) if value is None else value
@@ -212,9 +259,11 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
     return facts
 
 
-def _run(graph: fx.GraphModule, tokens: Tensor, model: PreTrainedModel) -> Tensor:
+def _run(graph: fx.GraphModule, inputs: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
     try:
-        return run(graph, tokens)
+        with torch.no_grad():
+            result: Tensor = graph(*inputs.values())
+        return result
     except RuntimeError as error:
         raise CaptureError(
             f"the graph of {type(model).__name__} does not run at another sequence length than it was "
@@ -222,19 +271,21 @@ def _run(graph: fx.GraphModule, tokens: Tensor, model: PreTrainedModel) -> Tenso
         ) from error
 
 
-def _compare(graph: fx.GraphModule, model: PreTrainedModel) -> None:
+def _compare(graph: fx.GraphModule, model: PreTrainedModel, kind: _Kind) -> None:
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     tokens = torch.randint(0, vocabulary, (2, 12), generator=generator)
+    inputs = inputs_for(graph, tokens)
+    own = {name: value for name, value in inputs.items() if name != "positions"}  # the model counts them too
     with torch.no_grad(), _static_experts(model):
-        expected = model(input_ids=tokens, use_cache=False).logits
+        expected = kind.call(model, own)
     if not bool(torch.isfinite(expected).all()):
         raise CaptureError(
             f"{type(model).__name__} itself returns NaN or infinite logits on random tokens in "
             f"{expected.dtype}: its weights are damaged, or too large for that type; "
             "fetch it again, or load it in torch.float32"
         )
-    error = relative_error(_run(graph, tokens, model), expected)
+    error = relative_error(_run(graph, inputs, model), expected)
     # Above fp32's rounding the model's own float32 islands bound the agreement; below, its own type does.
     allowed = max(1e-4, 50 * torch.finfo(expected.dtype).eps)
     if not error <= allowed:

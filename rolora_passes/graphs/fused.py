@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import fx
@@ -67,6 +68,25 @@ def parts_to_slices(gm: fx.GraphModule) -> None:
                 new = insert(gm, reader, aten.slice.Tensor, node.args[0], dim, start, end)
                 new.meta = dict(reader.meta)
                 reader.replace_all_uses_with(new)
+
+
+def unbind_to_slices(gm: fx.GraphModule) -> None:
+    """getitem(unbind(unflatten(x, -1, [n, …]), -k), i) -> unflatten(slice(x, -1, start, end), -1, […])."""
+    for node in list(gm.graph.nodes):
+        whole = node.args[0] if is_op(node, "unbind") else None
+        if not is_op(whole, "unflatten") or whole.args[1] != -1:
+            continue
+        x, _, (_, *sizes) = whole.args
+        rank, width = len(shape_of(whole)), prod(sizes)
+        if argument(node, "dim") % rank != rank - 1 - len(sizes):
+            continue
+        for reader in list(node.users):
+            start = reader.args[1] * width
+            new = insert(gm, reader, aten.slice.Tensor, x, -1, start, start + width)
+            new.meta["val"] = reader.meta["val"].flatten(-len(sizes))
+            new = insert(gm, reader, aten.unflatten.int, new, -1, sizes) if len(sizes) > 1 else new
+            new.meta["val"] = reader.meta["val"]
+            reader.replace_all_uses_with(new)
 
 
 def split_linears(gm: fx.GraphModule) -> None:

@@ -1,6 +1,7 @@
 """What every pass needs of a `torch.fx.GraphModule`: copies, parameters, constants, running it.
 
-A graph is `forward(tokens, positions) -> logits`; both inputs int64 [B, S], logits [B, S, V].
+A graph is `forward(tokens, positions) -> logits`; both inputs int64 [B, S], logits [B, S, V]. An encoder, or
+an encoder with a decoder, takes others (`graphs.inputs`).
 Parameters are `get_attr` nodes whose targets are the dotted names they had in the model. What a pass
 does to a parameter is nodes on top of that `get_attr`: a *constant expression*, evaluated by
 FoldConstants.
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import GraphFormatError
+from rolora_passes.graphs.inputs import inputs_for
+from rolora_passes.graphs.inputs import positions_like as positions_like
+from rolora_passes.graphs.sources import take_source
 
 aten = torch.ops.aten
 
@@ -201,17 +205,21 @@ def site_names(graph: fx.GraphModule) -> dict[fx.Node, str]:
 def insert(
     graph: fx.GraphModule, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> fx.Node:
-    """Insert one call before a node."""
+    """Insert one call before a node, from the same line of the model."""
     with graph.graph.inserting_before(before):
-        return graph.graph.call_function(target, args, kwargs)
+        new = graph.graph.call_function(target, args, kwargs)
+    take_source(new, before)
+    return new
 
 
 def insert_after(
     graph: fx.GraphModule, after: Any, target: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> fx.Node:
-    """Insert one call right after a node."""
+    """Insert one call right after a node, from the same line of the model."""
     with graph.graph.inserting_after(after):
-        return graph.graph.call_function(target, args, kwargs)
+        new = graph.graph.call_function(target, args, kwargs)
+    take_source(new, after)
+    return new
 
 
 class Expressions:
@@ -294,15 +302,14 @@ def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     return result
 
 
-def positions_like(tokens: Tensor) -> Tensor:
-    """Positions 0, 1, 2, … for tokens [B, S]."""
-    return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+def run(graph: fx.GraphModule, tokens: Tensor, decoder_tokens: Tensor | None = None) -> Tensor:
+    """Logits [B, S, V] for tokens int64 [B, S] at positions 0, 1, 2, …
 
-
-def run(graph: fx.GraphModule, tokens: Tensor) -> Tensor:
-    """Logits [B, S, V] for tokens int64 [B, S] at positions 0, 1, 2, …"""
+    An encoder gives what its head does. A graph with a decoder gives logits [B, T, V] for decoder_tokens
+    int64 [B, T]: the later half of tokens, if not given.
+    """
     with torch.no_grad():
-        result: Tensor = graph(tokens, positions_like(tokens))
+        result: Tensor = graph(*inputs_for(graph, tokens, decoder_tokens).values())
     return result
 
 
@@ -310,7 +317,7 @@ def values(graph: fx.GraphModule, tokens: Tensor) -> Iterator[tuple[fx.Node, Any
     """Every node with its value, in graph order, each freed when its last user has run."""
     interpreter = _Stream(graph)
     interpreter.env = {}
-    interpreter.args_iter = iter((tokens, positions_like(tokens)))
+    interpreter.args_iter = iter(inputs_for(graph, tokens).values())
     with torch.no_grad():
         for node in graph.graph.nodes:
             interpreter.env[node] = interpreter.run_node(node)

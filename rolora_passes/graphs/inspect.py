@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import fx
 
 from rolora_passes.graphs.accounting import weigh
 from rolora_passes.graphs.bases import BasisClass, Group, infer_bases
-from rolora_passes.graphs.graph import op_name
+from rolora_passes.graphs.structure import numberless
 
-_GROUPS = {
+GROUPS = {
     Group.NONE: "nothing",
     Group.PERMUTATION: "a permutation",
     Group.ORTHOGONAL: "any orthogonal matrix",
@@ -21,21 +22,25 @@ _GROUPS = {
 
 
 def summary(graph: fx.GraphModule) -> str:
-    """Operators by number, weights by width, facts and rotations: a screenful."""
-    counts = Counter(op_name(n) for n in graph.graph.nodes if n.op == "call_function")
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    operators = ", ".join(f"{n} {name}" for name, n in ordered)
+    """Where it comes from, what holds of it, what its weights weigh, and how it was rotated."""
     weights = weigh(graph)
-    widths = ", ".join(f"{n / 1e6:.1f} M at {bits} bits" for bits, n in weights.by_bits.items())
+    most = [(bits, n) for bits, n in weights.by_bits.items() if 1000 * n >= weights.elements]
+    widths = ", ".join(f"{n / 1e6:.1f} M at {bits} bits" for bits, n in most)
+    config = graph.meta.get("config", {})
+    name, kind = Path(config.get("name", "unknown")).name, config.get("model_type", "of no known type")
     lines = [
-        f"model      {graph.meta.get('config', {}).get('name', 'unknown')}",
+        f"model      {name} ({kind})",
         f"facts      {', '.join(graph.meta.get('facts', [])) or 'none'}",
-        f"operators  {operators}",
-        f"weights    {weights.elements / 1e6:.1f} M ({widths}), {weights.bits_per_weight:.2f} with scales",
+        f"weights    {weights.elements / 1e6:.1f} M ({widths}), {weights.bits_per_weight:.2f} bits each "
+        f"with scales, {weights.megabytes:.1f} MB",
     ]
-    rotations = [f"{key} ({r['size']}, {r['method']})" for key, r in graph.meta.get("rotations", {}).items()]
+    rotations = Counter(
+        numberless(f"{key} ({r['size']}, {r['method']})")
+        for key, r in graph.meta.get("rotations", {}).items()
+    )
     if rotations:
-        lines.append(f"rotations  {_folded(rotations)}")
+        shown = [key + (f" x{n}" if n > 1 else "") for key, n in rotations.items()]
+        lines.append(f"rotations  {_folded(shown)}")
     return "\n".join(lines) + "\n"
 
 
@@ -45,12 +50,12 @@ def bases_text(graph: fx.GraphModule) -> str:
     free = [c for c in classes if c.free]
     shown = [c for c in classes if not c.free and (c.kind != "inner" or c.group is Group.PERMUTATION)]
     lines = ["Axes that may change basis together:", ""]
-    for group in _alike(free):
+    for group in alike(free):
         lines += _describe(group)
     if not free:
         lines += ["  none", ""]
     lines += ["Axes that may not rotate, and what blocks them:", ""]
-    for group in _alike(shown):
+    for group in alike(shown):
         lines += _describe(group)
     pinned = sum(not c.free for c in classes) - len(shown)
     lines.append(
@@ -59,7 +64,7 @@ def bases_text(graph: fx.GraphModule) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _alike(classes: Iterable[BasisClass]) -> list[list[BasisClass]]:
+def alike(classes: Iterable[BasisClass]) -> list[list[BasisClass]]:
     """Classes that differ in their layer alone, together."""
     groups: dict[object, list[BasisClass]] = {}
     for cls in classes:
@@ -75,11 +80,11 @@ def _numberless(text: str) -> str:
 def _describe(group: list[BasisClass]) -> list[str]:
     first = group[0]
     name = first.name if len(group) == 1 else f"{first.name} … {group[-1].name} ({len(group)} alike)"
-    lines = [f"  {name}: {first.size} channels, admits {_GROUPS[first.group]}"]
+    lines = [f"  {name}: {first.size} channels, admits {GROUPS[first.group]}"]
     written = [str(p) for p in first.parameters if not p.flipped]
     read = [str(p) for p in first.parameters if p.flipped]
     if len(group) == 1 and len(first.parameters) > 6:
-        written, read = (list(dict.fromkeys(map(_layerless, side))) for side in (written, read))
+        written, read = (list(dict.fromkeys(map(layerless, side))) for side in (written, read))
     for verb, side in (("on one side", written), ("on the other", read)):
         if side:
             lines.append(f"    {verb}: {_folded(side)}")
@@ -88,7 +93,7 @@ def _describe(group: list[BasisClass]) -> list[str]:
     return [*lines, ""]
 
 
-def _layerless(text: str) -> str:
+def layerless(text: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", text)
 
 

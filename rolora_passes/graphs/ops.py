@@ -34,7 +34,8 @@ def attention(
         value: [B, T, H_kv, D_v].
         scale: multiplies q·k.
         causal: position s sees positions <= s (by index).
-        window: with causal, position s sees only the last `window` positions, itself included.
+        window: position s sees only positions less than `window` away: with causal the last `window`, itself
+            included; else as many on both sides.
         softcap: scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2).
 
     Returns: [B, S, H, D_v].
@@ -49,10 +50,10 @@ def attention(
     scores = (q @ k.transpose(-1, -2)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if causal:
+    if causal or window is not None:
         row = torch.arange(s, device=q.device)[:, None]
         column = torch.arange(t, device=q.device)[None, :]
-        seen = column <= row
+        seen = column <= row if causal or window is None else column < row + window
         if window is not None:
             seen = seen & (column > row - window)
         scores = scores.masked_fill(~seen, float("-inf"))

@@ -108,7 +108,7 @@ def _replace(
     value = node.meta["val"]
     for new, like in ((heads_last, x.meta["val"]), (turned, value)):
         if new is not x:
-            new.meta = {"val": like if axis == 2 else like.transpose(1, 2)}
+            new.meta["val"] = like if axis == 2 else like.transpose(1, 2)
     result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
 
@@ -133,6 +133,6 @@ def _absorb_rest(gm: fx.GraphModule, node: Any) -> None:
     value = node.meta["val"]
     for new in (source, whole):
         if new is not x:
-            new.meta = {"val": value.transpose(1, 2) if outer else value}
+            new.meta["val"] = value.transpose(1, 2) if outer else value
     result.meta = dict(node.meta)
     node.replace_all_uses_with(result)

@@ -86,13 +86,15 @@ def load_graph(path: str | Path) -> fx.GraphModule:
     for entry in described["nodes"]:
         if entry["op"] == "get_attr":
             set_tensor(graph, entry["target"], tensors[entry["target"]])
-        nodes[entry["name"]] = graph.graph.create_node(
+        nodes[entry["name"]] = node = graph.graph.create_node(
             entry["op"],
             _target(entry["target"]) if entry["op"] == "call_function" else entry["target"],
             tuple(_decode(a, nodes) for a in entry["args"]),
             {k: _decode(v, nodes) for k, v in entry["kwargs"].items()},
             name=entry["name"],
         )
+        if entry.get("source"):
+            node.meta["source"] = entry["source"]
     graph.meta.update(described["meta"])
     rotations = {n.removeprefix("meta/"): t for n, t in tensors.items() if n.startswith("meta/")}
     if rotations:
@@ -125,6 +127,7 @@ def _node(node: fx.Node) -> dict[str, Any]:
         "target": target,
         "args": [_encode(a) for a in node.args],
         "kwargs": {k: _encode(v) for k, v in node.kwargs.items()},
+        "source": node.meta.get("source"),
     }
 
 

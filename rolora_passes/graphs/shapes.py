@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from rolora_passes.graphs import ops as _ops  # noqa: F401  (registers the operators)
+from rolora_passes.graphs.inputs import inputs_for
 
 
 def shape_of(node: object) -> Any:
@@ -24,8 +25,8 @@ def same_shape(first: fx.Node, second: fx.Node) -> bool:
     return shape_of(first) is not None and shape_of(first) == shape_of(second)
 
 
-# Sizes for batch and sequence that no axis of a model has, so that a reshape's factors are unmistakable.
-BATCH, SEQUENCE = 1009, 2017
+# Sizes for batch and sequences that no axis of a model has, so that a reshape's factors are unmistakable.
+BATCH, SEQUENCE, DECODER_SEQUENCE = 1009, 2017, 3001
 
 
 # Transforms of a value's own shape and type; tracing their factors would be most of the work.
@@ -60,14 +61,18 @@ class _Shapes(fx.Interpreter):
 
 
 def infer_shapes(graph: fx.GraphModule, only: Collection[fx.Node] | None = None) -> dict[fx.Node, Any]:
-    """Meta tensors (shape and dtype) for every node at batch `BATCH`, sequence `SEQUENCE`.
+    """Meta tensors (shape and dtype) for every node at batch `BATCH`, sequence `SEQUENCE` (a decoder's own:
+    `DECODER_SEQUENCE`).
 
     None for a value that no shape rule covers, and for nodes outside `only` (say, the constant ones)
     where it is given. Nothing is computed.
     """
     shapes = _Shapes(graph, garbage_collect_values=False)
     shapes.only = only
-    tokens = torch.empty(BATCH, SEQUENCE, dtype=torch.int64, device="meta")
+    tokens, decoder_tokens = (
+        torch.empty(BATCH, length, dtype=torch.int64, device="meta")
+        for length in (SEQUENCE, DECODER_SEQUENCE)
+    )
     with torch.no_grad():
-        shapes.run(tokens, tokens)
+        shapes.run(*inputs_for(graph, tokens, decoder_tokens).values())
     return dict(shapes.env)

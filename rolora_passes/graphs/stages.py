@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.graphs.evaluate import call, compute, deaths
-from rolora_passes.graphs.graph import positions_like, upstream
+from rolora_passes.graphs.graph import upstream
+from rolora_passes.graphs.inputs import inputs_for
 
 
 class Stages:
@@ -31,10 +32,15 @@ class Stages:
     def __init__(self, graph: fx.GraphModule, tokens: Tensor) -> None:
         """Stand before the first node, with tokens int64 [N, S]."""
         self._graph = graph
-        self._tokens, self._positions = graph.graph.find_nodes(op="placeholder")
-        self._position_values = positions_like(tokens[:1])
+        windows = [inputs_for(graph, window) for window in tokens.split(1)]
+        inputs: dict[str, fx.Node] = {node.name: node for node in graph.graph.find_nodes(op="placeholder")}
+        self._common = {inputs[n]: value for n, value in windows[0].items() if n == "positions"}
+        self._inputs = inputs.values() - self._common.keys()
         self._reached: fx.Node | None = None
-        self._windows: list[dict[fx.Node, Any]] = [{self._tokens: window} for window in tokens.split(1)]
+        self._windows: list[dict[fx.Node, Any]] = [
+            {node: window[name] for name, node in inputs.items() if node in self._inputs}
+            for window in windows
+        ]
 
     def advance(self, node: fx.Node) -> Iterator[Tensor]:
         """Run every window up to and including a node; yields the node's value for each, batch of one.
@@ -68,11 +74,12 @@ class Stages:
         assert start < stop, f"{node} stands before {self._reached}, where the windows are"
         (output,) = self._graph.graph.find_nodes(op="output")
         needed = upstream([node, output]) - {output}  # returning a value is no reason to keep it
-        own = {self._tokens}  # values that differ between windows
+        own = set(self._inputs)  # values that differ between windows
         for n in place:
             if not own.isdisjoint(n.all_input_nodes):
                 own.add(n)
-        steps = [n for n in place if start < place[n] <= stop and n in own & needed and n is not self._tokens]
+        own_steps = (own & needed) - self._inputs
+        steps = [n for n in place if start < place[n] <= stop and n in own_steps]
         frontier = {
             n for n in own if place[n] <= stop and any(place[u] > stop and u in needed for u in n.users)
         }
@@ -83,5 +90,5 @@ class Stages:
         if node in window:
             return window[node]
         if node not in shared:
-            (shared[node],) = compute(self._graph, [node], {self._positions: self._position_values})
+            (shared[node],) = compute(self._graph, [node], self._common)
         return shared[node]

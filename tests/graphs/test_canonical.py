@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from rolora_passes.errors import CaptureError
 from rolora_passes.graphs.capture import from_exported
-from rolora_passes.graphs.graph import is_op, run
+from rolora_passes.graphs.graph import is_op, parameters, run
 from rolora_passes.graphs.text import graph_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute")
@@ -31,6 +31,8 @@ class Model(nn.Module):
         self.fused = nn.Linear(WIDTH, 3 * WIDTH)
         self.turned = nn.Parameter(torch.randn(WIDTH, WIDTH))
         self.head = nn.Linear(WIDTH, 11, bias=False)
+        self.places = nn.Buffer(torch.arange(16)[None])
+        self.odd = nn.Buffer(torch.arange(1, 33, 2)[None])
         self.function = function
         self.positions: list[Tensor] = []
         self.double()
@@ -126,13 +128,15 @@ def gate(parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
         lambda m, x: gate(m.fused(x).split(WIDTH, -1)),
         lambda m, x: gate(m.fused(x).split([WIDTH, WIDTH, WIDTH], 2)),
         lambda m, x: gate([m.fused(x)[..., i * WIDTH : (i + 1) * WIDTH] for i in range(3)]),
+        lambda m, x: gate(m.fused(x).unflatten(-1, (3, WIDTH)).unbind(-2)),
+        lambda m, x: gate(m.fused(x).view(*x.shape[:2], 3, 2, WIDTH // 2).unbind(2)).flatten(-2),
     ],
 )
 def test_a_fused_projection_becomes_one_linear_a_part(function: Function) -> None:
     graph = canonical(function)
     assert count(graph, "linear") == 4
     for node in graph.graph.nodes:
-        assert not is_op(node, "chunk", "split", "split_with_sizes", "getitem")
+        assert not is_op(node, "chunk", "split", "split_with_sizes", "unbind", "getitem")
         assert not is_op(node, "slice") or node.args[0].op == "get_attr"
 
 
@@ -210,13 +214,57 @@ def test_what_is_written_in_place_becomes_functional() -> None:
     assert count(graph, "add") == 1 and count(graph, "mul") == 2
 
 
+def places(m: Model, x: Tensor) -> Tensor:
+    return m.places[:, : x.shape[1]]
+
+
+def test_positions_from_a_buffer_are_counted() -> None:
+    graph = canonical(lambda m, x: x * places(m, x)[..., None])
+    (node,) = [n for n in graph.graph.nodes if is_op(n, "arange")]
+    assert is_op(node.args[0], "sym_size") and not count(graph, "slice")
+    assert "places" not in parameters(graph)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x * m.places[:, 1 : x.shape[1] + 1, None],  # from another start
+        lambda m, x: x * m.odd[:, : x.shape[1], None],  # other numbers
+    ],
+)
+def test_other_numbers_from_a_buffer_stay(function: Function) -> None:
+    graph = canonical(function)
+    assert count(graph, "slice", "mul") == 2
+
+
+def ones(x: Tensor) -> Tensor:
+    return torch.ones(x.shape[:2])
+
+
+MASKS: dict[str, tuple[Function, bool]] = {
+    "a product with ones": (lambda m, x: x * ones(x)[..., None].to(x.dtype), True),
+    "nothing filled": (lambda m, x: x.masked_fill(~ones(x)[..., None].bool(), -1.0), True),
+    "in place": (lambda m, x: (x + 1).masked_fill_((1 - ones(x))[..., None].bool(), 0), True),
+    "everything filled": (lambda m, x: x.masked_fill(ones(x)[..., None].bool(), -1.0), False),
+    "a product with zeros": (lambda m, x: x * torch.zeros_like(x), False),
+    "a product with twos": (lambda m, x: x * (ones(x)[..., None].to(x.dtype) * 2), False),
+    "a wider result": (lambda m, x: x[:, :, :1] * torch.ones_like(x), False),
+    "some filled": (lambda m, x: x.masked_fill(x > 0.5, -1.0), False),
+}
+
+
+@pytest.mark.parametrize(("function", "gone"), MASKS.values(), ids=MASKS.keys())
+def test_masks_of_ones_go(function: Function, gone: bool) -> None:
+    assert (not count(canonical(function), "mul", "masked_fill", "ones", "ones_like")) == gone
+
+
 def test_other_forwards_are_refused() -> None:
     class Wrong(nn.Module):
-        def forward(self, tokens: Tensor) -> Tensor:
-            return tokens * 2
+        def forward(self, ids: Tensor) -> Tensor:
+            return ids * 2
 
     program = torch.export.export(Wrong(), (torch.zeros(2, 3, dtype=torch.int64),))
-    with pytest.raises(CaptureError, match=r"forward\(tokens, positions\), found inputs \['tokens'\]"):
+    with pytest.raises(CaptureError, match=r"forward\(tokens, positions\), .*, found inputs \['ids'\]"):
         from_exported(program)
 
     class Two(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -14,7 +15,17 @@ from torch import fx
 from rolora_passes.errors import CaptureError
 from rolora_passes.graphs.canonical import canonicalize
 from rolora_passes.graphs.capture import _static_experts, capture
-from rolora_passes.graphs.graph import is_op, linears, op_name, parameters, run
+from rolora_passes.graphs.graph import (
+    constants,
+    copy_graph,
+    insert,
+    insert_after,
+    is_op,
+    linears,
+    op_name,
+    parameters,
+    run,
+)
 from rolora_passes.graphs.verify import relative_error
 
 # Per layer: linears, and norms; at the end: one head, one norm.
@@ -122,14 +133,8 @@ def test_capture_records_what_later_stages_need() -> None:
     )
 
 
-def test_not_a_causal_language_model() -> None:
-    small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
-    with pytest.raises(CaptureError, match=r"BertModel.*AutoModelForCausalLM"):
-        capture(t.BertModel(t.BertConfig(**small)))
-    config = t.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=31)
-    with pytest.raises(CaptureError, match=r"T5ForConditionalGeneration.*encoder"):
-        capture(t.T5ForConditionalGeneration(config))
-    with pytest.raises(CaptureError, match=r"found LlamaModel"):
+def test_not_a_language_model() -> None:
+    with pytest.raises(CaptureError, match=r"found causal attention in LlamaAttention.*AutoModelForCausalLM"):
         capture(t.LlamaModel(t.LlamaConfig(**BASE)))
     with pytest.raises(CaptureError, match=r"found Linear"):
         capture(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
@@ -165,3 +170,26 @@ def test_a_graph_that_disagrees_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "canonicalize", wrong)
     with pytest.raises(CaptureError, match="relative difference"):
         capture(tiny("llama"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "bart"])
+def test_every_node_says_where_in_the_model_it_comes_from(name: str) -> None:
+    graph = copy_graph(captured(name))
+    parts = constants(graph)  # rows of a fused weight: made here, like sizes
+    for node in graph.graph.nodes:
+        assert node.meta.keys() <= {"source"}
+        if node.op == "call_function" and node not in parts and not is_op(node, "sym_size"):
+            assert re.fullmatch(r"\w+\.py:\d+: .+", node.meta["source"]), node.format_node()
+    sources = {
+        n.meta["source"] for n in graph.graph.nodes if is_op(n, "attention", "rms_norm", "rotary_embedding")
+    }
+    assert all(source.startswith("modeling_") for source in sources)
+
+
+def test_what_a_pass_inserts_takes_the_source_of_its_place() -> None:
+    graph = copy_graph(captured("llama"))
+    norm = next(n for n in graph.graph.nodes if is_op(n, "rms_norm"))
+    assert "rsqrt" in norm.meta["source"]
+    for new in (insert(graph, norm, torch.neg, norm.args[0]), insert_after(graph, norm, torch.neg, norm)):
+        assert new.meta["source"] == norm.meta["source"]
+    assert "source" not in insert_after(graph, next(iter(graph.graph.nodes)), torch.neg).meta

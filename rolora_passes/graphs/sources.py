@@ -1,0 +1,36 @@
+"""Where in the model's code a node comes from: `node.meta["source"]`, like "modeling_llama.py:65: x * y".
+
+It is what a report or an error says of a node; nothing is decided by it, and a node may have none.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import fx
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n?([^\n]*)')
+# torch's own files (what it adds itself says "torch/…"), and this package's.
+_NOT_THE_MODEL = (str(Path(torch.__file__).parent), "torch/", str(Path(__file__).parent.parent))
+
+
+def note_source(node: fx.Node) -> None:
+    """Read the innermost line of the model off the stack trace that export left, if there is one."""
+    frames: list[tuple[str, str, str]] = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if not frame[0].startswith(_NOT_THE_MODEL)]
+    if own:
+        file, line, code = own[-1]
+        node.meta["source"] = f"{Path(file).name}:{line}: {code.strip()}"
+
+
+def take_source(node: fx.Node, other: fx.Node) -> None:
+    """A node made for another comes from the same line."""
+    if "source" in other.meta:
+        node.meta["source"] = other.meta["source"]
+
+
+def keep_only_source(node: fx.Node) -> None:
+    """Let go of everything else that export noted: values, and whole stack traces."""
+    node.meta = {key: value for key, value in node.meta.items() if key == "source"}
