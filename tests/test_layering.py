@@ -23,24 +23,30 @@ PASS_MODULES = {place.partition(":")[0] for place in PASSES.values()}
 EXTRAS = {
     "executorch",
     "onnx",
-    "onnxscript",
+    "onnx_ir",
     "onnxruntime",
     "onnxruntime_genai",
     "peft",
     "lm_eval",
     "datasets",
     "torchao",
+    "plotly",
 }
 # Modules that are subclasses of an extra's; nothing else imports them outside a function.
 LATE = (
     "rolora_passes.export.xnnpack",
     "rolora_passes.export.last_token",
+    *(f"rolora_passes.export.onnx_{name}" for name in ("emitter", "store", "inputs", "norms", "ops", "ort")),
+    *(f"rolora_passes.export.onnx_{name}" for name in ("portable", "rotary", "weights", "fake_quantize")),
+    "rolora_passes.export.onnx_genai",
     "rolora_passes.evaluation.harness",
 )
 # From the bottom to the top; what is not named here lies between the first two.
 TOP = (
     "rolora_passes.export",
     "rolora_passes.evaluation",
+    "rolora_passes.debugging",
+    "rolora_passes.reporting",
     "rolora_passes.display",
     "rolora_passes.commands",
     "rolora_passes.cli",

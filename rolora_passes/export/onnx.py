@@ -200,7 +200,9 @@ def _lower(e: Emitter, flavor: Flavor, last_token: bool) -> None:
     e.inputs = (CompactInputs if flavor == "ort" else MaskedInputs)(e, names, cached)
     skipped = set(e.constants)
     for positions in (n for n in graph.find_nodes(op="placeholder") if n.target == "positions"):
-        e.tables = tabulate(e.graph, positions, e.settings.max_length)
+        known = e.graph.meta.get("config", {}).get("max_position_embeddings")
+        length = e.settings.max_length if cached or known is None else min(e.settings.max_length, known)
+        e.tables = tabulate(e.graph, positions, length)
         skipped |= position_only(graph, positions)
     nodes = [n for n in graph.nodes if n.op == "call_function" and n not in skipped]
     _require_lowerings(e, nodes)
@@ -208,6 +210,9 @@ def _lower(e: Emitter, flavor: Flavor, last_token: bool) -> None:
         _narrow(e)
     _walk(e, [n for n in nodes if not is_op(n, *_ON_DEMAND)])
     _return(e, cached and last_token)
+    if not e.inputs.mask.uses():
+        e.inputs.inputs.remove(e.inputs.mask)
+        e.note("nothing reads a mask: the rows of a batch must be of one length")
 
 
 def _has_cache(graph: fx.GraphModule, names: list[str]) -> bool:

@@ -173,8 +173,7 @@ class Emitter:
     def value(self, node: Node) -> ir.Value:
         """An operand of the node that is being lowered: a node's value in its own shape, or a number."""
         if not isinstance(node, fx.Node):
-            dtype = self.shapes[self.current][1] if self.current in self.shapes else torch.int64
-            return self.numbers(node, dtype)
+            return self.value_of(node, self.shapes[self.current][1] if self.current in self.shapes else None)
         found = self.result(node)
         if isinstance(found, Heads):
             if node not in self._wide:
@@ -182,6 +181,12 @@ class Emitter:
             found = self._wide[node]
         assert isinstance(found, ir.Value)
         return self._narrowed(node, found)
+
+    def value_of(self, number: Any, dtype: torch.dtype | None) -> ir.Value:
+        """An operand that may be a number, of this type (an integer, if there is none)."""
+        if isinstance(number, fx.Node):
+            return self.value(number)
+        return self.numbers(number, dtype or torch.int64)
 
     def flat(self, node: fx.Node) -> ir.Value:
         """A value [B, S, heads, width] as [B, S, heads * width]."""

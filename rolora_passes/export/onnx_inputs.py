@@ -173,24 +173,34 @@ class MaskedInputs(Inputs):
         seen = self.e.op("Cast", self.mask, to=ir.DataType.BOOL)
         return self.e.op("Unsqueeze", seen, self.e.integers(1, 2))
 
-    def visible(self, window: int | None) -> ir.Value:
-        """Which keys every query sees: bool [B, 1, S, T]; the last `window` up to itself, if one is given."""
-        if window not in self._visible:
-            self._visible[window] = self._causal(window)
-        return self._visible[window]
+    def seen_keys(self, query: ir.Value) -> ir.Value:
+        """`keys` for every query of a value [B, S, ..], spelt out for all runtimes: bool [B, 1, S, T]."""
+        one = self.e.integers(1)
+        shape = self.e.op("Concat", one, one, self.length(query), one, axis=0)
+        return self.e.op("Expand", self.keys, shape)
+
+    def visible(self, window: int | None, causal: bool = True) -> ir.Value:
+        """Which keys every query sees: bool [B, 1, S, T].
+
+        Args:
+            window: only the last so many up to itself, or so many to either side where it is not causal.
+        """
+        if (window, causal) not in self._visible:
+            self._visible[window, causal] = self._seen(window, causal)
+        return self._visible[window, causal]
 
     @cached_property
-    def _visible(self) -> dict[int | None, ir.Value]:
+    def _visible(self) -> dict[tuple[int | None, bool], ir.Value]:
         return {}
 
-    def _causal(self, window: int | None) -> ir.Value:
+    def _seen(self, window: int | None, causal: bool) -> ir.Value:
         """By positions: a row that is padded on the right has a gap before what follows its prompt."""
         op, last, first = self.e.op, self.e.integers(-1), self.e.integers(1)
         key, query = op("Unsqueeze", self.key_positions, first), op("Unsqueeze", self.positions, last)
-        seen = op("LessOrEqual", key, query)  # [B, S, T]
-        if window is not None:
-            edge = op("Sub", query, self.e.integers(window))
-            seen = op("And", seen, op("Greater", key, edge))
+        far = self.e.integers(_END // 2 if window is None else window)
+        seen = op("Greater", key, op("Sub", query, far))  # [B, S, T]
+        edge = query if causal else op("Add", query, op("Sub", far, first))
+        seen = op("And", seen, op("LessOrEqual", key, edge))
         seen = op("And", op("Unsqueeze", seen, first), self.keys)
         columns = self.columns(self.length(self.mask))
         itself = op("Equal", columns, op("Unsqueeze", self._newest(columns, 0), last))

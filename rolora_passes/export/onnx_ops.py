@@ -12,11 +12,10 @@ from torch import fx
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.hadamard import few_factors
 from rolora_passes.export.onnx_emitter import Emitter, Heads, Lowering, Node, Result
+from rolora_passes.export.onnx_fake_quantize import fake_quantize, fake_quantize_static
 from rolora_passes.export.onnx_norms import folded_norm, norm_affine
-from rolora_passes.graphs.affine import EPSILON, limits
 from rolora_passes.graphs.graph import argument, get_tensor, is_op
 
-_FLOAT = torch.float32
 _CASTS = {
     torch.float32: ir.DataType.FLOAT,
     torch.int64: ir.DataType.INT64,
@@ -25,19 +24,33 @@ _CASTS = {
 }
 
 
-def _same(kind: str) -> Lowering:
+def _same(kind: str, count: int = 2) -> Lowering:
     """An operator of the same operands in the same order."""
-    return lambda e, node: e.op(kind, *(e.value(a) for a in node.args[:2]))
-
-
-def _mul(e: Emitter, node: Node) -> Result:
-    norm = folded_norm(e, node)
-    return e.result(norm) if norm else e.op("Mul", *(e.value(a) for a in node.args[:2]))
+    return lambda e, node: e.op(kind, *(e.value(a) for a in node.args[:count]))
 
 
 def _first(kind: str, **attributes: Any) -> Lowering:
     """An operator of one operand."""
     return lambda e, node: e.op(kind, e.value(node.args[0]), **attributes)
+
+
+def _operands(e: Emitter, node: Node) -> list[ir.Value]:
+    """Two operands in the result's type, to which torch promotes them unasked."""
+    return [
+        e.op("Cast", e.value(a), to=_CASTS[e.shapes[node][1]])
+        if a in e.shapes and node in e.shapes and e.shapes[a][1] != e.shapes[node][1]
+        else e.value(a)
+        for a in node.args[:2]
+    ]
+
+
+def _arithmetic(kind: str) -> Lowering:
+    return lambda e, node: e.op(kind, *_operands(e, node))
+
+
+def _mul(e: Emitter, node: Node) -> Result:
+    norm = folded_norm(e, node)
+    return e.result(norm) if norm else e.op("Mul", *_operands(e, node))
 
 
 def _scaled(kind: str) -> Lowering:
@@ -47,7 +60,7 @@ def _scaled(kind: str) -> Lowering:
         norm = folded_norm(e, node)
         if norm:
             return e.result(norm)
-        x, y = (e.value(a) for a in node.args[:2])
+        x, y = _operands(e, node)
         alpha = argument(node, "alpha", 1) if isinstance(node.target, torch._ops.OpOverload) else 1
         return e.op(kind, x, y if alpha == 1 else e.op("Mul", y, e.value(alpha)))
 
@@ -115,6 +128,50 @@ def _embedding(e: Emitter, node: Node) -> Result:
     return e.op("Gather", e.value(node.args[0]), e.value(node.args[1]), axis=0)
 
 
+def _gather(e: Emitter, node: Node) -> Result:
+    x, dim, index = (argument(node, n) for n in ("self", "dim", "index"))
+    return e.op("GatherElements", e.value(x), e.value(index), axis=dim)
+
+
+def _select(e: Emitter, node: Node) -> Result:
+    x, dim, index = (argument(node, n) for n in ("self", "dim", "index"))
+    return e.op("Gather", e.value(x), e.value_of(index, torch.int64), axis=dim)
+
+
+def _compare(kind: str, negated: bool = False) -> Lowering:
+    """A comparison with a value or a number of the operand's type."""
+
+    def lower(e: Emitter, node: Node) -> Result:
+        x, y = node.args[:2]
+        result = e.op(kind, e.value(x), e.value_of(y, e.shapes[x][1]))
+        return e.op("Not", result) if negated else result
+
+    return lower
+
+
+def _conv1d(e: Emitter, node: Node) -> Result:
+    bias = argument(node, "bias")
+    inputs = [e.value(a) for a in (*node.args[:2], bias) if a is not None]
+    stride, padding, dilation = (list(argument(node, n)) for n in ("stride", "padding", "dilation"))
+    options = {
+        "strides": stride,
+        "pads": padding * 2,
+        "dilations": dilation,
+        "group": argument(node, "groups"),
+    }
+    return e.op("Conv", *inputs, **options)
+
+
+def _cumsum(e: Emitter, node: Node) -> Result:
+    return e.op("CumSum", e.value(node.args[0]), e.numbers(argument(node, "dim"), torch.int64))
+
+
+def _clamp_to(e: Emitter, node: Node) -> Result:
+    bounds = [argument(node, name) for name in ("min", "max")]
+    values = [None if bound is None else e.value(bound) for bound in bounds]
+    return e.op("Clip", e.value(node.args[0]), *values)
+
+
 # Shapes
 
 
@@ -135,7 +192,11 @@ def _flatten(e: Emitter, node: Node) -> Result:
     first, last = (argument(node, name) % rank for name in ("start_dim", "end_dim"))
     if (rank, first, last) == (4, 2, 3):
         return e.flat(x)
-    return e.reshape(e.value(x), *[0] * first, -1, *_tail(e, x, last + 1))
+    if all(isinstance(size, int) for size in e.shape(x)[last + 1 :]):
+        return e.reshape(e.value(x), *[0] * first, -1, *_tail(e, x, last + 1))
+    value = e.value(x)
+    rest = e.op("Shape", value, start=last + 1)
+    return e.op("Reshape", value, e.op("Concat", e.integers(*[0] * first, -1), rest, axis=0))
 
 
 def _tail(e: Emitter, node: Node, start: int) -> list[int]:
@@ -147,21 +208,21 @@ def _tail(e: Emitter, node: Node, start: int) -> list[int]:
 
 
 def _view(e: Emitter, node: Node) -> Result:
-    sizes = node.args[1]
-    if all(isinstance(size, int) for size in sizes):
-        return e.reshape(e.value(node.args[0]), *sizes)
-    one = e.integers(1)
-    parts = [
-        e.integers(size) if isinstance(size, int) else e.op("Reshape", e.value(size), one) for size in sizes
-    ]
-    return e.op("Reshape", e.value(node.args[0]), e.op("Concat", *parts, axis=0))
+    return e.op("Reshape", e.value(node.args[0]), _sizes(e, node.args[1]))
 
 
 def _expand(e: Emitter, node: Node) -> Result:
-    sizes = [1 if size == -1 else size for size in node.args[1]]
-    if not all(isinstance(size, int) for size in sizes):
-        raise LoweringError("only an expansion to constant sizes is lowered")
-    return e.op("Expand", e.value(node.args[0]), e.integers(*sizes))
+    kept = [1 if size == -1 else size for size in node.args[1]]  # what has that size already keeps it
+    return e.op("Expand", e.value(node.args[0]), _sizes(e, kept))
+
+
+def _sizes(e: Emitter, sizes: list[Any]) -> ir.Value:
+    """A shape of numbers and of values that are known at run time: int64 [n]."""
+    if all(isinstance(size, int) for size in sizes):
+        return e.integers(*sizes)
+    one = e.integers(1)
+    parts = [e.integers(n) if isinstance(n, int) else e.op("Reshape", e.value(n), one) for n in sizes]
+    return e.op("Concat", *parts, axis=0)
 
 
 def _transpose(e: Emitter, node: Node) -> Result:
@@ -207,6 +268,10 @@ def _repeat_interleave(e: Emitter, node: Node) -> Result:
     return e.reshape(tiled, *[0] * axis, -1, *_tail(e, x, axis + 1))
 
 
+def _repeat(e: Emitter, node: Node) -> Result:
+    return e.op("Tile", e.value(node.args[0]), _sizes(e, node.args[1]))
+
+
 def _size(e: Emitter, node: Node) -> Result:
     dim = argument(node, "dim")
     return e.op("Squeeze", e.op("Shape", e.value(node.args[0]), start=dim, end=dim + 1))
@@ -225,7 +290,7 @@ def _cast(e: Emitter, node: Node) -> Result:
     return e.op("Cast", e.value(node.args[0]), to=_CASTS[dtype])
 
 
-# Rotations and quantizers at run time
+# Rotations at run time
 
 
 def _hadamard(e: Emitter, node: Node) -> Result:
@@ -255,73 +320,27 @@ def _matrix(e: Emitter, factor: torch.Tensor) -> ir.Value:
     return e.shared[key]
 
 
-def _fake_quantize(e: Emitter, node: Node) -> Result:
-    """The grid of every token or group from its own range, then `_round_trip`; see `affine.fake_quantize`."""
-    x, bits, group, symmetric, clip = (
-        argument(node, n) for n in ("x", "bits", "group_size", "symmetric", "clip")
-    )
-    rank, width = e.rank(x), int(e.shape(x)[-1])
-    value = e.value(x)
-    if group not in (None, width):
-        value = e.reshape(value, *[0] * (rank - 1), width // group, group)
-    axes = e.integers(-1)
-    low, high = (e.op(kind, value, axes, keepdims=1) for kind in ("ReduceMin", "ReduceMax"))
-    low, high = (e.op(kind, bound, e.numbers(0.0, _FLOAT)) for kind, bound in (("Min", low), ("Max", high)))
-    if clip != 1.0:
-        low, high = (e.op("Mul", bound, e.numbers(float(clip), _FLOAT)) for bound in (low, high))
-    scale, zero = _qparams(e, low, high, bits, symmetric)
-    result = _round_trip(e, value, scale, zero, bits, symmetric)
-    return result if group in (None, width) else e.reshape(result, *[0] * (rank - 1), width)
-
-
-def _qparams(
-    e: Emitter, low: ir.Value, high: ir.Value, bits: int, symmetric: bool
-) -> tuple[ir.Value, ir.Value | None]:
-    first, last = limits(bits, symmetric)
-    range_ = e.op("Max", e.op("Neg", low), high) if symmetric else e.op("Sub", high, low)
-    steps = e.numbers(float(last if symmetric else last - first), _FLOAT)
-    scale = e.op("Max", e.op("Div", range_, steps), e.numbers(EPSILON, _FLOAT))
-    if symmetric:
-        return scale, None
-    zero = e.op("Sub", e.numbers(float(first), _FLOAT), e.op("Round", e.op("Div", low, scale)))
-    return scale, _clamp(e, zero, bits, symmetric)
-
-
-def _round_trip(
-    e: Emitter, x: ir.Value, scale: ir.Value, zero: ir.Value | None, bits: int, symmetric: bool
-) -> ir.Value:
-    steps = e.op("Round", e.op("Mul", x, e.op("Reciprocal", scale)))
-    if zero is None:
-        return e.op("Mul", _clamp(e, steps, bits, symmetric), scale)
-    shifted = _clamp(e, e.op("Add", steps, zero), bits, symmetric)
-    return e.op("Mul", e.op("Sub", shifted, zero), scale)
-
-
-def _clamp(e: Emitter, x: ir.Value, bits: int, symmetric: bool) -> ir.Value:
-    return e.op("Clip", x, *(e.numbers(float(n), _FLOAT) for n in limits(bits, symmetric)))
-
-
-def _fake_quantize_static(e: Emitter, node: Node) -> Result:
-    x, scale, zero, bits, symmetric = (argument(node, n) for n in ("x", "scale", "zero", "bits", "symmetric"))
-    shift = None if symmetric else e.op("Cast", e.value(zero), to=ir.DataType.FLOAT)
-    return _round_trip(e, e.value(x), e.value(scale), shift, bits, symmetric)
-
-
 STANDARD: dict[str, Lowering] = {
-    "add": _scaled("Add"), "sub": _scaled("Sub"), "mul": _mul, "div": _same("Div"),
-    "pow": _same("Pow"), "matmul": _same("MatMul"), "bmm": _same("MatMul"),
+    "add": _scaled("Add"), "sub": _scaled("Sub"), "mul": _mul, "div": _arithmetic("Div"),
+    "pow": _arithmetic("Pow"), "matmul": _same("MatMul"), "bmm": _same("MatMul"),
     "neg": _first("Neg"), "exp": _first("Exp"), "log": _first("Log"), "sqrt": _first("Sqrt"),
     "abs": _first("Abs"),
     "cos": _first("Cos"), "sin": _first("Sin"), "tanh": _first("Tanh"), "sigmoid": _first("Sigmoid"),
     "relu": _first("Relu"), "silu": _silu, "gelu": _gelu, "softmax": _softmax,
     "sum": _reduce("ReduceSum"), "mean": _reduce("ReduceMean"), "topk": _topk, "getitem": _getitem,
+    "where": _same("Where", 3), "eq": _compare("Equal"), "ne": _compare("Equal", negated=True),
+    "lt": _compare("Less"), "gt": _compare("Greater"), "le": _compare("LessOrEqual"),
+    "ge": _compare("GreaterOrEqual"), "__and__": _same("And"), "bitwise_and": _same("And"),
+    "bitwise_not": _first("Not"), "logical_not": _first("Not"), "sign": _first("Sign"),
+    "ceil": _first("Ceil"),
+    "conv1d": _conv1d, "clamp": _clamp_to, "cumsum": _cumsum, "gather": _gather, "select": _select,
     "layer_norm": _layer_norm, "index": _index, "embedding": _embedding,
     "unflatten": _unflatten, "flatten": _flatten, "view": _view, "reshape": _view, "expand": _expand,
     "transpose": _transpose, "t": _transpose, "permute": _permute,
     "unsqueeze": _axes("Unsqueeze"), "squeeze": _axes("Squeeze"),
     "slice": _slice, "cat": _cat, "repeat_interleave": _repeat_interleave,
-    "sym_size": _size, "arange": _arange, "to": _cast,
-    "hadamard": _hadamard, "fake_quantize": _fake_quantize, "fake_quantize_static": _fake_quantize_static,
+    "sym_size": _size, "arange": _arange, "to": _cast, "type_as": _cast, "repeat": _repeat,
+    "hadamard": _hadamard, "fake_quantize": fake_quantize, "fake_quantize_static": fake_quantize_static,
 }  # fmt: skip
 
 # Whose row s of a result [B, S, ..] depends on row s of its operands [B, S, ..] alone.

@@ -107,12 +107,14 @@ def _mask(e: Emitter, node: Node, key: fx.Node) -> tuple[ir.Value | None, bool]:
     """What attention without a cache may see: keys that are tokens, and none behind a causal query."""
     assert isinstance(e.inputs, MaskedInputs)
     masked, causal = e.shape(key)[1] == "length", bool(argument(node, "causal"))
-    window = argument(node, "window")
-    if causal and masked:
-        return e.inputs.visible(window), False
+    window, itself = argument(node, "window"), e.shape(argument(node, "query"))[1] == e.shape(key)[1]
+    if masked and itself and (causal or window is not None):
+        return e.inputs.visible(window, causal), False
     if window is not None:
-        raise LoweringError("a sliding window is lowered for causal attention of the input tokens alone")
-    return (e.inputs.keys if masked else None), causal
+        raise LoweringError(
+            "a sliding window is lowered for attention of the input tokens to themselves alone"
+        )
+    return (e.inputs.seen_keys(e.flat(argument(node, "query"))) if masked else None), causal
 
 
 PORTABLE: dict[str, Lowering] = {

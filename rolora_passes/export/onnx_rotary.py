@@ -36,6 +36,8 @@ def rotary_tables(e: Emitter, cos: fx.Node, sin: fx.Node, interleaved: bool) -> 
 def rotary_embedding(e: Emitter, node: Node, domain: str = "") -> Result:
     """The standard's operator, or ONNX Runtime's older one, which takes the positions first."""
     x, cos, sin, interleaved = (argument(node, n) for n in ("x", "cos", "sin", "interleaved"))
+    if cos not in e.tables and not interleaved:
+        return _products(e, x, cos, sin)
     tables, positions = rotary_tables(e, cos, sin, interleaved), e.inputs.positions
     count, width = int(e.shape(node)[2]), int(e.shape(node)[3])
     rotated = int(e.shape(cos)[-1])
@@ -43,3 +45,16 @@ def rotary_embedding(e: Emitter, node: Node, domain: str = "") -> Result:
     inputs = (positions, *tables) if domain else (*tables, positions)
     options = {"interleaved": int(interleaved), "num_heads": count, **partial}
     return Heads(e.op("RotaryEmbedding", e.flat(x), *inputs, domain=domain, **options), count, width)
+
+
+def _products(e: Emitter, x: fx.Node, cos: fx.Node, sin: fx.Node) -> Result:
+    """x·cos + (-x₂, x₁)·sin, where the angles are made in the graph."""
+    value, width, rotated = e.value(x), int(e.shape(x)[-1]), int(e.shape(cos)[-1])
+    wide_cos, wide_sin = (e.op("Unsqueeze", e.value(angle), e.integers(-2)) for angle in (cos, sin))
+    first, second = e.slice(value, 3, 0, rotated // 2), e.slice(value, 3, rotated // 2, rotated)
+    turned = value if rotated == width else e.slice(value, 3, 0, rotated)
+    partner = e.op("Concat", e.op("Neg", second), first, axis=-1)
+    result = e.op("Add", e.op("Mul", turned, wide_cos), e.op("Mul", partner, wide_sin))
+    if rotated == width:
+        return result
+    return e.op("Concat", result, e.slice(value, 3, rotated, width), axis=-1)

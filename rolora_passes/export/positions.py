@@ -52,8 +52,14 @@ def _evaluate(
     function = fx.GraphModule(module, extracted)
     index = torch.arange(max_length)[None]
     skip = max_length // 2
-    with torch.no_grad():
-        whole, part = function(index), function(index[:, skip:])
+    try:
+        with torch.no_grad():
+            whole, part = function(index), function(index[:, skip:])
+    except IndexError as error:
+        raise LoweringError(
+            f"expected a model with {max_length} positions, found a table that has fewer ({error}): lower "
+            "max_length"
+        ) from error
     return [
         _check_table(node, table, rest, skip) for node, table, rest in zip(needed, whole, part, strict=True)
     ]

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from architectures import CONFIGS, tiny_wide
+from architectures import CONFIGS, OTHERS, tiny_wide
 from helpers import captured, randomized
 from tiny_llama import tiny_llama
 from torch import Tensor, fx
@@ -20,6 +20,7 @@ from rolora_passes.export.onnx import OnnxReport, to_onnx
 from rolora_passes.export.onnx_runner import OnnxProgram
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import convert, copy_graph, insert_after, is_op, run
+from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.verify import relative_error
 from rolora_passes.manager import PassLike
 
@@ -196,6 +197,61 @@ def test_one_table_for_embedding_and_head_is_written_once(tmp_path: Path) -> Non
             graph.recompile()
         sizes[tie] = check(graph, tmp_path / str(tie), "ort").bytes
     assert sizes[True] < sizes[False] - 97 * 64 * 3
+
+
+# Encoders
+
+
+def encoded(folder: Path, **inputs: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    taken = {i.name for i in session.get_inputs()}
+    feed = {name: value.numpy() for name, value in inputs.items() if name in taken}
+    return torch.from_numpy(session.run(None, feed)[0])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_encoders_and_encoders_with_a_decoder(name: str, tmp_path: Path) -> None:
+    """Without a cache; windows to both sides, relative positions, a convolution, cross attention."""
+    graph = captured(name, torch.float32)
+    report = lower(graph, tmp_path / "model", "portable")
+    assert report.layers == 0 and not (tmp_path / "model/genai_config.json").exists()
+    onnx.checker.check_model(str(tmp_path / "model/model.onnx"), full_check=True)
+    tokens, decoder = tokens_of(2, 13).clamp(min=3), tokens_of(2, 5).clamp(min=3)
+    with torch.no_grad():
+        expected = graph(**inputs_for(graph, tokens, decoder))
+    mask = torch.ones(2, 13, dtype=torch.int64)
+    found = encoded(tmp_path / "model", input_ids=tokens, attention_mask=mask, decoder_input_ids=decoder)
+    assert relative_error(found, expected) <= 5e-6
+    masked = any(is_op(n, "attention") for n in graph.graph.nodes)
+    assert any("must be of one length" in note for note in report.notes) == (not masked)
+    with pytest.raises(LoweringError, match="take flavor='portable'"):
+        lower(graph, tmp_path / "ort", "ort")
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "bart"])
+def test_padded_rows_of_an_encoder(name: str, tmp_path: Path) -> None:
+    graph = captured(name, torch.float32)
+    lower(graph, tmp_path / "model", "portable")
+    rows, decoder = [tokens_of(1, n)[0].clamp(min=3) for n in (9, 4)], tokens_of(2, 5).clamp(min=3)
+    tokens, mask = padded(rows, [False, False])
+    found = encoded(tmp_path / "model", input_ids=tokens, attention_mask=mask, decoder_input_ids=decoder)
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            expected = graph(**inputs_for(graph, row[None], decoder[i : i + 1]))
+        length = expected.shape[1]
+        assert relative_error(found[i : i + 1, :length], expected) <= 5e-6
+
+
+def test_a_quantized_encoder(tmp_path: Path) -> None:
+    graph = captured("bert", torch.float32)
+    graph = apply_passes(graph, [{"quantize-weights": {"bits": 4, "group_size": None}}, "fold-constants"])
+    lower(graph, tmp_path / "model", "portable")
+    tokens = tokens_of(2, 7)
+    found = encoded(tmp_path / "model", input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    with torch.no_grad():
+        assert relative_error(found, graph(**inputs_for(graph, tokens))) <= 1e-2
 
 
 # Batches
