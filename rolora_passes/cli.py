@@ -1,4 +1,4 @@
-"""The command line: `rolora compile | run | eval | sensitivity | inspect | passes`."""
+"""The command line: `rolora COMMAND`, one of `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,25 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
-from rolora_passes.commands import compile, eval, inspect, passes, run, sensitivity
+from rolora_passes.commands import (
+    ablate,
+    bisect,
+    compile,
+    diff,
+    eval,
+    inspect,
+    passes,
+    run,
+    sensitivity,
+    track,
+)
 from rolora_passes.display import console
 from rolora_passes.errors import RoloraError
+from rolora_passes.log import logging_to
 
-COMMANDS = (compile, run, eval, sensitivity, inspect, passes)
+COMMANDS = (compile, run, eval, sensitivity, track, bisect, ablate, inspect, diff, passes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _hush()
     try:
-        options.run(options)
+        with logging_to(options.log, sys.argv[1:] if arguments is None else arguments):
+            options.run(options)
     except BrokenPipeError:  # the reader has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -54,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
+    for one in commands.choices.values():
+        one.add_argument("--log", type=Path, metavar="FILE", help="write a log for a bug report")
     return parser
 
 

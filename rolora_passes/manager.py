@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,8 @@ from rolora_passes.passes import REMEDIES, Calibration, Pass, Report
 from rolora_passes.registry import make_pass
 
 PassLike = Pass | str | Mapping[str, Any]
-Print = Literal["never", "changed", "all"]
+Print = Literal["never", "failed", "changed", "all"]
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,12 +48,42 @@ class Record:
     report: Report
     error: float | None
 
+    def __str__(self) -> str:
+        """A line for a log."""
+        options = ", ".join(f"{key}={value!r:.80}" for key, value in self.options.items())
+        exact = (
+            "" if self.error is None else f", same function to {self.error:.0e} ({self.verify_seconds:.1f} s)"
+        )
+        return (
+            f"{self.name}({options}): {len(self.report.changed)} sites, {len(self.report.left)} left, "
+            f"{self.seconds:.2f} s, peak {self.peak_mb:.0f} MB, {self.nodes[0]} nodes before and "
+            f"{self.nodes[1]} after{exact}"
+        )
+
     def row(self) -> dict[str, Any]:
         """A JSON-able summary."""
         known = asdict(self)
         report = self.report
         known["report"] = {"changed": report.changed, "left": report.left, "notes": report.notes}
         return known
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A pass that failed, and all that it takes to have it fail again.
+
+    Attributes:
+        step: the pass.
+        graph: what it was given.
+        calibration, verify: as `apply_passes` had them.
+        error: what was raised.
+    """
+
+    step: Pass
+    graph: fx.GraphModule
+    calibration: Calibration | None
+    verify: bool
+    error: Exception
 
 
 def apply_passes(
@@ -63,6 +95,7 @@ def apply_passes(
     print_graph: Print = "never",
     print_to: str | Path | None = None,
     on_pass: Callable[[Record], None] | None = None,
+    on_failure: Callable[[Failure], None] | None = None,
 ) -> fx.GraphModule:
     """Apply passes in order to a copy of a graph; tensors are shared until a pass replaces them.
 
@@ -73,10 +106,11 @@ def apply_passes(
             differs, naming the pass, the first value that differs, and by how much.
         calibration: tokens int64 [N, S] for the passes that look at data, or a `Calibration` that says
             more; see `rolora_passes.data`.
-        print_graph: write the graph as text after passes that changed it, or after all.
-        print_to: the folder for that; standard error if None. With a folder, a graph that fails
-            verification is written there too.
+        print_graph: write the graph as text after passes that changed it, or after all; "failed": only of a
+            pass that fails, what it made if it does not verify, else what it was given.
+        print_to: the folder for that; standard error if None. With a folder, a failure is always written.
         on_pass: called with each pass's record as it is done (for progress).
+        on_failure: called when a pass fails, before its error is raised.
 
     Returns: the new graph; `history(graph)` has a Record for every pass.
 
@@ -102,7 +136,13 @@ def apply_passes(
     require_calibration(pipeline, calibration, graph.meta.get("config", {}).get("vocab_size"))
     current = graph
     for number, step in enumerate(pipeline):
-        current, record = _apply(current, step, verify, calibration, number, print_graph, print_to)
+        try:
+            current, record = _apply(current, step, verify, calibration, number, print_graph, print_to)
+        except Exception as error:
+            if on_failure:
+                on_failure(Failure(step, current, calibration, verify, error))
+            raise
+        _log.info("%s", record)
         if on_pass:
             on_pass(record)
     return current if pipeline else copy_graph(graph)
@@ -175,23 +215,24 @@ def _apply(
     print_graph: Print,
     print_to: str | Path | None,
 ) -> tuple[fx.GraphModule, Record]:
-    after = copy_graph(before)
-    start = time.perf_counter()
-    if calibration is not None and step.needs_calibration:
-        report = step.calibrate(after, calibration)
-    else:
-        report = step.run(after)
-    seconds = time.perf_counter() - start
-    after.meta["facts"] = sorted({*after.meta.get("facts", []), *step.ensures} - {*step.removes})
-    start = time.perf_counter()
+    after, shown = copy_graph(before), before
     error = None
     place = f"{number:02d}-{step.name}"
     try:
+        start = time.perf_counter()
+        if calibration is not None and step.needs_calibration:
+            report = step.calibrate(after, calibration)
+        else:
+            report = step.run(after)
+        seconds = time.perf_counter() - start
+        after.meta["facts"] = sorted({*after.meta.get("facts", []), *step.ensures} - {*step.removes})
+        shown = after  # whole from here on
+        start = time.perf_counter()
         if verify and step.exact and not _identical(before, after):
             error = step.verify(before, after, report)
     except Exception:
-        if print_to is not None:
-            _write(place + "-failed", graph_text(after), print_to)
+        if print_to is not None or print_graph == "failed":
+            _write(place + "-failed", graph_text(shown), print_to)
         raise
     counts = len(before.graph.nodes), len(after.graph.nodes)
     spent = time.perf_counter() - start

@@ -105,11 +105,23 @@ def _compare(graph: fx.GraphModule, expected: list[Tensor], tokens: Tensor) -> t
     """(KL, growth of the next token's negative log-likelihood), both means over tokens [N, S]."""
     kl, nll = 0.0, 0.0
     for row, before in zip(tokens, expected, strict=True):
-        after = run(graph, row[None])[0]
-        following = torch.cat([row[1:], row[:0]])
-        for start in range(0, len(row), _ROWS):
-            p, q = (x[start : start + _ROWS].log_softmax(-1) for x in (before, after))
-            kl += float((p.exp() * (p - q)).sum())
-            target = following[start : start + _ROWS, None]
-            nll += float((p - q)[: len(target)].gather(-1, target).sum())
+        more = compare_logits(run(graph, row[None])[0], before, row)
+        kl, nll = kl + more[0], nll + more[1]
     return kl / tokens.numel(), nll / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+def compare_logits(found: Tensor, expected: Tensor, row: Tensor) -> tuple[float, float, int]:
+    """How far a window's predictions have moved: sums over its tokens int64 [S], for logits [S, V].
+
+    Returns: KL divergence from `expected` in nats, growth of the next token's negative log-likelihood (of
+        S - 1 tokens), and how many of the likeliest tokens are the same.
+    """
+    kl, nll, same = 0.0, 0.0, 0
+    following = torch.cat([row[1:], row[:0]])
+    for start in range(0, len(row), _ROWS):
+        p, q = (x[start : start + _ROWS].log_softmax(-1) for x in (expected, found))
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        target, loss = following[start : start + _ROWS, None], p - q
+        nll += float(loss[: len(target)].gather(-1, target).sum())
+        kl += float((p.exp() * loss).sum())
+    return kl, nll, same

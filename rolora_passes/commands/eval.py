@@ -8,7 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from rolora_passes.commands.options import at_least, calibration_of, recipe_options
+from rolora_passes.commands.options import (
+    at_least,
+    calibration_of,
+    print_options,
+    printing_of,
+    recipe_options,
+)
 from rolora_passes.display import Display, console, pass_line
 
 
@@ -37,6 +43,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved graph, which has none")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON")
     recipe_options(parser)
+    print_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -63,6 +70,7 @@ def run(options: argparse.Namespace) -> None:
             on_stage=display.stage,
             on_progress=display.count,
             on_pass=pass_line,
+            printing=printing_of(options),
         )
     if "calibration" in result:
         result["calibration"] |= {"text": Path(options.calibration).name, "seed": options.seed or 0}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rolora_passes.display import Display
+from rolora_passes.display import Display, console
 
 if TYPE_CHECKING:
+    from rolora_passes.debugging.opening import Subject
     from rolora_passes.passes import Calibration
 
 
@@ -45,6 +47,81 @@ def recipe_options(parser: argparse.ArgumentParser) -> None:
         "--work", type=Path, metavar="DIR", help="keep what passes have finished, to go on if interrupted"
     )
     parser.add_argument("--no-verify", action="store_true", help="do not check the exact passes")
+
+
+def subject_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """A model, a recipe and a text, for the commands that look for where accuracy is lost."""
+    parser.add_argument("model", help="model folder, hub name, .gguf, or saved graph")
+    parser.add_argument("--recipe", required=required, help="recipe name or .yaml")
+    parser.add_argument("--text", required=True, help=".txt, .jsonl, or hub:NAME/CONFIG:SPLIT")
+    parser.add_argument(
+        "--window", type=at_least(2, int), default=512, help="tokens of a window (%(default)s)"
+    )
+    parser.add_argument(
+        "--windows", type=at_least(1, int), default=1, help="the first N windows (%(default)s)"
+    )
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved graph, which has none")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write all figures as JSON")
+
+
+def open_from(options: argparse.Namespace, display: Display) -> Subject:
+    """What `subject_options` name."""
+    from rolora_passes.debugging.opening import open_subject
+
+    return open_subject(
+        options.model,
+        options.recipe,
+        options.text,
+        options.window,
+        options.windows,
+        seed=options.seed,
+        calibration=calibration_of(options, display),
+        tokenizer=options.tokenizer,
+        on_stage=display.stage,
+    )
+
+
+def write_result(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Write what was found, and of what, where `-o` says."""
+    from rolora_passes.evaluation.report import save_results
+    from rolora_passes.version import versions
+
+    if options.output is None:
+        return
+    about = {
+        "source": Path(options.model).name,
+        "recipe": None if options.recipe is None else Path(options.recipe).name,
+        "text": Path(options.text).name,
+        "window": options.window,
+        "windows": options.windows,
+        "seed": options.seed,
+        "versions": versions(),
+    }
+    save_results(about | found, options.output)
+
+
+def print_options(parser: argparse.ArgumentParser) -> None:
+    """What is kept of the passes' graphs, and of a pass that fails."""
+    parser.add_argument(
+        "--print-graph", choices=("changed", "all", "failed"), default="never",
+        help="the graph as text after passes that changed it, after all, or of one that fails",
+    )  # fmt: skip
+    parser.add_argument(
+        "--print-to", type=Path, metavar="DIR", help="there, and what makes a failing pass fail again"
+    )
+
+
+def printing_of(options: argparse.Namespace) -> dict[str, Any]:
+    """`apply_passes`'s arguments for `print_options`."""
+    from rolora_passes.debugging.reproducer import reproducer_in
+
+    tell = partial(console.print, markup=False, soft_wrap=True)
+    folder = options.print_to
+    return {
+        "print_graph": options.print_graph,
+        "print_to": folder,
+        "on_failure": None if folder is None else reproducer_in(folder, tell),
+    }
 
 
 def calibration_of(options: argparse.Namespace, display: Display) -> Callable[[Any], Calibration] | None:

@@ -10,6 +10,7 @@ FoldConstants.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeGuard
 
@@ -194,7 +195,9 @@ def site_names(graph: fx.GraphModule) -> dict[fx.Node, str]:
     """A name for every linear: the module that held its weight, numbered where a fused one was split."""
     owners: dict[str, list[fx.Node]] = {}
     for node in linears(graph):
-        owners.setdefault(root_names(node.args[1])[0].removesuffix(".weight"), []).append(node)
+        # Integers that were computed already are called after the weight they were.
+        owner = re.sub(r"\.weight(_q)?$", "", root_names(node.args[1])[0])
+        owners.setdefault(owner, []).append(node)
     return {
         node: owner if len(nodes) == 1 else f"{owner}.{i}"
         for owner, nodes in owners.items()

@@ -71,8 +71,7 @@ class Layers:
         for node in nodes:
             read = [a for a in node.all_input_nodes if a in self.weights]
             if read:
-                site = self.sites.get(node) or root_names(read[0])[0].rpartition(".")[0]
-                found[node] = site.removesuffix(".weight_q")  # integers that were computed already
+                found[node] = self.sites.get(node) or root_names(read[0])[0].rpartition(".")[0]
         return found
 
 

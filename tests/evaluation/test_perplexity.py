@@ -15,7 +15,14 @@ from tiny_checkpoint import save_checkpoint
 from torch import Tensor
 
 from rolora_passes.errors import DataError, EvaluationError, RunError
-from rolora_passes.evaluation import GraphScorer, ExecutorchScorer, Scorer, divergence, open_scorer, perplexity
+from rolora_passes.evaluation import (
+    ExecutorchScorer,
+    GraphScorer,
+    Scorer,
+    divergence,
+    open_scorer,
+    perplexity,
+)
 from rolora_passes.export import compile_model, to_executorch
 from rolora_passes.graphs import convert, save_graph
 

@@ -1,0 +1,265 @@
+"""Which pass and which site lose the most: a recipe pass by pass, and what two graphs differ in by halves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from rolora_passes.debugging.differences import what_differs
+from rolora_passes.debugging.splice import Losses, Splice, divergence, predictions
+from rolora_passes.debugging.twins import float_twin_recipe
+from rolora_passes.errors import VerificationError
+from rolora_passes.graphs.graph import dtype_of
+from rolora_passes.graphs.verify import TOLERANCE
+from rolora_passes.manager import Record, apply_passes, history
+from rolora_passes.passes import Calibration, Pass
+
+_LEFT = 0.1  # bisection ends when what is left causes less than this part of the divergence
+_NONE = 1e-6  # nats a token: rounding
+
+
+@dataclass(frozen=True)
+class PassLoss:
+    """What one pass of a recipe changed.
+
+    Attributes:
+        name: of the pass; `kind` is "exact" or "lossy".
+        kl: divergence of the predictions from the graph before the recipe, nats per token.
+        step: divergence from the graph before this pass.
+        nll: what the next token's mean negative log-likelihood has grown by since before the recipe, nats.
+        fault: of an exact pass that changed the function: by how much, and the first value that differs.
+    """
+
+    name: str
+    kind: str
+    kl: float
+    step: float
+    nll: float
+    fault: str | None
+
+    def row(self) -> dict[str, Any]:
+        """JSON; a figure that is not finite is None."""
+        return asdict(self) | {key: _plain(getattr(self, key)) for key in ("kl", "step", "nll")}
+
+
+@dataclass(frozen=True)
+class SiteFault:
+    """A site that a divergence comes from.
+
+    Attributes:
+        site: the module of a linear, or the name of another value and its layer.
+        kl: divergence from the good graph with this site alone taken from the bad one, nats per token.
+        differs: what is different about it.
+    """
+
+    site: str
+    kl: float
+    differs: list[str]
+
+    def row(self) -> dict[str, Any]:
+        """JSON; an infinite divergence is None."""
+        return asdict(self) | {"kl": _plain(self.kl)}
+
+
+@dataclass(frozen=True)
+class SiteBisection:
+    """Where two graphs part.
+
+    Attributes:
+        kl: divergence of the bad graph from the good one, nats per token.
+        faults: the sites found, the costliest first.
+        left: the divergence that is left with the good graph's definitions of these sites.
+        sites: how many sites differ.
+        evaluations: forward passes over the tokens that it took.
+    """
+
+    kl: float
+    faults: list[SiteFault]
+    left: float
+    sites: int
+    evaluations: int
+
+    @property
+    def diffuse(self) -> bool:
+        """Whether no few sites explain the divergence: most of it is left."""
+        return self.kl > _NONE and not self.left < self.kl / 2
+
+    def row(self) -> dict[str, Any]:
+        """JSON; an infinite divergence is None."""
+        """JSON; an infinite divergence is None."""
+        plain = {"kl": _plain(self.kl), "left": _plain(self.left), "faults": [f.row() for f in self.faults]}
+        return asdict(self) | plain | {"diffuse": self.diffuse}
+
+
+def bisect_recipe(
+    graph: fx.GraphModule,
+    passes: Sequence[Pass],
+    tokens: Tensor,
+    *,
+    most: int = 3,
+    calibration: Calibration | None = None,
+    on_stage: Callable[[str], None] = lambda name: None,
+    on_pass: Callable[[Record], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[PassLoss], SiteBisection | None]:
+    """Bisect a recipe over its passes, then what it quantizes over its sites, against its float twin.
+
+    Args:
+        graph, passes, tokens, calibration, on_pass: as `bisect_passes` takes them.
+        most, on_progress: as `bisect_sites` takes them.
+        on_stage: called with what is being done.
+
+    Returns: the passes' losses; and the sites, or None where an exact pass is at fault, or none is lossy.
+    """
+    on_stage("passes")
+    known: dict[str, Any] = {
+        "calibration": calibration,
+        "on_pass": on_pass,
+        "origin": predictions(graph, tokens),
+    }
+    if all(step.exact for step in passes):
+        return bisect_passes(graph, passes, tokens, **known)[0], None
+    before, exact, rest = float_twin_recipe(passes)
+    losses, shared = bisect_passes(graph, before, tokens, **known)
+    more, quantized = bisect_passes(shared, rest, tokens, **known)
+    if any(loss.fault for loss in [*losses, *more]):
+        return [*losses, *more], None
+    twin = apply_passes(shared, exact, verify=False, calibration=calibration)
+    on_stage("bisecting sites")
+    sites = bisect_sites(twin, quantized, tokens, most=most, on_progress=on_progress)
+    return [*losses, *more], sites
+
+
+def bisect_passes(
+    graph: fx.GraphModule,
+    passes: Iterable[Pass],
+    tokens: Tensor,
+    *,
+    origin: list[Tensor] | None = None,
+    calibration: Calibration | None = None,
+    on_pass: Callable[[Record], None] | None = None,
+) -> tuple[list[PassLoss], fx.GraphModule]:
+    """Apply a recipe pass by pass, and measure what every pass changes.
+
+    An exact pass that fails its verification is not stopped at: it is reported, and the recipe goes on.
+
+    Args:
+        graph: before the recipe.
+        tokens: int64 [N, S] of real text; the logits of all of them are held, three times.
+        origin: the predictions that `kl` and `nll` are counted from; None for those of `graph`.
+        calibration, on_pass: as `apply_passes` takes them.
+
+    Returns: a loss for every pass, and the graph they made.
+    """
+    found, current, logits = [], graph, predictions(graph, tokens)
+    origin = origin or logits
+    for step in passes:
+        after = apply_passes(current, [step], verify=False, calibration=calibration, on_pass=on_pass)
+        before, logits = logits, predictions(after, tokens)
+        kl, nll = divergence(logits, origin, tokens)
+        moved, _ = divergence(logits, before, tokens)
+        fault = _fault(step, current, after) if step.exact else None
+        if step.exact and fault is None and not moved <= TOLERANCE[dtype_of(graph)]:
+            fault = f"{step.name} promises to keep the function, but on these tokens KL is {moved:.1e}"
+        kind = "exact" if step.exact else "lossy"
+        found.append(PassLoss(step.name, kind, kl, moved, nll, fault))
+        current = after
+    return found, current
+
+
+def _fault(step: Pass, before: fx.GraphModule, after: fx.GraphModule) -> str | None:
+    try:
+        step.verify(before, after, history(after)[-1].report)
+    except VerificationError as error:
+        return str(error)
+    return None
+
+
+def costliest(losses: Sequence[PassLoss]) -> PassLoss | None:
+    """The first exact pass that changed the function, else the pass that the divergence grew most by.
+
+    Not the one with the largest `step`: what is off already moves easily, and need not get worse by it.
+    """
+    faulty = [loss for loss in losses if loss.fault]
+    growth = [
+        after.kl - before for before, after in zip([0.0, *(o.kl for o in losses)], losses, strict=False)
+    ]
+    most = max(range(len(losses)), key=lambda i: _order(growth[i]), default=None)
+    return faulty[0] if faulty else None if most is None else losses[most]
+
+
+def bisect_sites(
+    good: fx.GraphModule,
+    bad: fx.GraphModule,
+    tokens: Tensor,
+    *,
+    most: int = 3,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> SiteBisection:
+    """Find the sites that make a graph worse than another of the same model in the same basis.
+
+    Halves of the sites that differ are put into the good graph, and the half that does more harm is halved
+    again: log2(n) evaluations for a site that stands out, at most twice that otherwise. What is found is left
+    out and the search goes on, until a tenth of the divergence is left, or what is found is less than a tenth
+    of it: then no few sites are to blame. Sites that only do harm together (two errors that would cancel) are
+    not found by this.
+
+    Args:
+        good, bad: such as a float twin and its quantized graph, or two runs of one recipe.
+        tokens: int64 [N, S] of real text.
+        most: sites to find at most.
+        on_progress: called with the evaluations done, and of how many at most.
+    """
+    splice, losses = Splice(good, bad), Losses(good, tokens)
+    remaining, faults = list(splice.sites), list[SiteFault]()
+    limit = 1 + most * (2 * math.ceil(math.log2(max(len(remaining), 2))) + 2)
+    measured: dict[tuple[str, ...], float] = {(): 0.0}
+
+    def loss(sites: list[str]) -> float:
+        key = tuple(sites)
+        if key not in measured:
+            kl = losses.of(splice.graph(sites))[0]
+            measured[key] = kl if math.isfinite(kl) else math.inf
+            if on_progress:
+                on_progress(losses.evaluations, limit)
+        return measured[key]
+
+    total = left = loss(remaining)
+    enough = max(_LEFT * total, _NONE) if math.isfinite(total) else _NONE
+    while remaining and len(faults) < most and left > enough:
+        site = _heaviest(remaining, left, loss)
+        faults.append(SiteFault(splice.sites[site], loss([site]), what_differs(splice, site)))
+        remaining = [other for other in remaining if other != site]
+        left = loss(remaining)
+        if faults[-1].kl < _LEFT * left:
+            break  # what is left is everywhere: more halving would only name more of it
+    faults.sort(key=lambda fault: -fault.kl)
+    return SiteBisection(total, faults, left, len(splice.sites), losses.evaluations)
+
+
+def _heaviest(sites: list[str], whole: float, loss: Callable[[list[str]], float]) -> str:
+    """The site that halving leads to, where all of them together lose `whole`."""
+    while len(sites) > 1:
+        halves = sites[: len(sites) // 2], sites[len(sites) // 2 :]
+        first = loss(halves[0])
+        if first >= whole / 2:
+            sites, whole = halves[0], first
+        elif first <= _LEFT * whole:  # then it is the other half's, and need not be measured
+            sites = halves[1]
+        else:
+            second = loss(halves[1])
+            sites, whole = (halves[1], second) if second > first else (halves[0], first)
+    return sites[0]
+
+
+def _order(value: float) -> float:
+    """A key to find the largest by, in which what is not a number is larger than any."""
+    return math.inf if math.isnan(value) else value
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

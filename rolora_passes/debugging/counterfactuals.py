@@ -1,0 +1,118 @@
+"""What if one site were left in floating point, or one Hadamard were left out: the others as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from rolora_passes.debugging.splice import Losses, Splice
+from rolora_passes.errors import PassError
+from rolora_passes.insert_hadamard import InsertHadamard
+from rolora_passes.passes import Pass
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one change does to a quantized graph.
+
+    Attributes:
+        site: where.
+        kl: what the divergence from the float twin changes by, nats per token; negative is better.
+        nll: what the next token's mean negative log-likelihood changes by, nats.
+    """
+
+    site: str
+    kl: float
+    nll: float
+
+
+@dataclass(frozen=True)
+class Counterfactuals:
+    """One change at a time.
+
+    Attributes:
+        kl, nll: of the quantized graph as it is, from its float twin: nats per token.
+        changes: the one that matters most first.
+    """
+
+    kl: float
+    nll: float
+    changes: list[Change]
+
+    def row(self) -> dict[str, Any]:
+        """JSON."""
+        return asdict(self)
+
+
+def sites_in_float(
+    twin: fx.GraphModule,
+    quantized: fx.GraphModule,
+    tokens: Tensor,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Counterfactuals:
+    """Leave each site in floating point alone: its weight, what it reads, and for attention the cache.
+
+    This mirrors `rolora_passes.sensitivity`, which quantizes each site alone: where losses add up the two
+    agree, and where sites make up for each other, or spoil each other, they do not.
+
+    Args:
+        twin, quantized: such as `with_float_twin` makes.
+        tokens: int64 [N, S] of real text.
+        on_progress: called with the sites done and of how many.
+    """
+    splice = Splice(quantized, twin)
+    return _one_by_one(splice, list(splice.sites), twin, tokens, on_progress)
+
+
+def without_hadamards(
+    twin: fx.GraphModule,
+    quantized: fx.GraphModule,
+    bare: fx.GraphModule,
+    tokens: Tensor,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Counterfactuals:
+    """Leave out each online Hadamard with its inverse: at a linear, or the two that cancel in an attention.
+
+    Args:
+        twin, quantized: such as `with_float_twin` makes.
+        bare: the quantized graph of the same recipe without online Hadamards, see `bare_recipe`.
+        tokens, on_progress: as `sites_in_float` takes them.
+
+    Raises:
+        PassError: the quantized graph has no online Hadamards.
+    """
+    splice = Splice(quantized, bare)
+    turned = [
+        name
+        for name in splice.sites
+        if splice.definition(0, name).count("hadamard(") > splice.definition(1, name).count("hadamard(")
+    ]
+    if not turned:
+        raise PassError("expected a recipe with insert-hadamard, found a graph without online Hadamards")
+    return _one_by_one(splice, turned, twin, tokens, on_progress)
+
+
+def bare_recipe(passes: Iterable[Pass]) -> list[Pass]:
+    """A recipe without its online Hadamards."""
+    return [step for step in passes if not isinstance(step, InsertHadamard)]
+
+
+def _one_by_one(
+    splice: Splice,
+    sites: Sequence[str],
+    twin: fx.GraphModule,
+    tokens: Tensor,
+    on_progress: Callable[[int, int], None] | None,
+) -> Counterfactuals:
+    losses = Losses(twin, tokens)
+    kl, nll = losses.of(splice.first)
+    changes = []
+    for done, name in enumerate(sites, 1):
+        changed = losses.of(splice.graph([name]))
+        changes.append(Change(splice.sites[name], changed[0] - kl, changed[1] - nll))
+        if on_progress:
+            on_progress(done, len(sites))
+    return Counterfactuals(kl, nll, sorted(changes, key=lambda change: -abs(change.kl)))

@@ -1,0 +1,96 @@
+"""What debugging found, as tables for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from rolora_passes.debugging.bisect import PassLoss, SiteBisection, costliest
+from rolora_passes.debugging.counterfactuals import Counterfactuals
+from rolora_passes.debugging.tracking import ErrorTrace, NodeError
+
+
+def trace_table(trace: ErrorTrace, top: int, below: float, word: Callable[[int], str]) -> Table:
+    """The values with the least SQNR, in graph order, and the first below a threshold.
+
+    Args:
+        top: rows.
+        below: dB.
+        word: a token's text.
+    """
+    first = trace.first_below(below)
+    where = "no value is" if first is None else f"the first value is {escape(first.label)}, {_db(first)},"
+    table = Table(
+        title=f"The {min(top, len(trace.nodes))} values furthest off of {len(trace.nodes)}, in order",
+        caption=f"{where} below {below:g} dB\npredictions: KL {trace.kl:.4f} nats a token, "
+        f"loss {trace.nll:+.4f}, likeliest token the same {trace.top1:.1%}",
+        title_justify="left",
+    )
+    _columns(table, "value", "SQNR", "error", "largest, of", "worst token (its error)")
+    worst = sorted(trace.nodes, key=lambda node: -math.inf if math.isnan(node.sqnr) else node.sqnr)[:top]
+    for node in trace.nodes:
+        if any(node is one for one in worst):
+            token = ", ".join(f"{word(t.token)!r} at {t.position} ({t.error:.2g})" for t in node.worst[:1])
+            largest = f"{node.max_error:.3g}, {node.max_abs:.3g}"
+            table.add_row(escape(node.label), _db(node), f"{node.relative:.1%}", largest, escape(token))
+    return table
+
+
+def passes_table(losses: Sequence[PassLoss]) -> Table:
+    """A recipe pass by pass, the one that lost most marked."""
+    worst = costliest(losses)
+    table = Table(title="The recipe, pass by pass: KL in nats a token", title_justify="left")
+    _columns(table, "pass", "kind", "of this pass", "since the start", "loss grew by")
+    for loss in losses:
+        kind = "WRONG" if loss.fault else loss.kind
+        style = "bold" if loss is worst else ""
+        figures = f"{loss.step:.2e}", f"{loss.kl:.2e}", f"{loss.nll:+.2e}"
+        table.add_row(loss.name, kind, *figures, style=style)
+    if worst is not None:
+        table.caption = escape(worst.fault or f"the divergence grows most by {worst.name}")
+    return table
+
+
+def sites_table(found: SiteBisection) -> Table:
+    """The sites that a divergence comes from, and what is different about them."""
+    advice = "\nno few sites explain it: see `rolora sensitivity`" if found.diffuse else ""
+    table = Table(
+        title="Where halving leads" if found.diffuse else "The sites that lose most",
+        caption=f"KL of all {found.sites} sites that differ {found.kl:.4f} nats a token\n"
+        f"without these {found.left:.4f} ({found.evaluations} evaluations){advice}",
+        title_justify="left",
+    )
+    _columns(table, "site", "KL alone", "part", "what differs")
+    for fault in found.faults:
+        part = f"{fault.kl / found.kl:.1%}" if math.isfinite(found.kl) else ""
+        table.add_row(escape(fault.site), f"{fault.kl:.2e}", part, escape("\n".join(fault.differs)))
+    return table
+
+
+def changes_table(found: Counterfactuals, title: str, top: int) -> Table:
+    """What one change at a time does, the one that matters most first."""
+    table = Table(
+        title=title,
+        caption=f"{len(found.changes)} changes, one at a time; as it is: KL {found.kl:.4f} nats a token, "
+        f"loss {found.nll:+.4f}",
+        title_justify="left",
+    )
+    _columns(table, "site", "KL changes by", "part", "loss changes by")
+    for change in found.changes[:top]:
+        part = f"{change.kl / found.kl:+.1%}" if found.kl else ""
+        table.add_row(escape(change.site), f"{change.kl:+.2e}", part, f"{change.nll:+.2e}")
+    return table
+
+
+def _columns(table: Table, first: str, *others: str) -> None:
+    table.add_column(first, overflow="fold")
+    for name in others:
+        words = name.startswith(("kind", "what", "worst"))
+        table.add_column(name, justify="left" if words else "right", overflow="fold")
+
+
+def _db(node: NodeError) -> str:
+    return "equal" if node.relative == 0 else "NaN" if math.isnan(node.sqnr) else f"{node.sqnr:.1f} dB"

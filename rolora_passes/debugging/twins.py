@@ -1,0 +1,51 @@
+"""A recipe with and without its lossy passes: two graphs whose values of the same name are comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import fx
+
+from rolora_passes.errors import PassError
+from rolora_passes.manager import Record, apply_passes
+from rolora_passes.passes import Calibration, Pass
+
+
+def float_twin_recipe(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass], list[Pass]]:
+    """(what a recipe does before its first lossy pass, its rest without lossy passes, its rest).
+
+    Raises:
+        PassError: no pass of the recipe is lossy.
+    """
+    lossy = [number for number, step in enumerate(passes) if not step.exact]
+    if not lossy:
+        found = ", ".join(step.name for step in passes) or "no passes"
+        raise PassError(f"expected a recipe with a pass that quantizes, found {found}")
+    before, rest = list(passes[: lossy[0]]), list(passes[lossy[0] :])
+    return before, [step for step in rest if step.exact], rest
+
+
+def with_float_twin(
+    graph: fx.GraphModule,
+    passes: Sequence[Pass],
+    *,
+    calibration: Calibration | None = None,
+    verify: bool = True,
+    on_pass: Callable[[Record], None] | None = None,
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """(the float twin, the quantized graph) of a recipe.
+
+    Both have the same rotations and transforms, for what comes before the first lossy pass is done once;
+    tensors that no pass replaces are shared.
+
+    Args:
+        graph: before the recipe.
+        calibration, verify, on_pass: as `apply_passes` takes them. `on_pass` does not see the twin's own.
+
+    Raises:
+        PassError: no pass of the recipe is lossy, or what `apply_passes` raises.
+    """
+    before, exact, rest = float_twin_recipe(passes)
+    shared = apply_passes(graph, before, verify=verify, calibration=calibration, on_pass=on_pass)
+    twin = apply_passes(shared, exact, verify=verify, calibration=calibration)
+    return twin, apply_passes(shared, rest, verify=verify, calibration=calibration, on_pass=on_pass)
