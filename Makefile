@@ -1,4 +1,4 @@
-# `make demo` compiles a real model to a .pte and generates text; `make test` runs the tests.
+# `make demo` compiles a real model to a .pte and to ONNX and generates text; `make test` runs the tests.
 # Both set up a virtual environment of their own in .venv; only Python 3.11 or newer is needed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -11,8 +11,10 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/ready
-	$(BIN)/rolora compile "$$($(BIN)/python examples/packaged_model.py)" --recipe rotated-8da4w -o $(DEMO)
+	$(BIN)/rolora compile "$$($(BIN)/python examples/packaged_model.py)" --recipe rotated-8da4w \
+		--target executorch --target onnx -o $(DEMO)
 	$(BIN)/rolora run $(DEMO) --prompt "What is the capital of France?" --max-new-tokens 48
+	$(BIN)/rolora run $(DEMO) --prompt "What is the capital of France?" --max-new-tokens 48 --target onnx
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -119,7 +119,7 @@ def compare_logits(found: Tensor, expected: Tensor, row: Tensor) -> tuple[float,
     kl, nll, same = 0.0, 0.0, 0
     following = torch.cat([row[1:], row[:0]])
     for start in range(0, len(row), _ROWS):
-        p, q = (x[start : start + _ROWS].log_softmax(-1) for x in (expected, found))
+        p, q = (x[start : start + _ROWS].log_softmax(-1, dtype=torch.float64) for x in (expected, found))
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
         target, loss = following[start : start + _ROWS, None], p - q
         nll += float(loss[: len(target)].gather(-1, target).sum())

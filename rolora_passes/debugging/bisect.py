@@ -90,7 +90,6 @@ class SiteBisection:
 
     def row(self) -> dict[str, Any]:
         """JSON; an infinite divergence is None."""
-        """JSON; an infinite divergence is None."""
         plain = {"kl": _plain(self.kl), "left": _plain(self.left), "faults": [f.row() for f in self.faults]}
         return asdict(self) | plain | {"diffuse": self.diffuse}
 

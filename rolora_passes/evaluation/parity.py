@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.evaluation.perplexity import compare_logits
 from rolora_passes.evaluation.scorers import GraphScorer, Scorer, open_program, read_manifest
+from rolora_passes.sensitivity import compare_logits
 
 SAMPLE = Path(__file__).with_name("sample.txt")
 _TOKENS, _NEW = 64, 16
@@ -46,7 +46,7 @@ def compare_programs(
         scorer = open_()
         found[name] = scorer.logits(tokens)[0], _greedy(scorer, tokens[:, : length // 2])
         on_progress("compare", number + 1, len(known))
-    return [_row(name, found) for name in known if name != "model"]
+    return [_row(name, found, tokens[0]) for name in known if name != "model"]
 
 
 def _greedy(scorer: Scorer, tokens: Tensor) -> list[int]:
@@ -59,13 +59,14 @@ def _greedy(scorer: Scorer, tokens: Tensor) -> list[int]:
     return new
 
 
-def _row(name: str, found: dict[str, tuple[Tensor, list[int]]]) -> dict[str, Any]:
+def _row(name: str, found: dict[str, tuple[Tensor, list[int]]], tokens: Tensor) -> dict[str, Any]:
     logits, greedy = found[name]
-    kl, top1 = compare_logits(found["model"][0], logits)
-    kl_graph, top1_graph = compare_logits(found["quantized graph"][0], logits)
+    count = len(tokens)
+    kl, _, top1 = compare_logits(logits, found["model"][0], tokens)
+    kl_graph, _, top1_graph = compare_logits(logits, found["quantized graph"][0], tokens)
     expected = found["quantized graph"][1]
     same = next((i for i, (a, b) in enumerate(zip(greedy, expected, strict=True)) if a != b), len(expected))
     return {
-        "name": name, "tokens": len(logits), "kl": kl, "top1": top1, "kl_graph": kl_graph,
-        "top1_graph": top1_graph, "greedy": same, "of": len(expected),
+        "name": name, "tokens": count, "kl": kl / count, "top1": top1 / count, "kl_graph": kl_graph / count,
+        "top1_graph": top1_graph / count, "greedy": same, "of": len(expected),
     }  # fmt: skip

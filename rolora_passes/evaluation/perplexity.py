@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rolora_passes.errors import DataError, EvaluationError
 from rolora_passes.evaluation.scorers import Scorer, require_known, require_window
+from rolora_passes.sensitivity import compare_logits
 
 PROTOCOL = (
     "token-level perplexity: windows that do not overlap, tail dropped, each token of a window but the first "
@@ -121,23 +122,13 @@ def divergence(a: Scorer, b: Scorer, windows: Tensor, on_progress: Progress | No
     for scorer in (a, b):
         require_window(scorer, windows.shape[1])
         require_known(scorer, windows)
-    kl, same = 0.0, 0.0
+    kl, same = 0.0, 0
     for number, row in enumerate(windows):
-        one, equal = compare_logits(a.logits(row[None])[0], b.logits(row[None])[0])
+        one, _, equal = compare_logits(b.logits(row[None])[0], a.logits(row[None])[0], row)
         kl, same = kl + one, same + equal
         if on_progress:
             on_progress(number + 1, len(windows))
-    return Divergence(kl / len(windows), same / len(windows), windows.numel())
-
-
-def compare_logits(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """(KL(a || b) in nats per token, agreement of the likeliest token) of logits [S, V]."""
-    kl, same = 0.0, 0
-    for p, q in zip(_chunks(a), _chunks(b), strict=True):
-        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        kl += float((log_p.exp() * (log_p - log_q)).sum())
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-    return kl / len(a), same / len(a)
+    return Divergence(kl / windows.numel(), same / windows.numel(), windows.numel())
 
 
 def _loss(scorer: Scorer, row: Tensor) -> float:

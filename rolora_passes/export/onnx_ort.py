@@ -92,6 +92,7 @@ def _add(e: Emitter, node: Node) -> Result:
         kind, affine = "SkipLayerNormalization", [gain, bias]
     values = [e.value(a) for a in operands]
     found = e.ops(kind, *values, *affine, domain=MICROSOFT, outputs=4, epsilon=argument(norm, "eps"))
+    found[1].name = found[2].name = ""  # mean and deviation are for training; unnamed, they are left out
     e.results[norm] = found[0]
     return found[3]
 
