@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rolora_passes import apply_passes
 from rolora_passes.export.onnx import to_onnx
 from rolora_passes.export.onnx_runner import OnnxProgram
 from rolora_passes.graphs import run
+from rolora_passes.passes import Pass
 from rolora_passes.recipes import load_recipe
 
 
@@ -30,8 +32,7 @@ def main() -> None:
     graph, tokenizer = captured(arguments.model)
     tokens = tokens_of(tokenizer, arguments.text, 64)
     with tempfile.TemporaryDirectory() as folder:
-        for recipe in arguments.recipes:
-            passes = load_recipe(recipe)
+        for recipe, passes in _recipes(arguments.recipes):
             weights = [p for p in passes if p.name != "quantize-activations"]
             for flavor in ("ort", "portable"):
                 exact = apply_passes(graph, weights, verify=False)
@@ -40,6 +41,16 @@ def main() -> None:
                 _int8(rounded, graph, Path(folder) / "int8", flavor, recipe, tokens)
         _drift(exact, Path(folder) / "long", tokens[:, :32], arguments.generate)
         _batches(rounded, Path(folder) / "batch", tokenizer)
+
+
+def _recipes(names: list[str]) -> Iterator[tuple[str, list[Pass]]]:
+    """Recipes by name; those with online Hadamards also without them."""
+    for name in names:
+        passes = load_recipe(name)
+        without = [p for p in passes if p.name != "insert-hadamard"]
+        if len(without) < len(passes):
+            yield f"{name} without R4", without
+        yield name, passes
 
 
 def _rounding(graph: fx.GraphModule, folder: Path, flavor: Any, recipe: str, tokens: Tensor) -> None:

@@ -16,9 +16,10 @@ HERE = Path(__file__).resolve().parent
 
 def commands(folder: Path, peer: Path | None) -> list[list[str]]:
     """What to run; ExecuTorch's own exporter takes ten minutes, unless a file it made is given."""
-    made = [
-        f"{name}={folder / name / 'model.pte'}" for name in ("8da4w", "rotated-8da4w", "rotated-8da4w-tied")
-    ]
+    recipes = ("8da4w", "rotated-8da4w", "rotated-8da4w-tied")
+    made = [f"{name}={folder / name / 'model.pte'}" for name in recipes]
+    peers = [f"{name}={folder / name}" for name in ("builder", "builder-pruned")]
+    onnx = [f"{name}={folder / name}-onnx" for name in recipes]
     peer_file = peer or folder / "peer" / "peer.pte"
     tokenizer = str(folder / "8da4w" / "tokenizer.json")
     return [
@@ -29,16 +30,20 @@ def commands(folder: Path, peer: Path | None) -> list[list[str]]:
         ["parity.py"],
         ["eight_bits.py"],
         *([] if peer else [["peer_executorch.py", "--out", str(folder / "peer")]]),
+        *[["compile_packaged.py", "--recipe", name, "--output", str(folder / name)] for name in recipes],
         *[
             [
-                "compile_packaged.py",
-                "--recipe",
-                m.partition("=")[0],
+                *("compile_packaged.py", "--recipe", name, "--target", "onnx"),
                 "--output",
-                str(folder / m.partition("=")[0]),
+                f"{folder / name}-onnx",
             ]
-            for m in made
+            for name in recipes
         ],
+        ["onnx_parity.py"],
+        ["peer_onnx.py", "-o", str(folder / "builder")],
+        ["peer_onnx.py", "-o", str(folder / "builder-pruned"), "--prune-lm-head"],
+        ["bench_onnx.py", *peers, *onnx, f"pte={folder / 'rotated-8da4w'}", "--threads", "1"],
+        ["tracking.py"],
         ["bench_executorch.py", f"peer={peer_file}", *made, "--census"],
         ["bench_executorch.py", f"peer={peer_file}", *made, "--tokenizer", tokenizer, "--threads", "1"],
         ["bench_executorch.py", f"peer={peer_file}", *made, "--tokenizer", tokenizer, "--threads", "2"],

@@ -19,6 +19,7 @@ from rolora_passes.export.onnx_runner import OnnxProgram
 from rolora_passes.export.runner import load_pte
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import convert, run
+from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.serialize import load_graph
 from rolora_passes.manager import Record, apply_passes, check_order, require_calibration
 from rolora_passes.models import load_model
@@ -43,9 +44,14 @@ class Scorer(ABC):
 
 
 class GraphScorer(Scorer):
-    """A captured graph, in its own precision; the whole window in one call."""
+    """A captured graph, in its own precision; the whole window in one call.
+
+    Raises:
+        GraphFormatError: it is not a decoder's.
+    """
 
     def __init__(self, graph: fx.GraphModule) -> None:
+        require_decoder(graph, "the next token's likelihood")
         self.graph = graph
         config = graph.meta.get("config", {})
         self.vocabulary = config.get("vocab_size")

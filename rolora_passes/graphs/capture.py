@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -255,7 +256,8 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
     for key in ("bos_token_id", "eos_token_id"):
         value = getattr(generation, key, None)
         facts[key] = getattr(config, key, None) if value is None else value
-    facts["name"] = config._name_or_path or type(model).__name__
+    name = config._name_or_path or type(model).__name__
+    facts["name"] = Path(name).name if Path(name).is_absolute() else name  # not whose folder it lay in
     return facts
 
 

@@ -321,12 +321,12 @@ def values(graph: fx.GraphModule, tokens: Tensor) -> Iterator[tuple[fx.Node, Any
     interpreter = _Stream(graph)
     interpreter.env = {}
     interpreter.args_iter = iter(inputs_for(graph, tokens).values())
-    with torch.no_grad():
-        for node in graph.graph.nodes:
+    for node in graph.graph.nodes:
+        with torch.no_grad():  # not around the yield: two streams in step would end in each other's mode
             interpreter.env[node] = interpreter.run_node(node)
-            yield node, interpreter.env[node]
-            for dead in interpreter.user_to_last_uses.get(node, ()):
-                del interpreter.env[dead]
+        yield node, interpreter.env[node]
+        for dead in interpreter.user_to_last_uses.get(node, ()):
+            del interpreter.env[dead]
 
 
 class _Stream(fx.Interpreter):

@@ -147,3 +147,9 @@ def test_the_table() -> None:
     assert first is not None and f"the first value is {first.label}, {first.sqnr:.1f} dB, below 30 dB" in text
     assert "The 5 values furthest off of 22, in order" in text and text.count("'<") == 5
     assert f"KL {trace.kl:.4f}" in text
+
+
+def test_gradients_are_left_as_they_were() -> None:
+    graph = captured("llama", torch.float32)
+    track_errors(graph, graph, tokens_for(graph, 1, 6))
+    assert torch.is_grad_enabled()

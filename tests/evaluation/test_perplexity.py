@@ -14,7 +14,7 @@ from helpers import captured, model_of
 from tiny_checkpoint import save_checkpoint
 from torch import Tensor
 
-from rolora_passes.errors import DataError, EvaluationError, RunError
+from rolora_passes.errors import DataError, EvaluationError, GraphFormatError, RunError
 from rolora_passes.evaluation import (
     ExecutorchScorer,
     GraphScorer,
@@ -273,6 +273,13 @@ def test_recipes_and_precisions_are_applied(checkpoint: Path, tmp_path: Path) ->
     assert divergence(plain, saved, windows).kl < 1e-6
     again, _ = open_scorer(path, tokenizer=checkpoint, dtype=torch.float32, recipe="8da4w")
     assert divergence(quantized, again, windows).kl < 1e-6
+
+
+def test_an_encoder_has_no_perplexity() -> None:
+    with pytest.raises(
+        GraphFormatError, match=r"likelihood needs a decoder-only graph, .* found forward\(tokens\)"
+    ):
+        GraphScorer(captured("bert"))
 
 
 def test_what_cannot_be_opened(checkpoint: Path, compiled: Path, tmp_path: Path) -> None:

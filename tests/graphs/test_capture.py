@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,3 +194,11 @@ def test_what_a_pass_inserts_takes_the_source_of_its_place() -> None:
     for new in (insert(graph, norm, torch.neg, norm.args[0]), insert_after(graph, norm, torch.neg, norm)):
         assert new.meta["source"] == norm.meta["source"]
     assert "source" not in insert_after(graph, next(iter(graph.graph.nodes)), torch.neg).meta
+
+
+def test_the_name_of_a_model_is_not_where_it_lay(tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.config._name_or_path = str(tmp_path / "my-model")
+    assert capture(model, check=False).meta["config"]["name"] == "my-model"
+    model.config._name_or_path = "somebody/their-model"
+    assert capture(model, check=False).meta["config"]["name"] == "somebody/their-model"
