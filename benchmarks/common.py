@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+from rolora_passes.evaluation.parity import SAMPLE
 from rolora_passes.graphs import capture
 from rolora_passes.models import load_model
 
@@ -25,9 +26,7 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", help="model folder, hub name or .gguf (default: the packaged SmolLM2-135M)"
     )
-    parser.add_argument(
-        "--text", type=Path, default=Path(__file__).with_name("text.txt"), help="real text to read"
-    )
+    parser.add_argument("--text", type=Path, default=SAMPLE, help="real text to read")
     return parser
 
 
