@@ -9,7 +9,8 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version(), "rolora-passes": __version__}
-    for name in ("torch", "transformers", "tokenizers", "executorch", "torchao", "lm-eval", "datasets"):
+    runtimes = ("executorch", "torchao", "onnx-ir", "onnxruntime", "onnxruntime-genai")
+    for name in ("torch", "transformers", "tokenizers", *runtimes, "lm-eval", "datasets"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -108,7 +108,8 @@ def _weight(graph: fx.GraphModule, members: list[fx.Node]) -> fx.Node:
 
 def _stack(graph: fx.GraphModule, nodes: list[Any]) -> fx.Node:
     """The tensors of these parameters, one below the other, as a new parameter."""
-    name = "fused." + "_".join(str(n.target).replace(".", "_") for n in nodes)
+    parts = zip(*(str(n.target).split(".") for n in nodes), strict=False)
+    name = ".".join(["fused", *("_".join(dict.fromkeys(same)) for same in parts)])
     set_tensor(graph, name, torch.cat([get_tensor(graph, n.target).detach() for n in nodes]))
     return graph.graph.get_attr(name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,25 @@ def artefact_text(folder: str | Path) -> str:
         f"{'pass':22} {'sites':>5} {'left':>5} {'seconds':>8} {'to check':>8} {'peak MB':>8} {'error':>8}",
         *(line for row in manifest.get("passes", ()) for line in _pass_lines(row)),
         "",
+        *_parity(manifest.get("parity", ())),
         *(f"{size / 1e3:12,.1f} kB  {name}" for size, name in _files(folder)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _parity(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """How near the programs are, as `rolora compile` measured it."""
+    if not rows:
+        return
+    tokens = f"on {rows[0]['tokens']} tokens"
+    heads = f"{'KL to model':>12} {'top-1':>6} {'to graph':>9} {'top-1':>6}"
+    yield f"{tokens:22} {heads}  greedy tokens as the graph's"
+    for row in rows:
+        yield (
+            f"{row['name']:22} {row['kl']:12.2e} {row['top1']:6.0%} {row['kl_graph']:9.2e} "
+            f"{row['top1_graph']:6.0%}  {row['greedy']} of {row['of']}"
+        )
+    yield ""
 
 
 def _weights(found: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from rolora_passes.cli import main
 from rolora_passes.errors import EvaluationError, LoweringError
 from rolora_passes.evaluation import ExecutorchScorer, OnnxScorer, open_scorer
 from rolora_passes.export import compile_model
+from rolora_passes.reporting.artefact import artefact_text
 
 PROMPT = "The quick brown fox"
 
@@ -71,6 +73,9 @@ def test_twin_parity(twin: Path) -> None:
         assert rows[name]["greedy"] > 8
     assert rows["quantized graph"]["kl_graph"] == 0
     assert {row["tokens"] for row in rows.values()} == {64}
+    assert re.search(
+        r"on 64 tokens .*\nquantized graph .*\nexecutorch .*\nonnx .*of 16\n", artefact_text(twin)
+    )
 
 
 def spelt(text: str) -> str:
