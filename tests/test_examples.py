@@ -33,6 +33,14 @@ def lora_before_or_after(printed: str) -> None:
     assert mistaken > 0.1
 
 
+def to_laptop(printed: str) -> None:
+    assert re.search(r"^model\.onnx: \d\.\d\d MB, \d+ nodes$", printed, flags=re.MULTILINE)
+    tokens = re.search(r"^tokens \[(.*)\]$", printed, flags=re.MULTILINE)
+    assert tokens and len(tokens[1].split(",")) == 12
+    error = re.search(r"^encoder: logits \[2, 9, 128\], (\S+) from the graph's$", printed, flags=re.MULTILINE)
+    assert error and float(error[1]) < 1e-4
+
+
 def to_phone(printed: str) -> None:
     assert re.search(r"^model\.pte: \d\.\d\d MB, \d+ delegates$", printed, flags=re.MULTILINE)
     tokens = re.search(r"^tokens \[(.*)\]$", printed, flags=re.MULTILINE)
@@ -49,6 +57,7 @@ CHECKS: list[Callable[[str], None]] = [
     quantize_and_compare,
     lora_before_or_after,
     to_phone,
+    to_laptop,
     packaged_model,
 ]
 

@@ -79,7 +79,9 @@ def to_onnx(
 
     Args:
         flavor: "ort" has the fused kernels of ONNX Runtime; "portable" the standard's operators alone
-            (opset 23), which run in any conforming runtime, and slower.
+            (opset 23), which run in any conforming runtime, and slower. (Of these ONNX Runtime makes its own
+            int4 products, which round activations to 8 bits unless the session's entry
+            `session.qdq_matmulnbits_accuracy_level` is "0"; `genai_config.json` says what the graph means.)
         max_length: tokens that prompt and answer may have together; what depends on positions alone is
             tabulated for so many.
         accuracy_level: of products with quantized weights, as ONNX Runtime numbers them. 4: activations in
