@@ -14,7 +14,6 @@ import pytest
 import torch
 from tiny_checkpoint import TEXT, save_checkpoint
 
-from rolora_passes.cli import main
 from rolora_passes.data import calibration_tokens, token_stream
 from rolora_passes.evaluation import GraphScorer, Perplexity, open_scorer, perplexity
 from rolora_passes.graphs import save_graph
@@ -40,22 +39,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "some text.txt"
     path.write_text(TEXT)
     return path
-
-
-@pytest.fixture
-def rolora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in this process: its status, what it printed, what it said on standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main([str(a) for a in arguments])
-        except SystemExit as stop:  # argparse
-            status = int(stop.code or 0)
-        return (status, *capsys.readouterr())
-
-    return command
 
 
 def test_eval(checkpoint: Path, text: Path, tmp_path: Path, rolora: Run) -> None:

@@ -39,22 +39,6 @@ def compiled(checkpoint: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def rolora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in this process: its status, what it printed, what it said on standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main([str(a) for a in arguments])
-        except SystemExit as stop:  # argparse
-            status = int(stop.code or 0)
-        return (status, *capsys.readouterr())
-
-    return command
-
-
 def test_a_model(checkpoint: Path, saved: Path, rolora: Run) -> None:
     status, printed, said = rolora("inspect", checkpoint)
     graph = apply_passes(load_graph(saved), ["fuse-norm"])

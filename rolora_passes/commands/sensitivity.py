@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from rolora_passes.commands.options import at_least, calibration_of, recipe_options
+from rolora_passes.commands.options import at_least, calibration_of, recipe_options, subject_options
 from rolora_passes.display import Display, pass_line
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("sensitivity", help="which linears lose the most when quantized alone")
-    parser.add_argument("model", help="model folder, hub name, .gguf, or saved graph")
-    parser.add_argument(
-        "--recipe", required=True, help="its quantizers are tried, on what it does before them"
-    )
-    parser.add_argument("--text", required=True, help=".txt, .jsonl, or hub:NAME/CONFIG:SPLIT")
-    parser.add_argument(
-        "--window", type=at_least(2, int), default=512, help="tokens of a window (%(default)s)"
-    )
-    parser.add_argument(
-        "--windows", type=at_least(1, int), default=1, help="the first N windows (%(default)s)"
-    )
+    subject_options(parser)
     parser.add_argument("--top", type=at_least(1, int), default=20, help="rows to print (%(default)s)")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved graph, which has none")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write all rows as JSON")
     recipe_options(parser)
     parser.set_defaults(run=run)
 

@@ -120,17 +120,18 @@ def compile_model(
                 captured, passes, verify=verify, calibration=data, on_pass=on_pass, **(printing or {})
             )
         lowerings: dict[str, LoweringReport | OnnxReport] = {}
+        lower: dict[Target, Callable[[], LoweringReport | OnnxReport]] = {
+            "executorch": lambda: to_executorch(
+                graph, temporary / "model.pte", max_length=max_length, fast_prefill=fast_prefill
+            ),
+            "onnx": lambda: write_onnx(
+                graph, temporary, flavor, max_length=max_length, accuracy_level=accuracy_level
+            ),
+        }
+        for target in dict.fromkeys(targets):
+            with stage(f"lower to {target}"):
+                lowerings[target] = lower[target]()
         tokenizer.save_pretrained(temporary)
-        if "executorch" in targets:
-            with stage("lower to executorch"):
-                lowerings["executorch"] = to_executorch(
-                    graph, temporary / "model.pte", max_length=max_length, fast_prefill=fast_prefill
-                )
-        if "onnx" in targets:
-            with stage("lower to onnx"):
-                lowerings["onnx"] = write_onnx(
-                    graph, temporary, flavor, max_length=max_length, accuracy_level=accuracy_level
-                )
         (temporary / "recipe.yaml").write_text(dump_recipe(passes))
         if graph.meta.get("rotations"):
             save_rotations(graph, temporary)

@@ -12,7 +12,6 @@ import pytest
 from test_reproducer import Breaks
 from tiny_checkpoint import TEXT, save_checkpoint
 
-from rolora_passes.cli import main
 from rolora_passes.evaluation import GraphScorer, open_scorer
 from rolora_passes.graphs import save_graph
 from rolora_passes.graphs.graph import get_tensor, set_tensor
@@ -32,18 +31,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "some text.txt"
     path.write_text(TEXT)
     return path
-
-
-@pytest.fixture
-def rolora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in this process: its status, what it printed, what it said on standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        return (main([str(a) for a in arguments]), *capsys.readouterr())
-
-    return command
 
 
 def test_track(checkpoint: Path, text: Path, tmp_path: Path, rolora: Run) -> None:
