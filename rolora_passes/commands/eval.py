@@ -40,6 +40,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--task-limit", type=at_least_1, metavar="N", help="the first N examples of a task")
     parser.add_argument("--shots", type=at_least(0, int), help="examples shown first (each task's own)")
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), help="(float32)")
+    parser.add_argument(
+        "--target", choices=("executorch", "onnx"), help="which program of a compiled folder (its first)"
+    )
     parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved graph, which has none")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON")
     recipe_options(parser)
@@ -65,6 +68,7 @@ def run(options: argparse.Namespace) -> None:
             recipe=options.recipe,
             calibration=calibration_of(options, display),
             tokenizer=options.tokenizer,
+            target=options.target,
             dtype=getattr(torch, options.dtype) if options.dtype else None,
             verify=not options.no_verify,
             on_stage=display.stage,

@@ -16,7 +16,7 @@ from rich.table import Table
 from rolora_passes.data import load_text, token_stream
 from rolora_passes.errors import DataError, EvaluationError
 from rolora_passes.evaluation.perplexity import PROTOCOL, perplexity, split_windows
-from rolora_passes.evaluation.scorers import GraphScorer, Scorer, open_scorer
+from rolora_passes.evaluation.scorers import GraphScorer, ProgramScorer, Scorer, open_scorer
 from rolora_passes.evaluation.tasks import COUNTS, evaluate_tasks, load_tasks, stderr_name
 from rolora_passes.graphs.files import writing
 from rolora_passes.graphs.graph import dtype_of
@@ -111,6 +111,7 @@ def _described(
     return {
         "source": Path(source).name,
         "kind": "program" if graph is None else "graph",
+        "program": scorer.file if isinstance(scorer, ProgramScorer) else None,
         "recipe": None if recipe is None else Path(recipe).name,
         "passes": [] if graph is None else [record.row() for record in history(graph)],
         "dtype": None if graph is None else str(dtype_of(graph)).removeprefix("torch."),

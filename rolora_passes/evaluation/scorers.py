@@ -188,7 +188,7 @@ def open_scorer(
         printing: what `apply_passes` is to print and to keep of failures: its arguments by name.
 
     Raises:
-        EvaluationError: a recipe or precision for a compiled folder; no tokenizer.
+        EvaluationError: a recipe or precision for a compiled folder, a target for anything else; no tokenizer.
         Also what `load_model`, `load_graph`, `load_recipe`, `capture` and `apply_passes` raise.
     """
     path, stage = Path(source).expanduser(), on_stage or (lambda name: None)
@@ -202,6 +202,8 @@ def open_scorer(
         if ready:
             ready(scorer, words)
         return scorer, words
+    if target is not None:
+        raise EvaluationError(f"{source} is not compiled, so it has no program: leave --target out")
     if calibration is None:
         require_calibration(passes, None)
     graph, words = _open_graph(str(source), path, passes, tokenizer, dtype, stage)

@@ -153,25 +153,10 @@ def write_onnx(
     prepared = copy_graph(graph)
     FoldConstants().run(prepared)
     fuse_heads(prepared)
-    store = Store(folder, DATA)
     table = ORT if flavor == "ort" else PORTABLE
-    e = Emitter(prepared, table, store, Settings(max_length, accuracy_level))
+    e = Emitter(prepared, table, Store(folder, DATA), Settings(max_length, accuracy_level))
     _lower(e, flavor, last_token)
-    used = {i for node in e.tape.nodes for i in node.inputs if i is not None}
-    model = ir.Model(
-        ir.Graph(
-            e.inputs.inputs,
-            e.inputs.outputs,
-            nodes=e.tape.nodes,
-            initializers=[v for v in store.values if v in used],
-            opset_imports={"": 21, "com.microsoft": 1} if flavor == "ort" else {"": 23},
-            name="model",
-        ),
-        ir_version=10 if flavor == "ort" else 11,
-        producer_name="rolora-passes",
-        producer_version=__version__,
-    )
-    ir.save(model, folder / MODEL)
+    ir.save(_model(e, flavor), folder / MODEL)
     layers = sum(str(v.name).startswith("present") for v in e.inputs.outputs) // 2
     if layers:
         write_genai_config(prepared, e, folder, layers, max_length, share_buffer=flavor == "ort")
@@ -179,6 +164,23 @@ def write_onnx(
     size = sum((folder / name).stat().st_size for name in (MODEL, DATA) if (folder / name).exists())
     seconds = round(time.perf_counter() - start, 3)
     return OnnxReport(folder / MODEL, flavor, size, dict(census.most_common()), layers, e.notes, seconds)
+
+
+def _model(e: Emitter, flavor: Flavor) -> Any:
+    """An `onnx_ir.Model` of what was emitted."""
+    import onnx_ir as ir
+
+    used = {i for node in e.tape.nodes for i in node.inputs if i is not None}
+    graph = ir.Graph(
+        e.inputs.inputs,
+        e.inputs.outputs,
+        nodes=e.tape.nodes,
+        initializers=[v for v in e.store.values if v in used],
+        opset_imports={"": 21, "com.microsoft": 1} if flavor == "ort" else {"": 23},
+        name="model",
+    )
+    version = 10 if flavor == "ort" else 11
+    return ir.Model(graph, ir_version=version, producer_name="rolora-passes", producer_version=__version__)
 
 
 # Lowered where they are read, if they are: what kernels take over must leave nothing behind.
@@ -202,9 +204,7 @@ def _lower(e: Emitter, flavor: Flavor, last_token: bool) -> None:
     e.inputs = (CompactInputs if flavor == "ort" else MaskedInputs)(e, names, cached)
     skipped = set(e.constants)
     for positions in (n for n in graph.find_nodes(op="placeholder") if n.target == "positions"):
-        known = e.graph.meta.get("config", {}).get("max_position_embeddings")
-        length = e.settings.max_length if cached or known is None else min(e.settings.max_length, known)
-        e.tables = tabulate(e.graph, positions, length)
+        e.tables = tabulate(e.graph, positions, e.settings.max_length)
         skipped |= position_only(graph, positions)
     nodes = [n for n in graph.nodes if n.op == "call_function" and n not in skipped]
     _require_lowerings(e, nodes)

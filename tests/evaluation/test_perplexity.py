@@ -290,6 +290,7 @@ def test_what_cannot_be_opened(checkpoint: Path, compiled: Path, tmp_path: Path)
     (strange / "manifest.json").write_text(json.dumps(manifest))
     for source, options, message in (
         (path, {}, "a saved graph has no tokenizer: give --tokenizer FOLDER with .*graph.safetensors"),
+        (path, {"target": "onnx"}, "is not compiled, so it has no program: leave --target out"),
         (path, {"tokenizer": tmp_path}, "cannot load a tokenizer from "),
         (compiled, {"recipe": "8da4w"}, "is compiled, and evaluated as it is: leave --recipe out"),
         (compiled, {"dtype": torch.float64}, "is compiled, and evaluated as it is: leave --dtype out"),

@@ -111,6 +111,19 @@ def test_a_scorer_for_each_target(twin: Path) -> None:
     torch.testing.assert_close(again, whole[:, 15:], atol=1e-4, rtol=1e-3)
 
 
+def test_perplexity_of_either_program(twin: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    found = {}
+    for target in ("executorch", "onnx"):
+        command = ["eval", str(twin), "--target", target, "--text", str(tmp_path / "text.txt")]
+        assert main([*command, "--window", "32", "-o", str(tmp_path / target)]) == 0
+        result = json.loads((tmp_path / target).read_text())
+        found[target] = result["perplexity"][0]["value"]
+        assert result["program"] == {"executorch": "model.pte", "onnx": "model.onnx"}[target]
+    assert found["onnx"] == pytest.approx(found["executorch"], rel=0.02)
+    assert found["onnx"] != found["executorch"]
+
+
 def test_onnx_alone(checkpoint: Path, tmp_path: Path) -> None:
     compiled = compile_model(str(checkpoint), "float", tmp_path / "out", targets=("onnx",), flavor="portable")
     assert not (tmp_path / "out/model.pte").exists()
