@@ -188,7 +188,7 @@ def open_scorer(
         printing: what `apply_passes` is to print and to keep of failures: its arguments by name.
 
     Raises:
-        EvaluationError: a recipe or precision for a compiled folder, a target for anything else; no tokenizer.
+        EvaluationError: a recipe or precision for a compiled folder, a target for another; no tokenizer.
         Also what `load_model`, `load_graph`, `load_recipe`, `capture` and `apply_passes` raise.
     """
     path, stage = Path(source).expanduser(), on_stage or (lambda name: None)
