@@ -9,6 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -167,7 +168,7 @@ def open_scorer(
     ready: Callable[[Scorer, Any], None] | None = None,
     on_stage: Callable[[str], None] | None = None,
     on_pass: Callable[[Record], None] | None = None,
-    printing: Mapping[str, Any] | None = None,
+    printing: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Scorer, Any]:
     """A scorer for whatever is there, and its tokenizer.
 
@@ -212,9 +213,7 @@ def open_scorer(
     if passes:
         stage("passes")
         given = calibration(words) if calibration and any(p.needs_calibration for p in passes) else None
-        graph = apply_passes(
-            graph, passes, verify=verify, calibration=given, on_pass=on_pass, **(printing or {})
-        )
+        graph = apply_passes(graph, passes, verify=verify, calibration=given, on_pass=on_pass, **printing)
     return GraphScorer(graph), words
 
 
