@@ -253,7 +253,7 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config.get_text_config()
     facts = {key: getattr(config, key, None) for key in _CONFIG_KEYS}
     generation = getattr(model, "generation_config", None)
-    for key in ("bos_token_id", "eos_token_id"):
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(generation, key, None)
         facts[key] = getattr(config, key, None) if value is None else value
     name = config._name_or_path or type(model).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -420,3 +421,9 @@ def test_a_damaged_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model/model.onnx").write_bytes(b"nothing")
     with pytest.raises(RunError, match="ONNX Runtime refuses"):
         OnnxProgram(tmp_path / "model")
+
+
+def test_genai_is_told_the_models_own_padding(tmp_path: Path) -> None:
+    lower(captured("llama", torch.float32), tmp_path / "model", "ort")
+    config = json.loads((tmp_path / "model/genai_config.json").read_text())["model"]
+    assert (config["pad_token_id"], config["bos_token_id"], config["eos_token_id"]) == (0, 1, 2)
