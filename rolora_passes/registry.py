@@ -14,8 +14,10 @@ from rolora_passes.passes import Pass
 
 PASSES = {
     "fuse-norm": "rolora_passes.fuse_norm:FuseNorm",
+    "insert-scaling": "rolora_passes.insert_scaling:InsertScaling",
     "rotate": "rolora_passes.rotate:Rotate",
     "insert-hadamard": "rolora_passes.insert_hadamard:InsertHadamard",
+    "learn-rotation": "rolora_passes.learning.learn_rotation:LearnRotation",
     "add-lora": "rolora_passes.add_lora:AddLoRA",
     "merge-lora": "rolora_passes.merge_lora:MergeLoRA",
     "observe-activations": "rolora_passes.observe_activations:ObserveActivations",

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from rolora_passes.errors import PassError
 from rolora_passes.graphs import hadamard
 from rolora_passes.graphs.bases import BasisClass, infer_bases
-from rolora_passes.graphs.graph import Expressions, add_parameter, finish
-from rolora_passes.graphs.rotations import check_orthogonal, load_rotations, rotation_key
+from rolora_passes.graphs.graph import Expressions, finish
+from rolora_passes.graphs.rotations import add_rotation, check_orthogonal, load_rotations, only, rotation_key
 from rolora_passes.passes import Pass, Report
 
 _METHODS = ("hadamard", "orthogonal", None)
@@ -39,7 +39,7 @@ class Rotate(Pass):
             "orthogonal" (Haar), or None to leave them.
         seed: of the draws; every class draws from its own stream, so adding one changes no other.
         given: matrices that take precedence: a mapping or a file from `save_rotations` or SpinQuant,
-            keys "R1", "model.layers.{i}.self_attn.R2".
+            keys "R1", "model.layers.{i}.self_attn.R2". Keys of insert-hadamard and insert-scaling are theirs.
 
     Raises:
         PassError: a given matrix that fits no class, has the wrong size, or is not orthogonal.
@@ -63,7 +63,7 @@ class Rotate(Pass):
 
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
-        given = load_rotations(self.given) if self.given is not None else {}
+        given = only("class", load_rotations(self.given)) if self.given is not None else {}
         bases, expressions = infer_bases(graph), Expressions(graph)
         keys = {rotation_key(c): c for c in bases.rotatable()}
         unknown = sorted(set(given) - set(keys))
@@ -79,8 +79,11 @@ class Rotate(Pass):
             if matrix is None:
                 report.left.append((cls.name, f"left at {self._method(cls)} by the options"))
                 continue
-            _apply(graph, expressions, cls, key, matrix)
-            _record(graph, cls, key, matrix, how)
+            parameters = [str(p) for p in cls.parameters]
+            about = {"class": cls.name, **how, "parameters": parameters}
+            rotation = add_rotation(graph, key, matrix, **about)
+            for axis in cls.parameters:
+                expressions.wrap(axis.node, torch.ops.rolora.rotate.default, rotation, axis.dim, axis.inner)
             report.changed.append(f"{cls.name} ({key}, {cls.size}, {how['method']})")
             report.moved |= {node.name for node, _ in cls.values}
         finish(graph)
@@ -114,18 +117,3 @@ def _stream(seed: int, key: str) -> int:
     for byte in key.encode():
         mixed = (mixed * 1000003 ^ byte) & 0x7FFFFFFFFFFFFFFF
     return mixed
-
-
-def _apply(
-    graph: fx.GraphModule, expressions: Expressions, cls: BasisClass, key: str, matrix: Tensor
-) -> None:
-    rotation = add_parameter(graph, f"rotations.{key.replace('.', '_')}", matrix)
-    for axis in cls.parameters:
-        expressions.wrap(axis.node, torch.ops.rolora.rotate.default, rotation, axis.dim, axis.inner)
-
-
-def _record(graph: fx.GraphModule, cls: BasisClass, key: str, matrix: Tensor, how: dict[str, object]) -> None:
-    """The manifest: what travels with every artefact, and what another pass or adapter checks against."""
-    entry = {"class": cls.name, "size": cls.size, **how, "parameters": [str(p) for p in cls.parameters]}
-    graph.meta.setdefault("rotations", {})[key] = entry
-    graph.meta.setdefault("rotation_tensors", {})[key] = matrix

@@ -10,11 +10,11 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import LoweringError
-from rolora_passes.export.hadamard import few_factors
 from rolora_passes.export.onnx_emitter import Emitter, Heads, Lowering, Node, Result
 from rolora_passes.export.onnx_fake_quantize import fake_quantize, fake_quantize_static
 from rolora_passes.export.onnx_norms import folded_norm, norm_affine
 from rolora_passes.graphs.graph import argument, get_tensor, is_op
+from rolora_passes.graphs.hadamard import few_factors
 
 _CASTS = {
     torch.float32: ir.DataType.FLOAT,
@@ -305,8 +305,7 @@ def _hadamard(e: Emitter, node: Node) -> Result:
         needed = [n for n in (left, k, right) if n != 1 or n == k] if k > 1 else sizes
         if needed != sizes:
             value, sizes = e.reshape(value, *[0] * dim, *needed), needed
-        scaled = factor / math.sqrt(k)
-        operands = (value, _matrix(e, scaled)) if right == 1 else (_matrix(e, scaled.T), value)
+        operands = (value, _matrix(e, factor)) if right == 1 else (_matrix(e, factor.T), value)
         value, right = e.op("MatMul", *operands), right * k
     if rank == 4 and dim == 3:
         return Heads(e.reshape(value, 0, 0, -1), e.shape(node)[2], rest[0])
@@ -316,7 +315,7 @@ def _hadamard(e: Emitter, node: Node) -> Result:
 def _matrix(e: Emitter, factor: torch.Tensor) -> ir.Value:
     key = ("hadamard", tuple(map(tuple, factor.tolist())))
     if key not in e.shared:
-        e.shared[key] = e.store.add(f"hadamard_{len(factor)}", factor.contiguous())
+        e.shared[key] = e.store.add(f"hadamard_{len(factor)}", factor.float().contiguous())
     return e.shared[key]
 
 

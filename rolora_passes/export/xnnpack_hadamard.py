@@ -10,10 +10,10 @@ import math
 
 from torch import Tensor, fx
 
-from rolora_passes.export.hadamard import few_factors
 from rolora_passes.export.xnnpack_emitter import Emitter
 from rolora_passes.export.xnnpack_ops import EMITTERS, matmul, reshape
 from rolora_passes.graphs.graph import argument
+from rolora_passes.graphs.hadamard import few_factors
 
 
 def _hadamard(e: Emitter, node: fx.Node) -> int:
@@ -23,7 +23,7 @@ def _hadamard(e: Emitter, node: fx.Node) -> int:
     dim = int(argument(node, "dim")) % len(shape)
     right = inner * math.prod(size or 0 for size in shape[dim + 1 :])
     for factor in reversed(few_factors(order)):
-        x = _multiply(e, x, factor / math.sqrt(len(factor)), right)
+        x = _multiply(e, x, factor, right)
         right *= len(factor)
     return reshape(e, x, shape)
 

@@ -180,6 +180,23 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """A value computed from x by rounding; its gradient goes to x unchanged (Bengio et al., 2013)."""
+    result: Tensor = _As.apply(x, value)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _As(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.dtype = x.dtype
+        return value.to(x.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return gradient.to(ctx.dtype), None
+
+
 @functools.cache
 def codebook(kind: str, bits: int) -> Tensor:
     """The 2^bits values of a table on [-1, 1], ascending, float32.

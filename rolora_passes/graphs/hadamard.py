@@ -19,6 +19,8 @@ from torch import Tensor
 
 from rolora_passes.graphs import hadamard_constructions as constructions
 
+_DENSE_ORDER = 128  # up to here one product is as fast as several, in the runtimes' kernels
+_FACTOR_ORDER = 48  # beyond, Kronecker factors of at most this order
 _RADIX = 32  # factor size of the transform: few multiplications, and still efficient small GEMMs
 _CHUNK = 1 << 22  # elements transformed at a time: fits the cache, and threads seldom wait for each other
 
@@ -65,6 +67,23 @@ def factors(order: int, limit: int = 64) -> list[Tensor]:
     Raises: ValueError: no known construction, or limit < 2.
     """
     return [torch.tensor(rows, dtype=torch.int8, device="cpu") for rows in _factor_rows(order, limit)]
+
+
+def few_factors(order: int) -> list[Tensor]:
+    """The orthonormal matrix as the few products that a runtime multiplies fastest.
+
+    Returns: float64 orthogonal matrices F_1 .. F_r whose Kronecker product, in this order, is
+        `matrix(order) / sqrt(order)`; one, if it is small.
+
+    Raises: ValueError: no known construction.
+    """
+    limit = _DENSE_ORDER if order <= _DENSE_ORDER else _FACTOR_ORDER
+    found = [torch.ones(1, 1, dtype=torch.float64)]
+    for signs in reversed(factors(order, limit=2)):
+        if len(signs) * len(found[0]) > limit:
+            found.insert(0, torch.ones(1, 1, dtype=torch.float64))
+        found[0] = torch.kron(signs.double(), found[0])
+    return [matrix / math.sqrt(len(matrix)) for matrix in found if len(matrix) > 1 or order == 1]
 
 
 def transform(x: Tensor, order: int, dim: int = -1, inner: int = 1) -> Tensor:

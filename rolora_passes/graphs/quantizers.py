@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.affine import Grid, codebook
+from rolora_passes.graphs.affine import Grid, codebook, straight_through
 from rolora_passes.graphs.graph import (
     add_parameter,
     dtype_of,
     insert,
+    insert_after,
+    is_op,
     root_names,
 )
 
@@ -109,3 +111,15 @@ def store_quantized(graph: fx.GraphModule, linear: fx.Node, quantized: Quantized
     )
     zero = None if grid.symmetric else add_parameter(graph, root + "_zero", quantized.zero.contiguous())
     linear.update_arg(1, insert(graph, linear, _rolora.dequantize.default, integers, scale, zero, grid.bits))
+
+
+def straighten(graph: fx.GraphModule) -> None:
+    """Let gradients pass straight through weights that the graph itself rounds; the graph is then for training.
+
+    dequantize(quantize(W, s, z), s, z) is read as a value whose gradient is that of W.
+    """
+    for node in list(graph.graph.nodes):
+        if is_op(node, "dequantize", "decode") and is_op(node.args[0], "quantize", "encode"):
+            through = insert_after(graph, node, straight_through, node.args[0].args[0], node)
+            node.replace_all_uses_with(through, delete_user_cb=lambda user, new=through: user is not new)
+    graph.recompile()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,14 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.files import writing
+from rolora_passes.graphs.graph import add_parameter
 from rolora_passes.graphs.ops import rotate
 
 if TYPE_CHECKING:
     from rolora_passes.graphs.bases import BasisClass
+
+
+_FORMS = {"online": re.compile(r"\.R[34](\.\d+)?$"), "scale": re.compile(r"\.scale$")}
 
 
 def rotation_key(cls: BasisClass) -> str:
@@ -23,6 +28,32 @@ def rotation_key(cls: BasisClass) -> str:
     if cls.kind == "residual":
         return "R1" if cls.index == 0 else f"R1.{cls.index}"
     return f"model.layers.{cls.index}.self_attn.R2" if cls.kind == "head" else cls.name
+
+
+def add_rotation(graph: fx.GraphModule, key: str, matrix: Tensor, **about: object) -> fx.Node:
+    """Add a matrix, signs [n] or dense [n, n], as a parameter, with its entry in the manifest.
+
+    The manifest travels with every artefact: it is what another pass or an adapter checks against.
+    """
+    node = add_parameter(graph, f"rotations.{key.replace('.', '_')}", matrix)
+    entry = {"size": len(matrix), **about, "tensor": str(node.target)}
+    graph.meta.setdefault("rotations", {})[key] = entry
+    graph.meta.setdefault("rotation_tensors", {})[key] = matrix
+    return node
+
+
+def only(kind: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a file is meant for one pass.
+
+    Args:
+        kind: "online": R3, R4.0, …, which insert-hadamard leaves in the graph; "scale": what insert-scaling
+            folds; "class": all others, R1, R2, …, which rotate folds.
+    """
+    return {key: value for key, value in given.items() if _kind(key) == kind}
+
+
+def _kind(key: str) -> str:
+    return next((kind for kind, form in _FORMS.items() if form.search(key)), "class")
 
 
 def check_orthogonal(matrix: Tensor, size: int, key: str) -> Tensor:
@@ -57,7 +88,7 @@ def check_orthogonal(matrix: Tensor, size: int, key: str) -> Tensor:
 
 
 def save_rotations(graph: fx.GraphModule, folder: str | Path) -> list[Path]:
-    """Write a graph's rotations: `R.bin` (SpinQuant's keys, dense float32) and `rotations.json`.
+    """Write a graph's rotations and scales: `R.bin` (SpinQuant's keys, dense float32) and `rotations.json`.
 
     The manifest holds constructions, seeds, signs and the parameters each matrix went into, so a
     randomised Hadamard loads again exactly and keeps its fast transform.
@@ -66,16 +97,18 @@ def save_rotations(graph: fx.GraphModule, folder: str | Path) -> list[Path]:
     tensors: dict[str, Tensor] = graph.meta.get("rotation_tensors", {})
     manifest = {key: dict(entry) for key, entry in graph.meta.get("rotations", {}).items()}
     for key, tensor in tensors.items():
-        if tensor.dim() == 1:
+        if tensor.dim() == 1 and _kind(key) != "scale":
             manifest[key]["signs"] = "".join("+" if s > 0 else "-" for s in tensor.tolist())
     with writing(folder / "R.bin") as path, path.open("wb") as file:
-        torch.save({key: _dense(tensor).float() for key, tensor in tensors.items()}, file)
+        plain = {k: t if _kind(k) == "scale" else dense(t) for k, t in tensors.items()}
+        torch.save({key: tensor.float() for key, tensor in plain.items()}, file)
     with writing(folder / "rotations.json") as path:
         path.write_text(json.dumps(manifest, indent=1))
     return [folder / "R.bin", folder / "rotations.json"]
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
+    """A rotation as a matrix [n, n], float64 where it is held as signs [n]."""
     return rotate(torch.eye(len(tensor), dtype=torch.float64), tensor) if tensor.dim() == 1 else tensor
 
 

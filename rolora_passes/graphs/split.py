@@ -1,0 +1,112 @@
+"""A graph as one module a layer: what activation checkpointing recomputes, and what devices hold parts of."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from rolora_passes.graphs.graph import get_tensor, set_tensor
+from rolora_passes.graphs.layers import find_layers
+
+
+class LayeredGraph(nn.Module):
+    """The same function as a graph, cut at its decoder layers.
+
+    Every part holds its own weights, frozen; of the parameters named in `variables` none does: their values
+    are given to every call. What does not depend on tokens (expressions on weights, rotary tables) is
+    computed in every part that reads it.
+
+    Attributes:
+        parts: before the first layer, one a layer, after the last.
+        layers: those that are layers.
+    """
+
+    def __init__(self, graph: fx.GraphModule, variables: Collection[str] = ()) -> None:
+        """Args:
+        variables: names of parameters that calls give.
+        """
+        super().__init__()
+        found = find_layers(graph)
+        segments = [s for s in (found.before, *found.layers, found.after) if s]
+        stream = {node for segment in segments for node in segment}
+        (output,) = graph.graph.find_nodes(op="output")
+        self.inputs = [node.name for node in graph.graph.find_nodes(op="placeholder")]
+        self._variables = frozenset(variables)
+        self._reads: list[list[str]] = []
+        self._gives: list[list[str]] = []
+        self.parts = nn.ModuleList()
+        for segment in segments:
+            later = stream - set(segment) | {output}
+            gives = [n for n in segment if any(user in later for user in n.users)]
+            part, reads = self._part(graph, segment, gives, stream)
+            self.parts.append(part)
+            self._reads.append(reads)
+            self._gives.append([n.name for n in gives])
+        first = 1 if found.before else 0
+        self.layers = [*self.parts][first : first + len(found.layers)]
+        self._result = cast(fx.Node, output.args[0]).name
+
+    def forward(
+        self, inputs: Mapping[str, Tensor], variables: Mapping[str, Tensor], recompute: bool = False
+    ) -> Tensor:
+        """The graph's result.
+
+        Args:
+            inputs: a value for every input of the graph, by name.
+            variables: a value for every variable, by name.
+            recompute: keep only what passes between layers, and compute the rest again for the gradient.
+        """
+        known: dict[str, Any] = {**inputs, **variables}
+        for part, reads, gives in zip(self.parts, self._reads, self._gives, strict=True):
+            values = [known[name] for name in reads]
+            results = checkpoint(part, *values, use_reentrant=False) if recompute else part(*values)
+            known.update(zip(gives, results, strict=True))
+        result: Tensor = known[self._result]
+        return result
+
+    def _part(
+        self, graph: fx.GraphModule, segment: list[fx.Node], gives: list[fx.Node], stream: set[fx.Node]
+    ) -> tuple[fx.GraphModule, list[str]]:
+        """A module of a segment's nodes and what they need that no token changes; and the names it takes."""
+        needed, edge = self._needed(segment, stream)
+        part = fx.GraphModule(nn.Module(), fx.Graph())
+        copies: dict[fx.Node, fx.Node] = {}
+        reads: list[str] = []
+        for node in graph.graph.nodes:
+            if node in edge:
+                copies[node] = part.graph.placeholder(node.name)
+                reads.append(str(node.target) if node.op == "get_attr" else node.name)
+        for node in graph.graph.nodes:
+            if node in needed:
+                copies[node] = part.graph.node_copy(node, copies.__getitem__)
+                if node.op == "get_attr":
+                    set_tensor(part, str(node.target), _frozen(get_tensor(graph, str(node.target))))
+        part.graph.output(tuple(copies[n] for n in gives))
+        part.recompile()
+        return part, reads
+
+    def _needed(self, segment: list[fx.Node], stream: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+        """The nodes to compute, and the values at their edge that others give."""
+        needed, edge, stack = set(segment), set[fx.Node](), [a for n in segment for a in n.all_input_nodes]
+        while stack:
+            node = stack.pop()
+            if node in needed or node in edge:
+                continue
+            given = node.op == "get_attr" and node.target in self._variables
+            if given or node.op == "placeholder" or node in stream:
+                edge.add(node)
+            else:
+                needed.add(node)
+                stack.extend(node.all_input_nodes)
+        return needed, edge
+
+
+def _frozen(value: Tensor) -> Tensor:
+    """As a parameter that is not trained: what FSDP divides between devices."""
+    if not value.is_floating_point():
+        return value.detach()
+    return torch.nn.Parameter(value.detach(), requires_grad=False)

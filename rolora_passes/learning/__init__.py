@@ -1,0 +1,3 @@
+"""Training what a graph leaves open: orthogonal matrices on the Stiefel manifold, and positive scales."""
+
+from rolora_passes.learning.learn_rotation import LearnRotation as LearnRotation
