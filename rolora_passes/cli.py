@@ -17,6 +17,7 @@ from rolora_passes.commands import (
     diff,
     eval,
     inspect,
+    learn,
     passes,
     run,
     sensitivity,
@@ -26,7 +27,7 @@ from rolora_passes.display import console
 from rolora_passes.errors import RoloraError
 from rolora_passes.log import logging_to
 
-COMMANDS = (compile, run, eval, sensitivity, track, bisect, ablate, inspect, diff, passes)
+COMMANDS = (compile, learn, run, eval, sensitivity, track, bisect, ablate, inspect, diff, passes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

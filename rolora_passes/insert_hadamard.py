@@ -111,9 +111,7 @@ class InsertHadamard(Pass):
             node.update_arg(place, turn(node.args[place]))
         report.changed.append(f"{node.name}: queries and keys, order {order} of {size}")
 
-    def _product(
-        self, turns: _Turns, node: fx.Node, size: int, known: set[fx.Node], report: Report
-    ) -> None:
+    def _product(self, turns: _Turns, node: fx.Node, size: int, known: set[fx.Node], report: Report) -> None:
         readers = [u for u in node.users if is_op(u, "linear") and u.args[0] is node and u.args[1] in known]
         if not readers:
             if _reaches_matmul(node):

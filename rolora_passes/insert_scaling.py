@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.graph import Expressions, add_parameter, aten, dtype_of, finish, insert_after, site_names
+from rolora_passes.graphs.graph import (
+    Expressions,
+    add_parameter,
+    aten,
+    dtype_of,
+    finish,
+    insert_after,
+    site_names,
+)
 from rolora_passes.graphs.rotations import load_rotations, only
 from rolora_passes.graphs.scalings import Scaling, apply_scaling, find_scalings
 from rolora_passes.passes import Pass, Report

@@ -53,7 +53,27 @@ def _from_yaml(source: str | Path) -> list[Pass]:
     if not isinstance(found, dict) or not isinstance(passes, list):
         where = "passes: " if isinstance(found, dict) else ""
         raise PassError(f"expected a recipe {{passes: [...]}} in {source}, found {where}{str(passes)[:60]}")
-    return [make_pass(entry) for entry in passes]
+    return _beside([make_pass(entry) for entry in passes], Path(source).parent)
+
+
+def given_by(passes: Iterable[Pass], file: str) -> list[Pass]:
+    """The same passes, those that can be given rotations, factors or scales with a file of them."""
+    return [
+        dataclasses.replace(step, given=file)  # type: ignore[call-arg]
+        if hasattr(step, "given") and getattr(step, "factors", True)
+        else step
+        for step in passes
+    ]
+
+
+def _beside(passes: list[Pass], folder: Path) -> list[Pass]:
+    """A file that a recipe names is looked for beside the recipe first: the two are moved together."""
+    return [
+        dataclasses.replace(step, given=folder / str(given))  # type: ignore[call-arg]
+        if isinstance(given := getattr(step, "given", None), str) and (folder / given).is_file()
+        else step
+        for step in passes
+    ]
 
 
 def dump_recipe(passes: Iterable[Pass], **about: Any) -> str:

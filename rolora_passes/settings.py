@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from rolora_passes.errors import PassError
 from rolora_passes.fold_constants import FoldConstants
 from rolora_passes.fuse_norm import FuseNorm
 from rolora_passes.insert_hadamard import InsertHadamard
+from rolora_passes.insert_scaling import InsertScaling
 from rolora_passes.observe_activations import ObserveActivations
 from rolora_passes.passes import Pass
 from rolora_passes.quantize_activations import QuantizeActivations
 from rolora_passes.quantize_kv_cache import QuantizeKVCache
 from rolora_passes.quantize_weights import QuantizeWeights
+from rolora_passes.registry import make_pass
 from rolora_passes.rotate import Rotate
 from rolora_passes.smooth_quant import SmoothQuant
 
@@ -49,6 +52,10 @@ class Setting:
             )
         return cls(**known)
 
+    def __str__(self) -> str:
+        cache = f"KV{self.cache}" if self.cache < 16 else ""
+        return f"W{self.weights}A{self.activations}{cache}" + (f"G{self.group}" if self.group else "")
+
 
 def quantizers(setting: Setting, method: str) -> list[Pass]:
     """The quantizers of a setting, as QuaRot's paper has them; the head and the embedding stay in float.
@@ -79,18 +86,39 @@ def _rotated(setting: Setting) -> list[Pass]:
     return [FuseNorm(), Rotate(), InsertHadamard(r3=setting.cache < 16, r4=True), FoldConstants()]
 
 
+def _spinquant(setting: Setting, method: str) -> list[Pass]:
+    """Rotations learned as SpinQuant's scripts do, with weights in float where GPTQ will round them."""
+    under = dataclasses.replace(setting, weights=16) if method == "gptq" else setting
+    learn = {"under": str(under), "method": "cayley-sgd", "loss": "cross-entropy", "bfloat16": True}
+    fuse, rotate, insert, fold = _rotated(setting)
+    return [fuse, rotate, insert, make_pass({"learn-rotation": learn}), fold, *quantizers(setting, method)]
+
+
+def _learned(setting: Setting, method: str) -> list[Pass]:
+    """Scales, rotations and the factors of online transforms, learned together by distillation."""
+    insert = InsertHadamard(r3=setting.cache < 16, factors=True)
+    learn = make_pass({"learn-rotation": {"under": str(setting), "bfloat16": True}})
+    steps = [FuseNorm(), InsertScaling(), Rotate(), insert, learn, FoldConstants()]
+    return [*steps, *quantizers(setting, method)]
+
+
 METHODS: dict[str, Callable[[Setting], Iterable[Pass]]] = {
     "rtn": lambda s: quantizers(s, "rtn"),
     "gptq": lambda s: quantizers(s, "gptq"),
     "smoothquant": lambda s: [ObserveActivations(per="channel"), SmoothQuant(), *quantizers(s, "rtn")],
     "quarot-rtn": lambda s: [*_rotated(s), *quantizers(s, "rtn")],
     "quarot": lambda s: [*_rotated(s), *quantizers(s, "gptq")],
+    "spinquant-rtn": lambda s: _spinquant(s, "rtn"),
+    "spinquant": lambda s: _spinquant(s, "gptq"),
+    "learned-rtn": lambda s: _learned(s, "rtn"),
+    "learned": lambda s: _learned(s, "gptq"),
 }
 """What each method does before the quantizers, and how it rounds weights.
 
 rtn: nothing, to nearest. gptq (Frantar et al., 2023). smoothquant (Xiao et al., 2023): scaling, to nearest.
 quarot (Ashkboos et al., 2024): randomised Hadamards, GPTQ; its heads' matrices are folded, as SpinQuant's
-R2, where QuaRot has one more Hadamard at run time. quarot-rtn: the same, rounded to nearest.
+R2, where QuaRot has one more Hadamard at run time. quarot-rtn: the same, rounded to nearest. spinquant
+(Liu et al., 2024): R1 and R2 learned. learned: also scales (OSTQuant) and online factors (FlatQuant).
 """
 
 

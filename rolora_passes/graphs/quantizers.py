@@ -114,9 +114,10 @@ def store_quantized(graph: fx.GraphModule, linear: fx.Node, quantized: Quantized
 
 
 def straighten(graph: fx.GraphModule) -> None:
-    """Let gradients pass straight through weights that the graph itself rounds; the graph is then for training.
+    """Let gradients pass straight through weights that the graph itself rounds.
 
-    dequantize(quantize(W, s, z), s, z) is read as a value whose gradient is that of W.
+    It is then a graph for training alone: dequantize(quantize(W, s, z), s, z) is read as a
+    value whose gradient is that of W.
     """
     for node in list(graph.graph.nodes):
         if is_op(node, "dequantize", "decode") and is_op(node.args[0], "quantize", "encode"):

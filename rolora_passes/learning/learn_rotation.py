@@ -51,7 +51,8 @@ class LearnRotation(Pass):
         under: the quantizers while training: a setting ("W16A4KV4", where GPTQ will see to the weights), or
             a list of passes. Weights are rounded to nearest, without clip search.
         train: "all", or patterns over the keys of the manifest: "R1", "R2", "R3", "R4", "scale", "re:…".
-        method: "cayley-adam": Adam on the Cayley transform's skew-symmetric matrix; "cayley-sgd": SpinQuant's.
+        method: "cayley-adam": Adam on the skew-symmetric matrix of a Cayley transform; "cayley-sgd":
+            SpinQuant's.
         loss: "cross-entropy" of the next token, or "distillation": KL from what the graph computes in float.
         steps, batch: batches of that many windows, in their order.
         accumulate: parts of a batch that are computed one after another, to need less memory.
@@ -149,8 +150,8 @@ class LearnRotation(Pass):
     def _require_divisible(self) -> None:
         if self.batch % (processes.count() * self.accumulate):
             raise PassError(
-                f"{self.name}: expected a batch that {processes.count()} processes times {self.accumulate} parts "
-                f"divide, found {self.batch}"
+                f"{self.name}: expected a batch that {processes.count()} processes times {self.accumulate} "
+                f"parts divide, found {self.batch}"
             )
 
     def _chosen(self, graph: fx.GraphModule, report: Report) -> dict[str, dict[str, Any]]:
@@ -165,7 +166,9 @@ class LearnRotation(Pass):
         chosen = {k: e for k, e in open_.items() if self.train == "all" or matches(k, self.train)}
         report.left += [(key, "not trained by the options") for key in open_ if key not in chosen]
         if not chosen:
-            raise PassError(f"{self.name}: nothing matches train: {self.train!r}; there are {list(open_)[:6]}")
+            raise PassError(
+                f"{self.name}: nothing matches train: {self.train!r}; there are {list(open_)[:6]}"
+            )
         return chosen
 
     def _open(
@@ -181,7 +184,9 @@ class LearnRotation(Pass):
                 rotations[entry["tensor"]] = dense(value)
         return rotations, scales
 
-    def _close(self, graph: fx.GraphModule, entries: dict[str, dict[str, Any]], found: dict[str, Tensor]) -> None:
+    def _close(
+        self, graph: fx.GraphModule, entries: dict[str, dict[str, Any]], found: dict[str, Tensor]
+    ) -> None:
         """Put what was learned into the graph and its manifest, matrices made orthogonal to float64."""
         for key, entry in entries.items():
             value = found[entry["tensor"]].detach()

@@ -20,9 +20,9 @@ class CayleySGD(torch.optim.Optimizer):
     """SGD along the Stiefel manifold by Cayley transforms (Li et al., 2020), as SpinQuant takes it.
 
     For a parameter P [n, n] with gradient G and momentum V: V <- μV - Gᵀ, W = Ŵ - Ŵᵀ with
-    Ŵ = VP - ½Pᵀ(PVP), a step α = min(1 / ‖W‖₁, lr), and P <- Yᵀ where Y = Pᵀ + (α/2) W (Pᵀ + Y), found by five
-    fixed-point steps. Every 101st step P is first replaced by the Q of its QR decomposition (where SpinQuant
-    draws a number to decide, so that no two of its runs are alike).
+    Ŵ = VP - ½Pᵀ(PVP), a step α = min(1 / ‖W‖₁, lr), and P <- Yᵀ where Y = Pᵀ + (α/2) W (Pᵀ + Y), found by
+    five fixed-point steps. Every 101st step P is first replaced by the Q of its QR decomposition (where
+    SpinQuant draws a number to decide, so that no two of its runs are alike).
     """
 
     def __init__(self, parameters: Any, lr: float = 1.5, momentum: float = 0.0) -> None:
@@ -58,7 +58,8 @@ def _cayley_step(p: Tensor, velocity: Tensor, lr: float) -> tuple[Tensor, Tensor
 
 def _retracted(p: Tensor) -> Tensor:
     q, r = torch.linalg.qr(p)
-    return q * r.diagonal().sign()
+    signed: Tensor = q * r.diagonal().sign()
+    return signed
 
 
 class Variables(nn.Module):
@@ -100,11 +101,8 @@ class Variables(nn.Module):
     def orthogonality_error(self) -> float:
         """The largest |RᵀR - 1| of any matrix, in float64."""
         with torch.no_grad():
-            errors = [
-                (m.double().T @ m.double() - torch.eye(len(m), dtype=torch.float64, device=m.device)).abs().max()
-                for m in (cast(Tensor, matrix.weight) for matrix in self.rotations)
-            ]
-        return max(map(float, errors), default=0.0)
+            exact = [cast(Tensor, matrix.weight).double().cpu() for matrix in self.rotations]
+        return max((float((m.T @ m - torch.eye(len(m))).abs().max()) for m in exact), default=0.0)
 
 
 class _Matrix(nn.Module):

@@ -103,7 +103,7 @@ class _Run:
         parts = self._batch().chunk(self.options.accumulate)
         for rows in parts:
             part = self._loss(rows, leaves) / len(parts)
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             loss += part.detach().cpu()
         torch.autograd.backward(values, [leaf.grad for leaf in leaves])
         norm = clip_grad_norm_(self.variables.parameters(), self.options.clip)
@@ -177,9 +177,8 @@ class _Run:
         try:
             state = torch.load(self.file, weights_only=True)
             self.variables.load_state_dict(state["variables"])
-            for owner, kept in zip(
-                [*self.optimizers, *self.schedules], [*state["optimizers"], *state["schedules"]], strict=True
-            ):
+            owners: list[Any] = [*self.optimizers, *self.schedules]
+            for owner, kept in zip(owners, [*state["optimizers"], *state["schedules"]], strict=True):
                 owner.load_state_dict(kept)
         except Exception as error:
             raise PassError(f"learn-rotation: {self.file} is damaged: remove it to begin anew") from error
