@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from rolora_passes.errors import PassError
 from rolora_passes.graphs import hadamard
 from rolora_passes.graphs.bases import Bases, infer_bases
-from rolora_passes.graphs.graph import constants, finish, insert_after, is_op, op_name, root_names
+from rolora_passes.graphs.graph import constants, dtype_of, finish, insert_after, is_op, op_name, root_names
 from rolora_passes.graphs.rotations import add_rotation, check_orthogonal, load_rotations, only
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.passes import Pass, Report
@@ -132,7 +132,7 @@ class _Turns:
     def __init__(
         self, graph: fx.GraphModule, factors: bool, given: str | Path | Mapping[str, Tensor] | None
     ) -> None:
-        self._graph, self._factors = graph, factors
+        self._graph, self._factors, self._dtype = graph, factors, dtype_of(graph)
         self._given = {} if given is None else only("online", load_rotations(given))
         self._left = set(self._given)
         self._counts: dict[str, int] = {}
@@ -162,7 +162,7 @@ class _Turns:
             if key in self._given:
                 matrix, about = check_orthogonal(self._given[key], len(matrix), key), {"method": "given"}
                 self._left.discard(key)
-            node = add_rotation(self._graph, key, matrix, **about)
+            node = add_rotation(self._graph, key, matrix, self._dtype, **about)
             found.append((node, prod(len(m) for m in initial[place + 1 :])))
         return found
 

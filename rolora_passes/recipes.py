@@ -56,14 +56,24 @@ def _from_yaml(source: str | Path) -> list[Pass]:
     return _beside([make_pass(entry) for entry in passes], Path(source).parent)
 
 
-def given_by(passes: Iterable[Pass], file: str) -> list[Pass]:
-    """The same passes, those that can be given rotations, factors or scales with a file of them."""
+def settled(passes: Iterable[Pass], file: str) -> list[Pass]:
+    """The passes that do again what these did, with a file of what was learned, or given to them.
+
+    learn-rotation is left out; its results, and matrices that were given, are taken from the file.
+    """
+    steps = list(passes)
+    learned = any(step.name == "learn-rotation" for step in steps)
     return [
-        dataclasses.replace(step, given=file)  # type: ignore[call-arg]
-        if hasattr(step, "given") and getattr(step, "factors", True)
-        else step
-        for step in passes
+        dataclasses.replace(step, given=file) if _takes(step, learned) else step  # type: ignore[call-arg]
+        for step in steps
+        if step.name != "learn-rotation"
     ]
+
+
+def _takes(step: Pass, learned: bool) -> bool:
+    """Whether a pass takes what a file holds."""
+    can = hasattr(step, "given") and getattr(step, "factors", True)
+    return can and (learned or getattr(step, "given", None) is not None)
 
 
 def _beside(passes: list[Pass], folder: Path) -> list[Pass]:

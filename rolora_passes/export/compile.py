@@ -23,7 +23,7 @@ from rolora_passes.graphs.rotations import save_rotations
 from rolora_passes.manager import Record, apply_passes, check_order, history, require_calibration
 from rolora_passes.models import load_model
 from rolora_passes.passes import Calibration
-from rolora_passes.recipes import dump_recipe, load_recipe
+from rolora_passes.recipes import dump_recipe, load_recipe, settled
 from rolora_passes.version import versions
 
 Target = Literal["executorch", "onnx"]
@@ -132,7 +132,7 @@ def compile_model(
             with stage(f"lower to {target}"):
                 lowerings[target] = lower[target]()
         tokenizer.save_pretrained(temporary)
-        (temporary / "recipe.yaml").write_text(dump_recipe(passes))
+        (temporary / "recipe.yaml").write_text(dump_recipe(settled(passes, "rotations.json")))
         if graph.meta.get("rotations"):
             save_rotations(graph, temporary)
         compiled = Compiled(Path(folder), weigh(graph), history(graph), lowerings, [], seconds)

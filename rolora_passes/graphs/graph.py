@@ -278,10 +278,15 @@ def finish(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def dtype_of(graph: fx.GraphModule) -> torch.dtype:
-    """The working precision: the floating-point type that most of the parameters' elements have."""
+    """The working precision: the floating-point type that most of the parameters' elements have.
+
+    Rotations that are not folded yet do not count: they are held in float64.
+    """
     elements: dict[torch.dtype, int] = {}
-    for value in parameters(graph).values():
-        if value.is_floating_point():
+    for node in graph.graph.find_nodes(op="get_attr"):
+        value = get_tensor(graph, str(node.target))
+        turns = all(is_op(user, "rotate") and user.args[1] is node for user in node.users)
+        if value.is_floating_point() and not (turns and node.users):
             elements[value.dtype] = elements.get(value.dtype, 0) + value.numel()
     if not elements:
         raise GraphFormatError("expected a graph with floating-point parameters, found none")

@@ -30,12 +30,14 @@ def rotation_key(cls: BasisClass) -> str:
     return f"model.layers.{cls.index}.self_attn.R2" if cls.kind == "head" else cls.name
 
 
-def add_rotation(graph: fx.GraphModule, key: str, matrix: Tensor, **about: object) -> fx.Node:
+def add_rotation(
+    graph: fx.GraphModule, key: str, matrix: Tensor, dtype: torch.dtype = torch.float64, **about: object
+) -> fx.Node:
     """Add a matrix, signs [n] or dense [n, n], as a parameter, with its entry in the manifest.
 
-    The manifest travels with every artefact: it is what another pass or an adapter checks against.
+    The parameter is float64 where it is to be folded; what stays in the graph is of the graph's type. The manifest travels with every artefact: it is what another pass or an adapter checks against.
     """
-    node = add_parameter(graph, f"rotations.{key.replace('.', '_')}", matrix)
+    node = add_parameter(graph, f"rotations.{key.replace('.', '_')}", matrix.to(dtype))
     entry = {"size": len(matrix), **about, "tensor": str(node.target)}
     graph.meta.setdefault("rotations", {})[key] = entry
     graph.meta.setdefault("rotation_tensors", {})[key] = matrix

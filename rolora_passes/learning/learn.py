@@ -18,7 +18,7 @@ from rolora_passes.learning.learn_rotation import LearnRotation
 from rolora_passes.manager import Record, apply_passes, check_order, history
 from rolora_passes.models import load_model
 from rolora_passes.passes import Calibration, Pass
-from rolora_passes.recipes import dump_recipe, given_by, load_recipe
+from rolora_passes.recipes import dump_recipe, load_recipe, settled
 from rolora_passes.version import versions
 
 
@@ -70,8 +70,7 @@ def learn_rotations(
     if processes.rank() == 0:
         with writing_folder(folder) as temporary:
             save_rotations(graph, temporary)
-            learned = [step for step in passes if not isinstance(step, LearnRotation)]
-            (temporary / "recipe.yaml").write_text(dump_recipe(given_by(learned, "R.bin")))
+            (temporary / "recipe.yaml").write_text(dump_recipe(settled(passes, "R.bin")))
             _write_account(temporary, record, source, data)
     return record
 

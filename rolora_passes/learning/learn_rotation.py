@@ -189,14 +189,10 @@ class LearnRotation(Pass):
     ) -> None:
         """Put what was learned into the graph and its manifest, matrices made orthogonal to float64."""
         for key, entry in entries.items():
-            value = found[entry["tensor"]].detach()
-            if _is_scale(key):
-                old = get_tensor(graph, entry["tensor"])
-                set_tensor(graph, entry["tensor"], value.to(old.dtype))
-                value = value.double().exp()
-            else:
-                value = check_orthogonal(value, len(value), key)
-                set_tensor(graph, entry["tensor"], value)
+            value, old = found[entry["tensor"]].detach(), get_tensor(graph, entry["tensor"])
+            value = value if _is_scale(key) else check_orthogonal(value, len(value), key)
+            set_tensor(graph, entry["tensor"], value.to(old.dtype))
+            value = value.double().exp() if _is_scale(key) else value
             began = {"began": entry["method"]} if entry["method"] != "learned" else {}
             graph.meta["rotations"][key] = {**entry, **began, "method": "learned"}
             graph.meta["rotation_tensors"][key] = value

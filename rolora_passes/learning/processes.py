@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,15 @@ def mean(value: Tensor) -> float:
         value = value.clone()
         dist.all_reduce(value)
     return float(value) / count()
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, in all of them: files may be on its machine alone."""
+    if count() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def shard(graph: LayeredGraph) -> None:

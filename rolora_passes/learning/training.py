@@ -172,15 +172,21 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from a state that an earlier run of the same training kept."""
-        if self.file is None or not self.file.is_file():
+        state = processes.from_first(self._kept())
+        if state is None:
             return
-        try:
-            state = torch.load(self.file, weights_only=True)
-            self.variables.load_state_dict(state["variables"])
-            owners: list[Any] = [*self.optimizers, *self.schedules]
-            for owner, kept in zip(owners, [*state["optimizers"], *state["schedules"]], strict=True):
-                owner.load_state_dict(kept)
-        except Exception as error:
-            raise PassError(f"learn-rotation: {self.file} is damaged: remove it to begin anew") from error
+        self.variables.load_state_dict(state["variables"])
+        owners: list[Any] = [*self.optimizers, *self.schedules]
+        for owner, kept in zip(owners, [*state["optimizers"], *state["schedules"]], strict=True):
+            owner.load_state_dict(kept)
         self.step, self.trace = state["step"], Trace(list(state["losses"]), state["seconds"])
         _log.info("resumed at step %d", self.step)
+
+    def _kept(self) -> dict[str, Any] | None:
+        if self.file is None or not self.file.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.file, weights_only=True)
+        except Exception as error:
+            raise PassError(f"learn-rotation: {self.file} is damaged: remove it to begin anew") from error
+        return state
