@@ -158,7 +158,7 @@ class _Turns:
         initial, found = hadamard.few_factors(order), []
         for place, matrix in enumerate(initial):
             key = f"{name}.{place}" if len(initial) > 1 else name
-            about: dict[str, object] = {"method": "hadamard", "construction": hadamard.describe(order)}
+            about: dict[str, Any] = {"method": "hadamard", "construction": hadamard.describe(order)}
             if key in self._given:
                 matrix, about = check_orthogonal(self._given[key], len(matrix), key), {"method": "given"}
                 self._left.discard(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -79,9 +79,8 @@ class Rotate(Pass):
             if matrix is None:
                 report.left.append((cls.name, f"left at {self._method(cls)} by the options"))
                 continue
-            parameters = [str(p) for p in cls.parameters]
-            about = {"class": cls.name, **how, "parameters": parameters}
-            rotation = add_rotation(graph, key, matrix, **about)
+            how |= {"class": cls.name, "parameters": [str(p) for p in cls.parameters]}
+            rotation = add_rotation(graph, key, matrix, **how)
             for axis in cls.parameters:
                 expressions.wrap(axis.node, torch.ops.rolora.rotate.default, rotation, axis.dim, axis.inner)
             report.changed.append(f"{cls.name} ({key}, {cls.size}, {how['method']})")
@@ -94,7 +93,7 @@ class Rotate(Pass):
 
     def _matrix(
         self, key: str, cls: BasisClass, given: Mapping[str, Tensor]
-    ) -> tuple[Tensor | None, dict[str, object]]:
+    ) -> tuple[Tensor | None, dict[str, Any]]:
         """Signs [n] of a randomised Hadamard or a dense matrix [n, n], float64, and how it came about."""
         if key in given:
             return check_orthogonal(given[key], cls.size, key), {"method": "given"}

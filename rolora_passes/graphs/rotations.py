@@ -31,11 +31,12 @@ def rotation_key(cls: BasisClass) -> str:
 
 
 def add_rotation(
-    graph: fx.GraphModule, key: str, matrix: Tensor, dtype: torch.dtype = torch.float64, **about: object
+    graph: fx.GraphModule, key: str, matrix: Tensor, dtype: torch.dtype = torch.float64, **about: Any
 ) -> fx.Node:
     """Add a matrix, signs [n] or dense [n, n], as a parameter, with its entry in the manifest.
 
-    The parameter is float64 where it is to be folded; what stays in the graph is of the graph's type. The manifest travels with every artefact: it is what another pass or an adapter checks against.
+    The parameter is float64 where it is to be folded; what stays in the graph is of the graph's type. The
+    manifest travels with every artefact: it is what another pass or an adapter checks against.
     """
     node = add_parameter(graph, f"rotations.{key.replace('.', '_')}", matrix.to(dtype))
     entry = {"size": len(matrix), **about, "tensor": str(node.target)}
