@@ -65,10 +65,12 @@ class Display:
         self._progress.reset(self._stage, description=f"{name} …")
 
     def count(self, name: str, done: int, total: int) -> None:
-        """How much of something is done."""
-        if name not in self._bars:
-            self._bars[name] = self._progress.add_task(name, count="")
-        self._progress.update(self._bars[name], completed=done, total=total, count=f"{done}/{total}")
+        """How much of something is done; what stands behind a comma in its name may change."""
+        what = name.partition(",")[0]
+        if what not in self._bars:
+            self._bars[what] = self._progress.add_task(name, count="")
+        bar, count = self._bars[what], f"{done}/{total}"
+        self._progress.update(bar, description=name, completed=done, total=total, count=count)
 
 
 def pass_line(record: Record) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -120,7 +119,7 @@ class LearnRotation(Pass):
             calibration.tokens,
             self,
             file,
-            partial(calibration.on_progress, self.name),
+            calibration.on_progress,
         )
         error = variables.orthogonality_error()
         self._close(graph, entries, dict(zip(variables.names, variables(), strict=True)))

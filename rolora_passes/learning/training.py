@@ -45,7 +45,7 @@ def train(
     tokens: Tensor,
     options: LearnRotation,
     file: Path | None,
-    on_progress: Callable[[int, int], None],
+    on_progress: Callable[[str, int, int], None],
 ) -> Trace:
     """Train variables in place.
 
@@ -57,17 +57,18 @@ def train(
         teacher: the graph in floating point, for distillation.
         tokens: int64 [N, S].
         file: where the state is kept, to go on from it; None to keep nothing.
+        on_progress: called with the pass and the last loss, how many steps are done, and of how many.
 
     Raises:
         PassError: the loss is not finite; says at which step, and where the last good state is.
     """
     run = _Run(student, teacher, variables, tokens, options, file)
     run.resume()
+    on_progress(options.name, run.step, options.steps)
     while run.step < options.steps:
-        on_progress(run.step, options.steps)
         run.advance()
+        on_progress(f"{options.name}, loss {run.trace.losses[-1]:.4g}", run.step, options.steps)
     run.save()
-    on_progress(run.step, options.steps)
     return run.trace
 
 
