@@ -17,6 +17,7 @@ from torch import Tensor
 
 EPSILON = torch.finfo(torch.float32).eps  # scales are at least this, as torchao's are
 _SHRINK = [1 - i / 100 for i in range(80)]  # 1.00, 0.99, …, 0.21
+_SHRINK_COARSE = [1 - i / 20 for i in range(8)]  # 1.00, 0.95, …, 0.65: 4-bit weights end between 0.7 and 1
 _NORM = 2.4
 _BLOCK = 1 << 18  # elements searched at a time: what stays in the caches
 
@@ -71,16 +72,23 @@ def choose_qparams(
 
     Returns: scale float32 and zero point int8, both [..., n / group_size]. Scales are never zero.
     """
+    return _choose(weight, group_size, bits, symmetric, _SHRINK if clip_search else [], bfloat16)
+
+
+def _choose(
+    weight: Tensor, group_size: int | None, bits: int, symmetric: bool, shrink: list[float], bfloat16: bool
+) -> tuple[Tensor, Tensor]:
+    """`choose_qparams` with the shrinkages to search; none: the range as it is."""
     group_size = group_size or weight.shape[-1]
     groups = weight.unflatten(-1, (-1, group_size))
     low, high = groups.amin(-1).clamp_max(0).float(), groups.amax(-1).clamp_min(0).float()
-    if not clip_search:
+    if not shrink:
         return qparams(low, high, bits, symmetric, bfloat16)
     shape = low.shape
     rows = groups.reshape(-1, group_size).float()
     best = torch.cat(
         [
-            _search(part, lo, hi, bits, symmetric, bfloat16)
+            _search(part, lo, hi, bits, symmetric, shrink, bfloat16)
             for part, lo, hi in zip(
                 *(t.split(max(1, _BLOCK // group_size)) for t in (rows, low.reshape(-1), high.reshape(-1))),
                 strict=True,
@@ -104,11 +112,19 @@ def qparams(
     return scale, (first - torch.round(low / scale)).clamp(first, last).to(torch.int8)
 
 
-def _search(rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, bfloat16: bool) -> Tensor:
+def _search(
+    rows: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    symmetric: bool,
+    shrinkages: list[float],
+    bfloat16: bool,
+) -> Tensor:
     """The shrinkage [r] of each row of [r, group]'s range that loses least."""
     best = torch.full_like(low, float("inf"))
     chosen = torch.ones_like(low)
-    for shrink in _SHRINK:
+    for shrink in shrinkages:
         scale, zero = qparams(low * shrink, high * shrink, bits, symmetric, bfloat16)
         loss = rows - round_trip(rows, scale.unsqueeze(-1), zero.unsqueeze(-1), bits, symmetric)
         total = loss.abs_().pow_(_NORM).sum(-1)
@@ -186,11 +202,31 @@ def straight_through(x: Tensor, value: Tensor) -> Tensor:
     return result
 
 
+def fake_quantize_weight(
+    weight: Tensor,
+    group_size: int | None,
+    bits: int,
+    symmetric: bool = True,
+    clip_search: bool = False,
+    bfloat16: bool = False,
+) -> Tensor:
+    """A weight on its grid, for training: as `choose_qparams` and `round_trip`, gradients straight through.
+
+    A clip search is one of 8 ranges, in place of 80: every step makes one for every weight.
+    """
+    with torch.no_grad():
+        shrink = _SHRINK_COARSE if clip_search else []
+        scale, zero = _choose(weight, group_size, bits, symmetric, shrink, bfloat16)
+        groups = weight.float().unflatten(-1, (scale.shape[-1], -1))
+        rounded = round_trip(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), bits, symmetric)
+    return straight_through(weight, rounded.flatten(-2))
+
+
 class _As(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, value: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.dtype = x.dtype
-        return value.to(x.dtype, copy=True)
+        return value.to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.affine import Grid, codebook, straight_through
+from rolora_passes.graphs.affine import Grid, codebook, fake_quantize_weight, straight_through
 from rolora_passes.graphs.graph import (
     add_parameter,
     dtype_of,
+    finish,
     insert,
     insert_after,
     is_op,
@@ -116,11 +117,15 @@ def store_quantized(graph: fx.GraphModule, linear: fx.Node, quantized: Quantized
 def straighten(graph: fx.GraphModule) -> None:
     """Let gradients pass straight through weights that the graph itself rounds.
 
-    It is then a graph for training alone: dequantize(quantize(W, s, z), s, z) is read as a
-    value whose gradient is that of W.
+    It is then for training alone: dequantize(quantize(W, s, z), s, z) becomes one operator with the gradient of
+    W, which a codebook's decoded weight has too.
     """
     for node in list(graph.graph.nodes):
-        if is_op(node, "dequantize", "decode") and is_op(node.args[0], "quantize", "encode"):
+        if is_op(node, "dequantize") and is_op(node.args[0], "quantize"):
+            weight, scale = node.args[0].args[:2]
+            through = insert(graph, node, fake_quantize_weight, weight, *scale.args[0].args[1:])
+            node.replace_all_uses_with(through)
+        elif is_op(node, "decode") and is_op(node.args[0], "encode"):
             through = insert_after(graph, node, straight_through, node.args[0].args[0], node)
             node.replace_all_uses_with(through, delete_user_cb=lambda user, new=through: user is not new)
-    graph.recompile()
+    finish(graph)

@@ -48,7 +48,7 @@ class LearnRotation(Pass):
 
     Options:
         under: the quantizers while training: a setting ("W16A4KV4", where GPTQ will see to the weights), or
-            a list of passes. Weights are rounded to nearest, without clip search.
+            a list of passes. GPTQ is taken as rounding to nearest; a clip search is coarser.
         train: "all", or patterns over the keys of the manifest: "R1", "R2", "R3", "R4", "scale", "re:…".
         method: "cayley-adam": Adam on the skew-symmetric matrix of a Cayley transform; "cayley-sgd":
             SpinQuant's.
@@ -135,13 +135,15 @@ class LearnRotation(Pass):
         return report
 
     def _quantizers(self) -> list[Pass]:
-        """What rounds while training: as the options say, weights to nearest and not folded."""
+        """What rounds while training: as the options say, GPTQ's weights to nearest, nothing folded."""
         if isinstance(self.under, str):
             steps = quantizers(Setting.parse(self.under), "rtn")
         else:
             steps = [make_pass(spec) for spec in self.under]
         return [
-            dataclasses.replace(s, clip_search=False, method="rtn") if isinstance(s, QuantizeWeights) else s
+            dataclasses.replace(s, method="rtn")
+            if isinstance(s, QuantizeWeights) and s.method == "gptq"
+            else s
             for s in steps
             if not isinstance(s, FoldConstants)
         ]
