@@ -117,8 +117,8 @@ def store_quantized(graph: fx.GraphModule, linear: fx.Node, quantized: Quantized
 def straighten(graph: fx.GraphModule) -> None:
     """Let gradients pass straight through weights that the graph itself rounds.
 
-    It is then for training alone: dequantize(quantize(W, s, z), s, z) becomes one operator with the gradient of
-    W, which a codebook's decoded weight has too.
+    It is then for training alone: dequantize(quantize(W, s, z), s, z) becomes one operator with the gradient
+    of W, which a codebook's decoded weight has too.
     """
     for node in list(graph.graph.nodes):
         if is_op(node, "dequantize") and is_op(node.args[0], "quantize"):

@@ -140,13 +140,7 @@ class LearnRotation(Pass):
             steps = quantizers(Setting.parse(self.under), "rtn")
         else:
             steps = [make_pass(spec) for spec in self.under]
-        return [
-            dataclasses.replace(s, method="rtn")
-            if isinstance(s, QuantizeWeights) and s.method == "gptq"
-            else s
-            for s in steps
-            if not isinstance(s, FoldConstants)
-        ]
+        return [_to_nearest(step) for step in steps if not isinstance(step, FoldConstants)]
 
     def _require_divisible(self) -> None:
         if self.batch % (processes.count() * self.accumulate):
@@ -219,6 +213,11 @@ class LearnRotation(Pass):
         for value in (tokens, *parameters(graph).values()):
             digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return Path(f"{self.name}-{digest.hexdigest()[:16]}.pt")
+
+
+def _to_nearest(step: Pass) -> Pass:
+    gptq = isinstance(step, QuantizeWeights) and step.method == "gptq"
+    return dataclasses.replace(step, method="rtn") if gptq else step  # type: ignore[call-arg]
 
 
 def _is_scale(key: str) -> bool:
