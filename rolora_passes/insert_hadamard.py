@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,9 +50,9 @@ class InsertHadamard(Pass):
             input), and those linears' weights.
         block: transform blocks of this many channels; None: full width, K·2^m, or the largest
             constructible order that divides it.
-        factors: write a transform as its Kronecker factors, `rotate(rotate(x, A), B)`, the products by
-            small matrices that a runtime makes of it anyway: the same function at the same cost, and
-            learn-rotation can train them (FlatQuant, Sun et al., 2024).
+        factors: write a transform as `kronecker(x, [A, B])`, the products by small matrices that a runtime
+            makes of it anyway: the same function at the same cost, and learn-rotation can train A and B
+            (FlatQuant, Sun et al., 2024).
         given: factors to take in place of the Hadamard's: a mapping or a file from `save_rotations`, keys
             "model.layers.{i}.self_attn.R3", "model.layers.{i}.mlp.R4.{factor}" (without the last part where
             there is one factor), i the place among its kind.
@@ -143,18 +142,16 @@ class _Turns:
         index = self._counts[kind] = self._counts.get(kind, -1) + 1
         if not self._factors:
             return lambda value: insert_after(graph, value, ops.hadamard.default, value, order)
-        matrices = self._parameters(f"model.layers.{index}.{kind}", order)
+        factors = self._parameters(f"model.layers.{index}.{kind}", order)
 
         def turn(value: fx.Node) -> fx.Node:
-            last = max([value, *(m for m, _ in matrices)])
-            for matrix, inner in matrices:
-                value = last = insert_after(graph, last, ops.rotate.default, value, matrix, -1, inner)
-            return value
+            after = max([value, *factors])
+            return insert_after(graph, after, ops.kronecker.default, value, factors)
 
         return turn
 
-    def _parameters(self, name: str, order: int) -> list[tuple[fx.Node, int]]:
-        """The factors of a transform, outermost first, each with the number of channels inside of it."""
+    def _parameters(self, name: str, order: int) -> list[fx.Node]:
+        """The factors of a transform, outermost first."""
         initial, found = hadamard.few_factors(order), []
         for place, matrix in enumerate(initial):
             key = f"{name}.{place}" if len(initial) > 1 else name
@@ -162,8 +159,7 @@ class _Turns:
             if key in self._given:
                 matrix, about = check_orthogonal(self._given[key], len(matrix), key), {"method": "given"}
                 self._left.discard(key)
-            node = add_rotation(self._graph, key, matrix, self._dtype, **about)
-            found.append((node, prod(len(m) for m in initial[place + 1 :])))
+            found.append(add_rotation(self._graph, key, matrix, self._dtype, **about))
         return found
 
     def require_all_used(self) -> None:

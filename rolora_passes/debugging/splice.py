@@ -16,6 +16,7 @@ from rolora_passes.sensitivity import compare_logits
 # Operators that passes insert, under names from a counter: two graphs may use one name for two values.
 _INSERTED = {
     "hadamard",
+    "kronecker",
     "rotate",
     "fake_quantize",
     "fake_quantize_static",

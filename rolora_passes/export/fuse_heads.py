@@ -134,7 +134,7 @@ def _equal_users(left: fx.Node, right: fx.Node) -> tuple[fx.Node, fx.Node] | Non
         return None
     first, second = next(iter(left.users)), next(iter(right.users))
     headwise = is_op(first, "rotary_embedding") or (
-        is_op(first, "hadamard") and argument(first, "dim") in (-1, 3)
+        is_op(first, "hadamard", "kronecker") and argument(first, "dim") in (-1, 3)
     )
     same = (
         first.target is second.target and first.args[1:] == second.args[1:] and first.kwargs == second.kwargs

@@ -294,12 +294,20 @@ def _cast(e: Emitter, node: Node) -> Result:
 
 
 def _hadamard(e: Emitter, node: Node) -> Result:
+    return _transform(e, node, few_factors(argument(node, "order")), argument(node, "inner"))
+
+
+def _kronecker(e: Emitter, node: Node) -> Result:
+    return _transform(e, node, [get_tensor(e.graph, str(f.target)) for f in node.args[1]], 1)
+
+
+def _transform(e: Emitter, node: Node, factors: list[torch.Tensor], inner: int) -> Result:
     """One product for every Kronecker factor; an axis is read as (outer, order, inner)."""
-    x, order, inner = node.args[0], argument(node, "order"), argument(node, "inner")
+    x = node.args[0]
     dim, rank = argument(node, "dim") % e.rank(x), e.rank(x)
     rest = _tail(e, x, dim)
     value, sizes, right = e.value(x), rest, inner * math.prod(rest[1:])
-    for factor in reversed(few_factors(order)):
+    for factor in reversed(factors):
         k = len(factor)
         left = math.prod(rest) // (k * right)
         needed = [n for n in (left, k, right) if n != 1 or n == k] if k > 1 else sizes
@@ -339,13 +347,14 @@ STANDARD: dict[str, Lowering] = {
     "unsqueeze": _axes("Unsqueeze"), "squeeze": _axes("Squeeze"),
     "slice": _slice, "cat": _cat, "repeat_interleave": _repeat_interleave,
     "sym_size": _size, "arange": _arange, "to": _cast, "type_as": _cast, "repeat": _repeat,
-    "hadamard": _hadamard, "fake_quantize": fake_quantize, "fake_quantize_static": fake_quantize_static,
+    "hadamard": _hadamard, "kronecker": _kronecker,
+    "fake_quantize": fake_quantize, "fake_quantize_static": fake_quantize_static,
 }  # fmt: skip
 
 # Whose row s of a result [B, S, ..] depends on row s of its operands [B, S, ..] alone.
 ROWWISE = {
     "add", "sub", "mul", "div", "pow", "neg", "exp", "tanh", "sigmoid", "relu", "silu", "gelu",
-    "linear", "rms_norm", "layer_norm", "hadamard", "fake_quantize", "fake_quantize_static",
+    "linear", "rms_norm", "layer_norm", "hadamard", "kronecker", "fake_quantize", "fake_quantize_static",
     "unflatten", "flatten",
 }  # fmt: skip
 

@@ -17,12 +17,19 @@ from rolora_passes.graphs.hadamard import few_factors
 
 
 def _hadamard(e: Emitter, node: fx.Node) -> int:
-    """Multiply the factor `order` of an axis read as (outer, order, inner), by one matrix after another."""
+    return _transform(e, node, few_factors(int(argument(node, "order"))), int(argument(node, "inner")))
+
+
+def _kronecker(e: Emitter, node: fx.Node) -> int:
+    return _transform(e, node, [e.tensor(factor) for factor in node.args[1]], 1)  # type: ignore[union-attr, arg-type]
+
+
+def _transform(e: Emitter, node: fx.Node, factors: list[Tensor], inner: int) -> int:
+    """Multiply a factor of an axis read as (outer, order, inner), by one matrix after another."""
     x, shape = e.value(node.args[0]), e.shape(node)
-    order, inner = int(argument(node, "order")), int(argument(node, "inner"))
     dim = int(argument(node, "dim")) % len(shape)
     right = inner * math.prod(size or 0 for size in shape[dim + 1 :])
-    for factor in reversed(few_factors(order)):
+    for factor in reversed(factors):
         x = _multiply(e, x, factor, right)
         right *= len(factor)
     return reshape(e, x, shape)
@@ -37,3 +44,4 @@ def _multiply(e: Emitter, x: int, factor: Tensor, right: int) -> int:
 
 
 EMITTERS["rolora.hadamard"] = _hadamard
+EMITTERS["rolora.kronecker"] = _kronecker

@@ -82,7 +82,7 @@ def _choose(
     group_size = group_size or weight.shape[-1]
     groups = weight.unflatten(-1, (-1, group_size))
     low, high = groups.amin(-1).clamp_max(0).float(), groups.amax(-1).clamp_min(0).float()
-    if not shrink:
+    if not shrink or weight.is_meta:  # a search changes no shape
         return qparams(low, high, bits, symmetric, bfloat16)
     shape = low.shape
     rows = groups.reshape(-1, group_size).float()

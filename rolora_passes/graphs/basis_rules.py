@@ -356,6 +356,13 @@ def _hadamard(s: _Inference, node: Call) -> Any:
     return x
 
 
+def _kronecker(s: _Inference, node: Call) -> Any:
+    for factor in node.args[1]:
+        for axis in s.of(factor):
+            limit(axis, Group.NONE, node, "is a transform's own matrix")
+    return _hadamard(s, node)
+
+
 def _table(*entries: tuple[Rule, str]) -> dict[str, Rule]:
     return {name: rule for rule, names in entries for name in names.split()}
 
@@ -396,4 +403,5 @@ RULES: dict[str, Rule] = _table(
     (_reduce, "sum mean"),
     (_repeat_interleave, "repeat_interleave"),
     (_hadamard, "hadamard"),
+    (_kronecker, "kronecker"),
 )

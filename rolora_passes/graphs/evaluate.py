@@ -88,7 +88,7 @@ def _independent_rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> tuple[int,
             tensor = get_tensor(graph, str(node.target))
             if tensor.dim() > 1:
                 tables.add((node, tensor.shape))
-        elif name in ("rotate", "hadamard"):
+        elif name in ("rotate", "hadamard", "kronecker"):
             if argument(node, "dim") not in (1, -1):
                 return None
         elif name not in ("mul", "div", "choose_qparams", "getitem", "quantize", "absmax", "encode"):

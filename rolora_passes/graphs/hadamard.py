@@ -116,6 +116,23 @@ def transform(x: Tensor, order: int, dim: int = -1, inner: int = 1) -> Tensor:
     return _multiply(split.to(dtype), orthonormal).to(x.dtype).reshape(x.shape)
 
 
+def multiply(x: Tensor, matrices: list[Tensor], dim: int = -1) -> Tensor:
+    """Multiply an axis by the Kronecker product of square matrices, in their own sizes' time.
+
+    Axis `dim` is read row-major as (outer, n), n the product of the sizes, and
+    y[.., j, ..] = sum_i x[.., i, ..] * (M_1 (x) .. (x) M_r)[i, j].
+
+    Args:
+        x: any shape and floating dtype, to which the matrices are cast.
+
+    Returns: a new tensor, shape of x. Differentiable in x and in the matrices.
+    """
+    dim, order = dim % x.dim(), math.prod(len(m) for m in matrices)
+    right = math.prod(x.shape[dim + 1 :])
+    left = math.prod(x.shape[:dim]) * (x.shape[dim] // order)
+    return _multiply(x.reshape(left, order, right), [m.to(x.dtype) for m in matrices]).reshape(x.shape)
+
+
 def _multiply(x: Tensor, matrices: list[Tensor]) -> Tensor:
     """x [outer, order, right], its middle axis times the Kronecker product of `matrices`."""
     shape, right = x.shape, x.shape[2]

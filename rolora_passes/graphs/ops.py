@@ -89,6 +89,15 @@ def hadamard(x: Tensor, order: int, dim: int = -1, inner: int = 1) -> Tensor:
     return _hadamard.transform(x, order, dim, inner)
 
 
+def kronecker(x: Tensor, factors: list[Tensor], dim: int = -1) -> Tensor:
+    """Multiply an axis, or equal parts of it, by the Kronecker product of square matrices, slow axis first.
+
+    What `hadamard` is with the factors of a Hadamard matrix, at the same cost, but with matrices that are
+    parameters.
+    """
+    return _hadamard.multiply(x, factors, dim)
+
+
 def rotate(x: Tensor, rotation: Tensor, dim: int = -1, inner: int = 1) -> Tensor:
     """Contract an orthogonal matrix into an axis, or one factor of it: the change of basis.
 
@@ -179,6 +188,7 @@ for _function, _schema in {
     " int? window=None, float? softcap=None) -> Tensor",
     rotary_embedding: "(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor",
     hadamard: "(Tensor x, int order, int dim=-1, int inner=1) -> Tensor",
+    kronecker: "(Tensor x, Tensor[] factors, int dim=-1) -> Tensor",
     rotate: "(Tensor x, Tensor rotation, int dim=-1, int inner=1) -> Tensor",
     choose_qparams: "(Tensor weight, int? group_size, int bits, bool symmetric=True, bool clip_search=False,"
     " bool bfloat16=False) -> (Tensor, Tensor)",

@@ -30,7 +30,8 @@ BATCH, SEQUENCE, DECODER_SEQUENCE = 1009, 2017, 3001
 
 
 # Transforms of a value's own shape and type; tracing their factors would be most of the work.
-_KEEPING = (torch.ops.rolora.rotate.default, torch.ops.rolora.hadamard.default)
+_ops_ = torch.ops.rolora
+_KEEPING = (_ops_.rotate.default, _ops_.hadamard.default, _ops_.kronecker.default)
 
 
 class _Shapes(fx.Interpreter):

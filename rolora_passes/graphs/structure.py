@@ -93,6 +93,9 @@ class Words:
         if name == "hadamard":
             order, width = node.args[1], self._size(node.args[0])
             return f"hadamard {order}" + (f" of {width}" if width not in (order, None) else "")
+        if name == "kronecker":
+            sizes = " x ".join(str(self._size(factor)) for factor in argument(node, "factors"))
+            return f"kronecker {sizes} of {self._size(node.args[0])}"
         if name in ("fake_quantize", "fake_quantize_static"):
             return self._fake_quantize(node)
         if name == "rotary_embedding":
@@ -200,7 +203,7 @@ def formula(node: fx.Node, full: bool = False) -> str:
         if name in ("mul", "add", "sub", "div", "matmul"):
             sign = {"mul": "*", "add": "+", "sub": "-", "div": "/", "matmul": "@"}[name]
             return f"({known[0]} {sign} {known[1]})"
-        kept = 2 if name in ("rotate", "hadamard") else len(known)
+        kept = 2 if name in ("rotate", "hadamard", "kronecker") else len(known)
         return f"{name}({', '.join(map(_bare, known[:kept]))})"
 
     return _bare(show(node))

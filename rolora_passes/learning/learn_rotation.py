@@ -226,7 +226,7 @@ def _is_scale(key: str) -> bool:
 
 def _moved(graph: fx.GraphModule, trained: set[str]) -> set[str]:
     """Names of values that stand in a basis that was trained."""
-    moved = {n.name for n in graph.graph.nodes if is_op(n, "rotate")}
+    moved = {n.name for n in graph.graph.nodes if is_op(n, "rotate", "kronecker")}
     for cls in infer_bases(graph).classes:
         if any(n.target in trained for n in upstream(axis.node for axis in cls.parameters)):
             moved |= {node.name for node, _ in cls.values}

@@ -39,6 +39,8 @@ PLAIN = {
     "interleaved rotary": {"rotary_dim": 8, "interleaved": True},
     "hadamard 16 and 96": {"hadamard": True},
     "hadamard 12 and 480": {"hadamard": True, "head_dim": 12, "mlp": 480, "layers": 1},
+    "factors 16 and 96": {"hadamard": True, "factors": True},
+    "factors 12 and 480": {"hadamard": True, "factors": True, "head_dim": 12, "mlp": 480, "layers": 1},
     "window": {"window": 4},
     "softcap": {"softcap": 5.0},
     "window and softcap": {"window": 4, "softcap": 5.0},
@@ -90,6 +92,17 @@ def test_calls_of_any_length(longest: int | None, tmp_path: Path, monkeypatch: p
         for start, end in zip([0, *ends], ends, strict=False):
             found = forward(tokens[:, start:end], torch.tensor([start]))
             torch.testing.assert_close(found[:, -1], expected[:, end - 1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"mlp": 1536, "head_dim": 64}], ids=str)
+def test_factors_cost_what_a_hadamard_costs(sizes: dict[str, object], tmp_path: Path) -> None:
+    """The same operators outside of the delegates, and a file of the same size: nodes and constants alike."""
+    found = []
+    for factors in (False, True):
+        graph = tiny_llama(hadamard=True, factors=factors, layers=1, weights=4, table=8, **sizes)
+        report = lower(graph, tmp_path / f"{factors}.pte")
+        found.append((report.delegates, report.operators, report.bytes))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("weights", "table", "hadamard"), [(4, 8, False), (8, 4, False), (4, 4, True)])

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[dict[str, object], dict[str, object], dict[str, object]]]
     "all tokens": ({}, {}, {"last_token": False}),
     "fast prefill": ({}, {}, {"fast_prefill": True}),
     "r3": ({"hadamard": True}, {}, {}),
+    "r3 of factors": ({"hadamard": True, "factors": True}, {}, {}),
     "partial rotary": ({"rotary_dim": 8}, {}, {}),
     "window": ({"window": 4}, {}, {}),
     "softcap": ({"softcap": 5.0}, {}, {}),

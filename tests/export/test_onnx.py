@@ -92,6 +92,7 @@ def test_fused_and_rotated(name: str, flavor: str, tmp_path: Path) -> None:
     [
         {"hadamard": True},
         {"hadamard": True, "head_dim": 24, "mlp": 480},
+        {"hadamard": True, "factors": True, "head_dim": 24, "mlp": 480},
         {"rotary_dim": 8, "interleaved": True},
         {"rotary_dim": 8, "window": 4, "softcap": 5.0},
         {"layer_norm": True, "learned_positions": 32},

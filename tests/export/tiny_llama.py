@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
 from rolora_passes.graphs import affine
+from rolora_passes.graphs.hadamard import few_factors
 
 aten, rolora = torch.ops.aten, torch.ops.rolora
 
@@ -30,6 +31,7 @@ class Sizes:
     rotary_dim: int | None = None
     interleaved: bool = False
     hadamard: bool = False
+    factors: bool = False  # of Hadamards: as orthogonal matrices that are parameters
     window: int | None = None
     softcap: float | None = None
     layer_norm: bool = False
@@ -66,6 +68,10 @@ class Decoder(nn.Module):
             self.places = nn.Parameter(torch.randn(s.learned_positions, s.hidden))
         self.rotary = s.rotary_dim or s.head_dim
         self.register_buffer("frequency", 10000.0 ** (-torch.arange(0, self.rotary, 2) / self.rotary))
+        for width in (s.head_dim, s.mlp) if s.factors else ():
+            for place, factor in enumerate(few_factors(width)):
+                random = torch.linalg.qr(torch.randn(len(factor), len(factor)))[0]
+                self.register_buffer(f"turn_{width}_{place}", random)
         self.layers = nn.ModuleList(nn.ModuleDict(self._layer()) for _ in range(s.layers))
 
     def _layer(self) -> dict[str, nn.Module]:
@@ -86,6 +92,12 @@ class Decoder(nn.Module):
 
     def quantize(self, x: Tensor) -> Tensor:
         return x if self.sizes.weights == 32 else rolora.fake_quantize.default(x, 8)
+
+    def turn(self, x: Tensor, width: int) -> Tensor:
+        if not self.sizes.factors:
+            return rolora.hadamard.default(x, width, -1, 1)
+        factors = [getattr(self, f"turn_{width}_{i}") for i in range(len(few_factors(width)))]
+        return rolora.kronecker.default(x, factors)
 
     def norm(self, x: Tensor) -> Tensor:
         if self.sizes.layer_norm:
@@ -116,7 +128,7 @@ class Decoder(nn.Module):
         )
         q, k = (rolora.rotary_embedding.default(t, cos, sin, s.interleaved) for t in (q, k))
         if s.hadamard:
-            q, k = (rolora.hadamard.default(t, s.head_dim, -1, 1) for t in (q, k))
+            q, k = (self.turn(t, s.head_dim) for t in (q, k))
         out = rolora.attention.default(q, k, v, s.head_dim**-0.5, True, s.window, s.softcap)
         return self.linear(self.quantize(aten.flatten.using_ints(out, -2, -1)), layer["o"])
 
@@ -124,7 +136,7 @@ class Decoder(nn.Module):
         gate, up = (self.linear(x, layer[name]) for name in ("gate", "up"))
         x = aten.mul.Tensor(aten.silu.default(gate), up)
         if self.sizes.hadamard:
-            x = rolora.hadamard.default(x, self.sizes.mlp, -1, 1)
+            x = self.turn(x, self.sizes.mlp)
         return self.linear(self.quantize(x), layer["down"])
 
 
