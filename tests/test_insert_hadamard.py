@@ -10,6 +10,7 @@ from torch import fx
 
 from rolora_passes import FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes, history
 from rolora_passes.errors import PassError, PassOrderError
+from rolora_passes.graphs.bases import infer_bases
 from rolora_passes.graphs.graph import is_op, values
 
 
@@ -39,6 +40,53 @@ def test_each_kind_alone(r3: bool, r4: bool, expected: int) -> None:
 def test_blocks(block: int) -> None:
     graph = check_exact(captured("llama"), [InsertHadamard(block=block), FoldConstants()])
     assert {n.args[1] for n in graph.graph.nodes if is_op(n, "hadamard")} == {block}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_factors_keep_the_function(name: str) -> None:
+    check_exact(captured(name), [InsertHadamard(factors=True), FoldConstants()])
+
+
+def test_factors_are_those_of_the_hadamard_until_others_are_given() -> None:
+    plain = apply_passes(captured("llama"), [InsertHadamard()])
+    factors = apply_passes(captured("llama"), [InsertHadamard(factors=True)])
+    assert count(factors, "kronecker") == count(plain, "hadamard") and not count(factors, "hadamard")
+    tokens = torch.tensor([[1, 2, 3]])
+    found = [
+        [v for n, v in values(graph, tokens) if is_op(n, "hadamard", "kronecker") and v.dim() > 2]
+        for graph in (plain, factors)
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+    manifest = factors.meta["rotations"]
+    given = {
+        key: torch.linalg.qr(torch.randn(entry["size"], entry["size"]))[0] for key, entry in manifest.items()
+    }
+    assert {"model.layers.0.self_attn.R3", "model.layers.1.mlp.R4"} <= set(given)
+    other = check_exact(captured("llama"), [InsertHadamard(factors=True, given=given), FoldConstants()])
+    assert {entry["method"] for entry in other.meta["rotations"].values()} == {"given"}
+
+
+def test_factors_are_no_class_of_their_own() -> None:
+    """Nothing may change the basis of a transform's matrix behind its back."""
+    graph = apply_passes(captured("llama"), [InsertHadamard(factors=True)])
+    for cls in infer_bases(graph).classes:
+        if any("rotations." in str(axis) for axis in cls.parameters):
+            assert not cls.free
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model.layers.9.mlp.R4": torch.eye(40)}, "fit no transform"),
+        ({"model.layers.0.mlp.R4": torch.eye(20)}, "40 x 40"),
+        ({"model.layers.0.mlp.R4": torch.ones(40, 40)}, "to be orthogonal"),
+    ],
+)
+def test_bad_factors(given: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        apply_passes(captured("llama"), [InsertHadamard(factors=True, given=given)])
+    with pytest.raises(PassError, match="need factors: true"):
+        InsertHadamard(given=given)
 
 
 def test_blocks_that_do_not_fit() -> None:

@@ -11,7 +11,6 @@ from torch.nn.utils import parametrizations
 
 Method = Literal["cayley-adam", "cayley-sgd"]
 RATES: dict[Method, float] = {"cayley-adam": 2e-3, "cayley-sgd": 1.5}
-_FIXED_POINT_STEPS = 5
 _RETRACT_EVERY = 101
 _EPSILON = 1e-8
 
@@ -20,9 +19,10 @@ class CayleySGD(torch.optim.Optimizer):
     """SGD along the Stiefel manifold by Cayley transforms (Li et al., 2020), as SpinQuant takes it.
 
     For a parameter P [n, n] with gradient G and momentum V: V <- μV - Gᵀ, W = Ŵ - Ŵᵀ with
-    Ŵ = VP - ½Pᵀ(PVP), a step α = min(1 / ‖W‖₁, lr), and P <- Yᵀ where Y = Pᵀ + (α/2) W (Pᵀ + Y), found by
-    five fixed-point steps. Every 101st step P is first replaced by the Q of its QR decomposition (where
-    SpinQuant draws a number to decide, so that no two of its runs are alike).
+    Ŵ = VP - ½Pᵀ(PVP), a step α = min(1 / ‖W‖₁, lr), P <- Yᵀ with Y = Pᵀ + (α/2) W (Pᵀ + Y), and V <- WPᵀ.
+    SpinQuant takes five fixed-point steps towards Y, which leaves P up to 3e-5 from orthogonal, and mends
+    that by chance (a QR decomposition once in about 101 steps). Here the equation is solved, so that Y is
+    orthogonal to rounding; the QR decomposition comes every 101st step, and no two runs differ.
     """
 
     def __init__(self, parameters: Any, lr: float = 1.5, momentum: float = 0.0) -> None:
@@ -37,7 +37,7 @@ class CayleySGD(torch.optim.Optimizer):
                 if p.grad is not None:
                     state = self.state[p]
                     count = state["step"] = state.get("step", 0) + 1
-                    start = _retracted(p) if count % _RETRACT_EVERY == 0 else p / p.norm(dim=1, keepdim=True)
+                    start = p if count % _RETRACT_EVERY else _retracted(p)
                     velocity = state.get("velocity", torch.zeros_like(p)) * group["momentum"] - p.grad.T
                     moved, state["velocity"] = _cayley_step(start, velocity, group["lr"])
                     p.copy_(moved)
@@ -49,11 +49,9 @@ def _cayley_step(p: Tensor, velocity: Tensor, lr: float) -> tuple[Tensor, Tensor
     half = product - 0.5 * p.T @ (p @ product)
     skew = half - half.T
     alpha = min(1 / (float(torch.linalg.matrix_norm(skew, 1)) + _EPSILON), lr)
-    x = p.T
-    y = x + alpha * velocity
-    for _ in range(_FIXED_POINT_STEPS):
-        y = x + (alpha / 2) * (skew @ (x + y))
-    return y.T, skew @ x
+    turn, eye = (alpha / 2) * skew, torch.eye(len(p), dtype=p.dtype, device=p.device)
+    y = torch.linalg.solve(eye - turn, (eye + turn) @ p.T)
+    return y.T, skew @ p.T
 
 
 def _retracted(p: Tensor) -> Tensor:

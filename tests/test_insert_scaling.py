@@ -1,0 +1,78 @@
+"""InsertScaling: scales that cancel, wherever basis inference finds that they do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import CONFIGS
+from helpers import captured, check_exact
+from torch import Tensor
+
+from rolora_passes import (
+    FoldConstants,
+    FuseNorm,
+    InsertHadamard,
+    InsertScaling,
+    Rotate,
+    apply_passes,
+    history,
+)
+from rolora_passes.errors import PassError, PassOrderError
+from rolora_passes.graphs.rotations import load_rotations, save_rotations
+
+DOWN = "model.layers.0.mlp.down_proj.scale"
+
+
+def scales_for(name: str) -> dict[str, Tensor]:
+    """Random scales for every site of a model."""
+    manifest = apply_passes(captured(name), [FuseNorm(), InsertScaling()]).meta.get("rotations", {})
+    generator = torch.Generator().manual_seed(4)
+    return {k: torch.rand(e["size"], generator=generator).double() * 3 + 0.2 for k, e in manifest.items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_keeps_the_function(name: str) -> None:
+    steps = [InsertScaling(given=scales_for(name)), Rotate(), InsertHadamard(factors=True), FoldConstants()]
+    check_exact(captured(name), [FuseNorm(), *steps])
+
+
+def test_finds_values_and_gated_products() -> None:
+    graph = apply_passes(captured("llama"), [FuseNorm(), InsertScaling()])
+    assert set(graph.meta["rotations"]) == {
+        f"model.layers.{i}.{site}.scale" for i in (0, 1) for site in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    ((site, reason),) = history(graph)[-1].report.left
+    assert "q_proj" in site and "keeps lengths only" in reason
+
+
+def test_scales_travel_with_rotations(tmp_path: object) -> None:
+    given = scales_for("llama")
+    graph = apply_passes(captured("llama"), [FuseNorm(), InsertScaling(given=given), Rotate()])
+    save_rotations(graph, str(tmp_path))
+    for file in ("R.bin", "rotations.json"):
+        loaded = load_rotations(f"{tmp_path}/{file}")
+        assert set(loaded) == set(graph.meta["rotations"])
+        torch.testing.assert_close(loaded[DOWN].double(), given[DOWN], rtol=1e-6, atol=0)
+        again = [FuseNorm(), InsertScaling(given=loaded), Rotate(given=loaded), FoldConstants()]
+        check_exact(captured("llama"), again)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model.layers.7.mlp.down_proj.scale": torch.ones(40)}, "fit no scaling"),
+        ({DOWN: torch.ones(39)}, "40 positive numbers"),
+        ({DOWN: -torch.ones(40)}, "40 positive numbers"),
+        ({DOWN: torch.full((40,), float("inf"))}, "40 positive numbers"),
+    ],
+)
+def test_bad_scales(given: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        apply_passes(captured("llama"), [FuseNorm(), InsertScaling(given=given)])
+
+
+def test_order() -> None:
+    with pytest.raises(PassOrderError, match="already 'scalings inserted'"):
+        apply_passes(captured("llama"), [FuseNorm(), InsertScaling(), InsertScaling()])
+    with pytest.raises(PassOrderError, match="fuse-norm first"):
+        apply_passes(captured("llama"), [InsertScaling()])
