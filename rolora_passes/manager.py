@@ -63,9 +63,17 @@ class Record:
     def row(self) -> dict[str, Any]:
         """A JSON-able summary."""
         known = asdict(self)
+        known["options"] = {name: _plain(value) for name, value in self.options.items()}
         report = self.report
         known["report"] = {"changed": report.changed, "left": report.left, "notes": report.notes}
         return known
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON has it: a file by its name, tensors by their keys."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, Mapping) else value
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from rolora_passes.manager import Record, apply_passes, check_order, history
 from rolora_passes.models import load_model
 from rolora_passes.passes import Calibration, Pass
 from rolora_passes.recipes import dump_recipe, load_recipe, settled
+from rolora_passes.registry import make_pass
 from rolora_passes.version import versions
 
 
@@ -82,7 +82,10 @@ def _changed(passes: Sequence[Pass], recipe: str | Path, changes: Mapping[str, A
             f"expected a recipe with one learn-rotation, found {count} in {recipe}: see spinquant:W4A4KV4, "
             "learned:W4A4KV4, or `rolora passes learn-rotation` to write one"
         )
-    return [dataclasses.replace(s, **changes) if isinstance(s, LearnRotation) else s for s in passes]
+    return [
+        make_pass({step.name: {**step.options(), **changes}}) if isinstance(step, LearnRotation) else step
+        for step in passes
+    ]
 
 
 def _require_replaceable(folder: Path) -> None:

@@ -121,10 +121,13 @@ class _Run:
             self.save()
 
     def _batch(self) -> Tensor:
-        """This process's windows of the step, int64 [batch / processes, S]."""
+        """This process's windows of the step, int64 [batch / processes, S].
+
+        They are those of one process's parts, so that two processes do what one does in two parts.
+        """
         first = self.step * self.options.batch
         places = torch.arange(first, first + self.options.batch) % len(self.tokens)
-        return self.tokens[places[processes.rank() :: processes.count()]]
+        return self.tokens[places].chunk(processes.count())[processes.rank()]
 
     def _loss(self, rows: Tensor, leaves: list[Tensor]) -> Tensor:
         inputs = {"tokens": rows, "positions": positions_like(rows)}

@@ -1,0 +1,64 @@
+"""Two processes under torchrun learn what one does, with whole layers or with their parts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sharp import opened, windows
+
+from rolora_passes import LearnRotation, apply_passes
+
+# Adam makes much of gradients that are nearly nothing, and of their rounding; SGD does not.
+OPTIONS = {"under": "W8A8", "method": "cayley-sgd", "lr": 1e-2, "train": "R1", "steps": 3, "batch": 4}
+SCRIPT = f"""
+import sys
+OPTIONS = {OPTIONS}
+import torch
+from sharp import opened, windows
+from rolora_passes import LearnRotation, apply_passes
+from rolora_passes.learning import learn_rotation, processes
+
+torch.set_num_threads(1)
+shard, path = sys.argv[1] == "True", sys.argv[2]
+held, layered = [], LearnRotation._layered
+
+def spy(self, graph, variables):
+    found = layered(self, graph, variables)
+    for layer in found.layers:
+        parts = [p.to_local().numel() if shard else p.numel() for p in layer.parameters()]
+        held.append((sum(parts), sum(p.numel() for p in layer.parameters())))
+    return found
+
+LearnRotation._layered = spy
+step = LearnRotation(**OPTIONS, shard=shard)
+graph = apply_passes(opened(), [step], calibration=windows())
+assert processes.count() == 2
+torch.save({{"rotations": graph.meta["rotation_tensors"], "held": held}}, f"{{path}}.{{processes.rank()}}")
+"""
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_are_as_one(shard: bool, tmp_path: Path) -> None:
+    script, result = tmp_path / "script.py", tmp_path / "result"
+    script.write_text(SCRIPT)
+    here = Path(__file__).resolve().parent
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = os.pathsep.join([str(here), str(here.parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(script), str(shard), str(result)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    step = LearnRotation(**OPTIONS, accumulate=2)  # type: ignore[arg-type]  # the same rows together
+    alone = apply_passes(opened(), [step], calibration=windows()).meta["rotation_tensors"]
+    both = [torch.load(f"{result}.{rank}", weights_only=True) for rank in (0, 1)]
+    for key, expected in alone.items():
+        assert torch.equal(both[0]["rotations"][key], both[1]["rotations"][key])
+        torch.testing.assert_close(both[0]["rotations"][key], expected, rtol=0, atol=1e-5)
+    for rank in (0, 1):
+        for part, whole in both[rank]["held"]:
+            assert part <= 0.6 * whole if shard else part == whole
