@@ -21,8 +21,9 @@ class CayleySGD(torch.optim.Optimizer):
     For a parameter P [n, n] with gradient G and momentum V: V <- μV - Gᵀ, W = Ŵ - Ŵᵀ with
     Ŵ = VP - ½Pᵀ(PVP), a step α = min(1 / ‖W‖₁, lr), P <- Yᵀ with Y = Pᵀ + (α/2) W (Pᵀ + Y), and V <- WPᵀ.
     SpinQuant takes five fixed-point steps towards Y, which leaves P up to 3e-5 from orthogonal, and mends
-    that by chance (a QR decomposition once in about 101 steps). Here the equation is solved, so that Y is
-    orthogonal to rounding; the QR decomposition comes every 101st step, and no two runs differ.
+    that by chance (a QR decomposition once in about 101 steps). Here the equation is solved, in float64, so
+    that Y is orthogonal to the rounding of P; the QR decomposition comes every 101st step, and no two runs
+    differ.
     """
 
     def __init__(self, parameters: Any, lr: float = 1.5, momentum: float = 0.0) -> None:
@@ -37,10 +38,11 @@ class CayleySGD(torch.optim.Optimizer):
                 if p.grad is not None:
                     state = self.state[p]
                     count = state["step"] = state.get("step", 0) + 1
-                    start = p if count % _RETRACT_EVERY else _retracted(p)
-                    velocity = state.get("velocity", torch.zeros_like(p)) * group["momentum"] - p.grad.T
-                    moved, state["velocity"] = _cayley_step(start, velocity, group["lr"])
+                    start = p.double() if count % _RETRACT_EVERY else _retracted(p.double())
+                    velocity = group["momentum"] * state.get("velocity", torch.zeros_like(p)) - p.grad.T
+                    moved, gone = _cayley_step(start, velocity.double(), group["lr"])
                     p.copy_(moved)
+                    state["velocity"] = gone.to(p.dtype)
 
 
 def _cayley_step(p: Tensor, velocity: Tensor, lr: float) -> tuple[Tensor, Tensor]:
