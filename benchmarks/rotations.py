@@ -128,7 +128,7 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=8, help="GPTQ's windows of 2048 tokens")
     parser.add_argument("--windows", type=int, default=8, help="windows of 2048 tokens of the text")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=4, help="windows a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window to learn from")
     parser.add_argument("--rows", help="only rows whose name has all of these in it, comma-separated")

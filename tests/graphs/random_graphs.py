@@ -446,6 +446,15 @@ def _hadamard(b: Builder) -> fx.Node:
     return b.call(rolora.hadamard.default, x, 2 if b.size(x)[dim] % 2 == 0 else 1, dim)
 
 
+def _kronecker(b: Builder) -> fx.Node:
+    x = b.any()
+    dim = b.dim(x, static=True)
+    size = 2 if b.size(x)[dim] % 2 == 0 else 1
+    factor = b.tensor(torch.randn(size, size, generator=b.random, dtype=torch.float64))
+    b.params.append(factor)
+    return b.call(rolora.kronecker.default, x, [factor], dim)
+
+
 def _where(b: Builder) -> fx.Node:
     """A mask over part of the axes chooses between two values, a value and a number, or two numbers."""
     x = b.any(lambda s: len(s) > 0)
@@ -526,6 +535,7 @@ OPERATORS: dict[str, Callable[[Builder], Any]] = {
     "permute": _permute, "slice": _slice, "parts": _parts, "select": _select, "index": _index,
     "index_put": _index_put, "cat": _cat,
     "reduce": _reduce, "repeat_interleave": _repeat_interleave, "hadamard": _hadamard, "where": _where,
+    "kronecker": _kronecker,
     "softmax": _along(aten.softmax.int), "clamp": _clamp, "power": _power, "integers": _integers,
     "elementwise": lambda b: b.call(getattr(aten, b.choose.choice(_ELEMENTWISE)).default, b.any()),
     "cumsum": _along(aten.cumsum.default), "sort": _sort, "addmm": _addmm,

@@ -135,6 +135,30 @@ def test_chunks_and_dtypes(
         torch.testing.assert_close(y, expected.to(dtype))
 
 
+@pytest.mark.parametrize("order", [1, 2, 12, 128, 256, 1536, 4864])
+def test_few_factors_make_the_matrix(order: int) -> None:
+    found = hadamard.few_factors(order)
+    product = functools.reduce(torch.kron, found)
+    torch.testing.assert_close(product, orthonormal(order), rtol=0, atol=1e-14)
+    assert max(map(len, found)) <= 128
+    for factor in found:
+        torch.testing.assert_close(factor @ factor.T, torch.eye(len(factor), dtype=torch.float64))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 3), st.integers(0, 2))
+def test_multiply_is_the_dense_product(sizes: list[int], parts: int, dim: int) -> None:
+    """By the Kronecker product of any matrices, of an axis anywhere, in equal parts."""
+    order = math.prod(sizes)
+    shape = [2, 3, 2]
+    shape[dim] = parts * order
+    x = torch.randn(shape, dtype=torch.float64)
+    matrices = [torch.randn(n, n, dtype=torch.float64) for n in sizes]
+    split = x.unflatten(dim, (parts, order)).movedim(dim + 1, -1)
+    expected = (split @ functools.reduce(torch.kron, matrices)).movedim(-1, dim + 1).reshape(shape)
+    torch.testing.assert_close(hadamard.multiply(x, matrices, dim), expected)
+
+
 def test_strided_input() -> None:
     x = torch.randn(24, 6, dtype=torch.float64).T
     torch.testing.assert_close(hadamard.transform(x, 24), dense(x, 24, -1, 1))

@@ -15,8 +15,10 @@ from torch import Tensor, fx
 
 from rolora_passes import FoldConstants, LearnRotation, apply_passes, history
 from rolora_passes.errors import GraphFormatError, PassError
+from rolora_passes.graphs import load_graph, save_graph
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import copy_graph, dtype_of, parameters, set_tensor
+from rolora_passes.graphs.structure import structure_text
 from rolora_passes.learning import training
 from rolora_passes.passes import Calibration
 
@@ -101,6 +103,15 @@ def test_less_memory_for_the_same_result(options: dict[str, Any]) -> None:
 def test_bfloat16() -> None:
     graph = learn(opened(), bfloat16=True)
     assert difference(graph, sharp()) < 3e-5
+
+
+def test_what_was_learned_is_saved_and_shown(tmp_path: Path) -> None:
+    graph = apply_passes(learn(opened()), [FoldConstants()])
+    loaded = load_graph(save_graph(graph, tmp_path / "graph.safetensors"))
+    same(graph, loaded)
+    assert difference(loaded, graph) == 0
+    shown = structure_text(loaded)
+    assert "kronecker 40 of 40" in shown and "kronecker 8 of 8" in shown
 
 
 class Stop(Exception):
