@@ -72,15 +72,15 @@ def settled(passes: Iterable[Pass], file: str) -> list[Pass]:
 
 def _takes(step: Pass, learned: bool) -> bool:
     """Whether a pass takes what a file holds."""
-    can = hasattr(step, "given") and getattr(step, "factors", True)
-    return can and (learned or getattr(step, "given", None) is not None)
+    can = any(field.name == "given" for field in dataclasses.fields(step)) and getattr(step, "factors", True)
+    return can and (learned or "given" in step.options())
 
 
 def _beside(passes: list[Pass], folder: Path) -> list[Pass]:
     """A file that a recipe names is looked for beside the recipe first: the two are moved together."""
     return [
-        dataclasses.replace(step, given=folder / str(given))  # type: ignore[call-arg]
-        if isinstance(given := getattr(step, "given", None), str) and (folder / given).is_file()
+        dataclasses.replace(step, given=folder / given)  # type: ignore[call-arg]
+        if isinstance(given := step.options().get("given"), str) and (folder / given).is_file()
         else step
         for step in passes
     ]

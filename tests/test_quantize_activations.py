@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import check, count, difference, tokens_for
 from test_quantize_weights import wide
 from torch import fx
@@ -113,6 +114,32 @@ def test_dynamic_grids_need_no_observers_and_remove_them() -> None:
     assert torch.equal(run(graph, tokens_for(graph)), run(expected, tokens_for(graph)))
 
 
+def test_clips_are_those_that_change_the_linears_least() -> None:
+    """The search is by Gram matrices; here by what the linears that read a value give, one clip at a time."""
+    graph, tokens = wide(), torch.randint(0, 64, (4, 16))
+    options: dict[str, Any] = {"bits": 4, "symmetric": True, "head": None, "float_weights": True}
+    step = QuantizeActivations(clip_search=True, **options)
+    with pytest.raises(PassError, match="quantize-activations looks at data and was given none"):
+        apply_passes(graph, [step])
+    found = apply_passes(graph, [step], calibration=tokens)
+    known = dict(values(graph, tokens))
+    clips = set()
+    for value in {n.args[0]: None for n in linears(graph)[:-1]}:
+        readers = [n for n in linears(graph) if n.args[0] is value]
+        losses = {}
+        for clip in [i / 20 for i in range(20, 9, -1)]:
+            rounded = affine.fake_quantize(known[value], 4, None, True, clip)
+            changes = [
+                F.linear(rounded, known[n.args[1]]) - F.linear(known[value], known[n.args[1]])
+                for n in readers
+            ]
+            losses[clip] = sum(change.detach().double().square().sum().item() for change in changes)
+        (node,) = {n.args[0] for n in linears(found) if n.name in {r.name for r in readers}}
+        assert losses[node.args[4]] == pytest.approx(min(losses.values()), rel=1e-4)
+        clips.add(node.args[4])
+    assert len(clips) > 1 and set(history(found)[-1].report.notes["clips"].values()) == clips
+
+
 def test_errors() -> None:
     with pytest.raises(
         PassError, match=r"static needs to know the range of what .*q_proj reads: run observe"
@@ -122,3 +149,8 @@ def test_errors() -> None:
         apply_passes(wide(), [QuantizeActivations(group_size=48, float_weights=True)])
     with pytest.raises(PassError, match="group_size must be 2 or more or None, found 32 with static"):
         QuantizeActivations(group_size=32, static=True)
+    for wrong in ({"static": True}, {"clip": 0.9}):
+        with pytest.raises(
+            PassError, match="clip_search chooses the clip of dynamic grids: leave clip and static"
+        ):
+            QuantizeActivations(clip_search=True, **wrong)

@@ -88,11 +88,16 @@ def without_hadamards(
     turned = [
         name
         for name in splice.sites
-        if splice.definition(0, name).count("hadamard(") > splice.definition(1, name).count("hadamard(")
+        if _transforms(splice.definition(0, name)) > _transforms(splice.definition(1, name))
     ]
     if not turned:
         raise PassError("expected a recipe with insert-hadamard, found a graph without online Hadamards")
     return _one_by_one(splice, turned, twin, tokens, on_progress)
+
+
+def _transforms(definition: str) -> int:
+    """Online transforms in a definition; those with factors that are parameters are `kronecker`."""
+    return definition.count("hadamard(") + definition.count("kronecker(")
 
 
 def bare_recipe(passes: Iterable[Pass]) -> list[Pass]:

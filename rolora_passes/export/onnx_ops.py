@@ -298,7 +298,7 @@ def _hadamard(e: Emitter, node: Node) -> Result:
 
 
 def _kronecker(e: Emitter, node: Node) -> Result:
-    return _transform(e, node, [get_tensor(e.graph, str(f.target)) for f in node.args[1]], 1)
+    return _transform(e, node, [e.parameter(factor) for factor in node.args[1]], 1)
 
 
 def _transform(e: Emitter, node: Node, factors: list[torch.Tensor], inner: int) -> Result:

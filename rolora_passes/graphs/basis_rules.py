@@ -47,8 +47,7 @@ def _operands(
 
 def _sum(s: _Inference, node: Call) -> Any:
     """add, sub: operands share bases; what is added along a whole axis pins it."""
-    values = node.args[:2]
-    return _aligned(s, node, values, "adds the same number along the axis", pinned=True)
+    return _aligned(s, node, node.args[:2], "adds the same number along the axis", pinned=True)
 
 
 def _aligned(s: _Inference, node: Call, values: tuple[object, ...], why: str, pinned: bool) -> Any:
@@ -350,17 +349,12 @@ def _repeat_interleave(s: _Inference, node: Call) -> Any:
 
 
 def _hadamard(s: _Inference, node: Call) -> Any:
+    """hadamard, kronecker: the basis ends here, and that of the matrices is their own."""
     x, dim = list(s.of(node.args[0])), argument(node, "dim")
-    limit(x[dim], Group.NONE, node, "is a fixed transform of the axis at run time")
+    for axis in [x[dim], *(axis for matrix in argument(node, "factors", ()) for axis in s.of(matrix))]:
+        limit(axis, Group.NONE, node, "is a fixed transform of the axis at run time")
     x[dim] = s.fresh(s.shape(node)[dim], node, "comes out of a fixed transform")
     return x
-
-
-def _kronecker(s: _Inference, node: Call) -> Any:
-    for factor in node.args[1]:
-        for axis in s.of(factor):
-            limit(axis, Group.NONE, node, "is a transform's own matrix")
-    return _hadamard(s, node)
 
 
 def _table(*entries: tuple[Rule, str]) -> dict[str, Rule]:
@@ -402,6 +396,5 @@ RULES: dict[str, Rule] = _table(
     (_concatenate, "cat stack"),
     (_reduce, "sum mean"),
     (_repeat_interleave, "repeat_interleave"),
-    (_hadamard, "hadamard"),
-    (_kronecker, "kronecker"),
+    (_hadamard, "hadamard kronecker"),
 )

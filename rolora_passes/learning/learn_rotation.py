@@ -113,7 +113,7 @@ class LearnRotation(Pass):
         variables = Variables(rotations, scales, self.method)
         file = None if calibration.work is None else calibration.work / self._file(graph, calibration.tokens)
         trace = train(
-            self._student(graph, variables.names),
+            self._student(graph, variables.names, calibration.tokens),
             self._teacher(graph) if self.loss == "distillation" else None,
             variables,
             calibration.tokens,
@@ -192,8 +192,8 @@ class LearnRotation(Pass):
             graph.meta["rotations"][key] = {**entry, **began, "method": "learned"}
             graph.meta["rotation_tensors"][key] = value
 
-    def _student(self, graph: fx.GraphModule, variables: list[str]) -> LayeredGraph:
-        twin = apply_passes(graph, self._quantizers(), verify=False)
+    def _student(self, graph: fx.GraphModule, variables: list[str], tokens: Tensor) -> LayeredGraph:
+        twin = apply_passes(graph, self._quantizers(), verify=False, calibration=tokens)
         straighten(twin)
         return self._layered(twin, variables)
 
