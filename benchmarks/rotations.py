@@ -2,9 +2,11 @@
 
 python benchmarks/rotations.py --text wikitext2_valid.txt --calibration c4.jsonl -o results.json
 
-Rows are eight seeds of QuaRot's randomised Hadamards, and what learn-rotation makes of seed 0, at one budget
-of steps and tokens: SpinQuant (R1 and R2, Cayley SGD, cross-entropy), and the library's own (`learned:…`). A
-row that is in the results file already is not computed again; --work keeps what was learned.
+Rows are eight seeds of QuaRot's randomised Hadamards, and what learning makes of seed 0, at one budget of
+steps and tokens: SpinQuant (R1 and R2, Cayley SGD, cross-entropy), and the library's own (`learned:…`). That
+also searches clips and learns the scales of rounded weights: "learned, rounded" is before this last step, and
+"random 0, clips and scales" has both without a learned rotation. A row that is in the results file already is
+not computed again; --work keeps what was learned.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import common
 import torch
 from torch import fx
 
-from rolora_passes import LearnRotation, apply_passes, history
+from rolora_passes import LearnRotation, LearnScales, QuantizeWeights, apply_passes, history
 from rolora_passes.data import calibration_tokens, load_text, token_stream
 from rolora_passes.evaluation.perplexity import perplexity
 from rolora_passes.evaluation.scorers import GraphScorer
@@ -55,43 +57,67 @@ class Bench:
             ):
                 continue
             before = [p for p in load_recipe("quarot:W16A4KV4", seed) if not p.name.startswith("quantize")]
-            rounded = self.rounded(apply_passes(self.graph, before, verify=False), rounding)
+            exact = apply_passes(self.graph, before, verify=False)
+            weights = quantizers(Setting(weights=4), rounding)
+            rounded = apply_passes(exact, weights, verify=False, calibration=self.gptq_windows())
             for setting, key in keys.items():
-                self.measure(key, rounded, setting, {})
+                rest = quantizers(dataclasses.replace(Setting.parse(setting), weights=16), rounding)
+                self.measure(key, rounded, rest, [])
 
     def learned(self, method: str, rounding: str, setting: str) -> None:
-        """A method's rotations, learned for one setting and one way of rounding."""
-        key = f"{method} | {rounding} | {setting}"
-        if key in self.found or not self.wanted(f"{method} {rounding} {setting}"):
+        """A method's rotations, learned for one setting and one way of rounding; then its quantizers."""
+        key, row = f"{method} | {rounding} | {setting}", f"{method} {rounding} {setting}"
+        if key in self.found or not self.wanted(row):
             return
-        recipe = f"{method}-rtn:{setting}" if rounding == "rtn" else f"{method}:{setting}"
-        passes = [self.budgeted(p) for p in load_recipe(recipe) if not p.name.startswith("quantize")]
+        passes = self.recipe(method, rounding, setting)
+        end = next((i for i, p in enumerate(passes) if isinstance(p, QuantizeWeights)), len(passes))
         o = self.options
-        graph = apply_passes(
-            self.graph, passes, verify=False, calibration=self.windows(o.steps * o.batch, o.length, 1)
-        )
-        record = next(r for r in history(graph) if r.name == "learn-rotation")
-        notes = {k: v for k, v in record.report.notes.items() if k != "losses"}
-        losses = record.report.notes["losses"]
-        self.measure(key, self.rounded(graph, rounding), setting, {**notes, "loss": [losses[0], losses[-1]]})
+        windows = self.windows(o.steps * o.batch, o.length, 1)
+        graph = apply_passes(self.graph, passes[:end], verify=False, calibration=windows)
+        notes = [r.report.notes for r in history(graph) if r.name == "learn-rotation"]
+        self.rounded_and_measured(graph, passes[end:], method, f" | {rounding} | {setting}", notes)
+
+    def recipe(self, method: str, rounding: str, setting: str) -> list[Pass]:
+        """A method's passes; of "random 0, clips and scales", those of `learned` without what it learned."""
+        name = "learned" if method.startswith("random") else method
+        recipe = f"{name}-rtn:{setting}" if rounding == "rtn" else f"{name}:{setting}"
+        passes = [self.budgeted(p) for p in load_recipe(recipe)]
+        if name == method:
+            return passes
+        rotated = load_recipe(f"quarot:W16A16{'KV4' if 'KV4' in setting else ''}", 0)
+        rotated = [p for p in rotated if not p.name.startswith("quantize")]
+        return [*rotated, *passes[next(i for i, p in enumerate(passes) if isinstance(p, QuantizeWeights)) :]]
+
+    def rounded_and_measured(
+        self, exact: fx.GraphModule, passes: list[Pass], method: str, cell: str, notes: list[dict[str, Any]]
+    ) -> None:
+        """Weights rounded, their scales learned if the passes say so, then activations and cache."""
+        place = next((i for i, p in enumerate(passes) if isinstance(p, LearnScales)), None)
+        o, end = self.options, 2 if place is None else place  # quantize-weights, fold-constants
+        graph = apply_passes(exact, passes[:end], verify=False, calibration=self.gptq_windows())
+        if place is not None:
+            self.measure(f"{method}, rounded{cell}", graph, passes[place + 1 :], notes)
+            windows = dataclasses.replace(self.windows(o.scale_steps * o.batch, o.length, 2), reference=exact)
+            graph = apply_passes(graph, [passes[place]], verify=False, calibration=windows)
+            notes = [*notes, history(graph)[-1].report.notes]
+            passes = passes[1:]
+        self.measure(method + cell, graph, passes[end:], notes)
 
     def budgeted(self, step: Pass) -> Pass:
-        if not isinstance(step, LearnRotation):
+        if not isinstance(step, (LearnRotation, LearnScales)):
             return step
-        return dataclasses.replace(step, steps=self.options.steps, batch=self.options.batch)
+        steps = self.options.scale_steps if isinstance(step, LearnScales) else self.options.steps
+        return dataclasses.replace(step, steps=steps, batch=self.options.batch)
 
-    def rounded(self, graph: fx.GraphModule, rounding: str) -> fx.GraphModule:
-        windows = self.windows(self.options.samples, 2048, 0)
-        return apply_passes(
-            graph, quantizers(Setting(weights=4), rounding), verify=False, calibration=windows
-        )
+    def gptq_windows(self) -> Calibration:
+        return self.windows(self.options.samples, self.options.length, 0)
 
-    def measure(self, key: str, graph: fx.GraphModule, setting: str, about: dict[str, Any]) -> None:
-        rest = dataclasses.replace(Setting.parse(setting), weights=16)
+    def measure(self, key: str, graph: fx.GraphModule, rest: list[Pass], notes: list[dict[str, Any]]) -> None:
+        rounded = apply_passes(graph, rest, verify=False, calibration=self.gptq_windows())
         with torch.no_grad():
-            scorer = GraphScorer(apply_passes(graph, quantizers(rest, "rtn"), verify=False))
-            result = perplexity(scorer, self.stream, 2048, self.options.windows)
-        self.found[key] = {"ppl": result.value, **about}
+            result = perplexity(GraphScorer(rounded), self.stream, 2048, self.options.windows)
+        about = [{**n, "losses": [n["losses"][0], n["losses"][-1]]} for n in notes]
+        self.found[key] = {"ppl": result.value, "learning": about}
         print(key, self.found[key], flush=True)
         self.options.output.parent.mkdir(parents=True, exist_ok=True)
         with writing(self.options.output) as temporary:
@@ -104,8 +130,12 @@ class Bench:
 def table(found: dict[str, Any]) -> str:
     """Markdown: the seeds' mean, spread and best, and every learned row."""
     columns = [f"{r} | {s}" for r in ROUNDING for s in SETTINGS]
-    seeds = {c: [found[k]["ppl"] for k in found if k.startswith("random") and k.endswith(c)] for c in columns}
-    methods = dict.fromkeys(k.split(" | ")[0] for k in found if not k.startswith("random"))
+    seeds = {
+        c: [found[f"random {i} | {c}"]["ppl"] for i in range(SEEDS) if f"random {i} | {c}" in found]
+        for c in columns
+    }
+    names = [f"random {i}" for i in range(SEEDS)]
+    methods = dict.fromkeys(m for m in (k.split(" | ")[0] for k in found) if m not in names)
     kinds = {
         "random, mean ± standard deviation": lambda v: (
             f"{statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}"
@@ -126,10 +156,11 @@ def main() -> None:
     parser.add_argument(
         "--calibration", required=True, help="text that GPTQ looks at and rotations learn from"
     )
-    parser.add_argument("--samples", type=int, default=8, help="GPTQ's windows of 2048 tokens")
+    parser.add_argument("--samples", type=int, default=64, help="windows that GPTQ sees")
     parser.add_argument("--windows", type=int, default=8, help="windows of 2048 tokens of the text")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=4, help="windows a step")
+    parser.add_argument("--scale-steps", type=int, default=24)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window to learn from")
     parser.add_argument("--rows", help="only rows whose name has all of these in it, comma-separated")
     parser.add_argument("--work", type=Path, help="keep what was learned there, to go on if interrupted")
@@ -137,7 +168,7 @@ def main() -> None:
     bench = Bench(parser.parse_args())
     for rounding in ROUNDING:
         bench.random(rounding)
-        for method in ("spinquant", "learned"):
+        for method in ("random 0, clips and scales", "spinquant", "learned"):
             for setting in SETTINGS:
                 bench.learned(method, rounding, setting)
     print(table(bench.found))

@@ -9,7 +9,7 @@ from rolora_passes.fold_constants import FoldConstants
 from rolora_passes.fuse_norm import FuseNorm
 from rolora_passes.insert_hadamard import InsertHadamard
 from rolora_passes.insert_scaling import InsertScaling
-from rolora_passes.learning import LearnRotation
+from rolora_passes.learning import LearnRotation, LearnScales
 from rolora_passes.manager import Record, apply_passes, history
 from rolora_passes.merge_lora import MergeLoRA
 from rolora_passes.observe_activations import ObserveActivations
@@ -30,6 +30,7 @@ __all__ = [
     "InsertHadamard",
     "InsertScaling",
     "LearnRotation",
+    "LearnScales",
     "MergeLoRA",
     "ObserveActivations",
     "Pass",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import sys
@@ -144,6 +145,8 @@ def apply_passes(
     require_calibration(pipeline, calibration, graph.meta.get("config", {}).get("vocab_size"))
     current = graph
     for number, step in enumerate(pipeline):
+        if calibration and not step.exact and all(record.kind == "exact" for record in history(current)):
+            calibration = dataclasses.replace(calibration, reference=current)
         try:
             current, record = _apply(current, step, verify, calibration, number, print_graph, print_to)
         except Exception as error:

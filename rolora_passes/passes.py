@@ -52,11 +52,14 @@ class Calibration:
         work: a folder for what a pass has finished, so that a run that was killed goes on from there;
             None to keep nothing.
         on_progress: called with the pass, how much is done, and of how much.
+        reference: the graph before its first lossy pass, what training distills; `apply_passes` gives it to
+            a pass that stands in one list with that one.
     """
 
     tokens: Tensor
     work: Path | None = None
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
+    reference: fx.GraphModule | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ PASSES = {
     "rotate": "rolora_passes.rotate:Rotate",
     "insert-hadamard": "rolora_passes.insert_hadamard:InsertHadamard",
     "learn-rotation": "rolora_passes.learning.learn_rotation:LearnRotation",
+    "learn-scales": "rolora_passes.learning.learn_scales:LearnScales",
     "add-lora": "rolora_passes.add_lora:AddLoRA",
     "merge-lora": "rolora_passes.merge_lora:MergeLoRA",
     "observe-activations": "rolora_passes.observe_activations:ObserveActivations",

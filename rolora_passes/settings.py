@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from rolora_passes.errors import PassError
 from rolora_passes.fold_constants import FoldConstants
@@ -95,11 +96,33 @@ def _spinquant(setting: Setting, method: str) -> list[Pass]:
 
 
 def _learned(setting: Setting, method: str) -> list[Pass]:
-    """Scales, rotations and the factors of online transforms, learned together by distillation."""
+    """Rotations, the factors of online transforms and scales, learned together by distillation.
+
+    Rotations learn under weights in float where GPTQ will round them and activations cost more. Clips of
+    4-bit activations are searched; and when weights are rounded, their own scales are learned too.
+    """
+    rounding, nearest = ([_searching(step) for step in quantizers(setting, m)] for m in (method, "rtn"))
+    weights = [step for step in rounding if _of_weights(step)]
+    rest = [step for step in rounding if not _of_weights(step)]
+    under = rest if method == "gptq" and setting.activations < 8 else nearest
     insert = InsertHadamard(r3=setting.cache < 16, factors=True)
-    learn = make_pass({"learn-rotation": {"under": str(setting), "bfloat16": True}})
-    steps = [FuseNorm(), InsertScaling(), Rotate(), insert, learn, FoldConstants()]
-    return [*steps, *quantizers(setting, method)]
+    steps = [FuseNorm(), InsertScaling(), Rotate(), insert]
+    steps += [_learning("learn-rotation", under, method="cayley-sgd"), FoldConstants(), *weights]
+    return [*steps, *([_learning("learn-scales", rest)] if weights else []), *rest]
+
+
+def _searching(step: Pass) -> Pass:
+    clipped = isinstance(step, QuantizeActivations) and step.clip < 1
+    return dataclasses.replace(step, clip=1.0, clip_search=True) if clipped else step  # type: ignore[call-arg]
+
+
+def _of_weights(step: Pass) -> bool:
+    return isinstance(step, (QuantizeWeights, FoldConstants))
+
+
+def _learning(name: str, under: Iterable[Pass], **options: Any) -> Pass:
+    specs = tuple({step.name: step.options()} for step in under if not isinstance(step, FoldConstants))
+    return make_pass({name: {"under": specs, "bfloat16": True, **options}})
 
 
 METHODS: dict[str, Callable[[Setting], Iterable[Pass]]] = {
@@ -118,7 +141,8 @@ METHODS: dict[str, Callable[[Setting], Iterable[Pass]]] = {
 rtn: nothing, to nearest. gptq (Frantar et al., 2023). smoothquant (Xiao et al., 2023): scaling, to nearest.
 quarot (Ashkboos et al., 2024): randomised Hadamards, GPTQ; its heads' matrices are folded, as SpinQuant's
 R2, where QuaRot has one more Hadamard at run time. quarot-rtn: the same, rounded to nearest. spinquant
-(Liu et al., 2024): R1 and R2 learned. learned: also scales (OSTQuant) and online factors (FlatQuant).
+(Liu et al., 2024): R1 and R2 learned. learned: also scales (OSTQuant), online factors and clips (FlatQuant),
+and the scales of rounded weights (EfficientQAT).
 """
 
 

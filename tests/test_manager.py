@@ -26,6 +26,7 @@ from rolora_passes import (
 from rolora_passes.errors import PassError, PassOrderError, VerificationError
 from rolora_passes.graphs.graph import finish, parameters, set_tensor
 from rolora_passes.graphs.text import graph_text
+from rolora_passes.passes import Calibration
 from rolora_passes.registry import PASSES, make_pass, pass_class
 
 WRONG = "model.layers.1.mlp.up_proj.weight"
@@ -149,6 +150,32 @@ def test_history_is_an_account() -> None:
     assert all(r.seconds >= 0 and r.peak_mb > 10 for r in records)
     assert json.loads(json.dumps([r.row() for r in records]))[1]["report"]["changed"]
     assert not history(captured("llama"))
+
+
+@dataclass(frozen=True)
+class Looks(Pass):
+    """Keeps what it was given."""
+
+    needs_calibration = True
+
+    def calibrate(self, graph: fx.GraphModule, calibration: Calibration) -> Report:
+        seen.append(calibration.reference)
+        return Report()
+
+
+seen: list[fx.GraphModule | None] = []
+
+
+def test_the_graph_before_anything_was_rounded_is_kept_for_what_learns_from_it() -> None:
+    seen.clear()
+    tokens, float32 = torch.tensor([[1, 2, 3]]), captured("llama", torch.float32)
+    passes = [Looks(), FuseNorm(), FoldConstants(), QuantizeWeights(4, 8), QuantizeWeights(head=8), Looks()]
+    graph = apply_passes(float32, passes, calibration=tokens)
+    first, last = seen
+    assert first is None and last is not None
+    assert [record.name for record in history(last)] == ["looks", "fuse-norm", "fold-constants"]
+    apply_passes(graph, [Looks()], calibration=tokens)
+    assert seen[-1] is None
 
 
 def test_an_empty_pipeline_copies() -> None:

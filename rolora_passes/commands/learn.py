@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> None:
     from rolora_passes.errors import PassError
     from rolora_passes.learning import processes
     from rolora_passes.learning.learn import learn_rotations
+    from rolora_passes.recipes import load_recipe
 
     processes.join()
     with Display() as display:
@@ -56,12 +57,13 @@ def run(options: argparse.Namespace) -> None:
             on_pass=pass_line if processes.rank() == 0 else None,
         )
     if processes.rank() == 0:
-        notes = record.report.notes
+        notes, recipe = record.report.notes, options.output / "recipe.yaml"
+        data = " --calibration TEXT" if any(p.needs_calibration for p in load_recipe(recipe)) else ""
         losses, minutes = notes["losses"], notes["seconds"] / 60
         line = (
             f"{options.output}: {len(record.report.changed)} matrices and scales, {len(losses)} steps in "
             f"{minutes:.1f} min, loss {losses[0]:.4g} -> {losses[-1]:.4g}, peak {notes['peak_mb']:.0f} MB, "
             f"|RᵀR - 1| <= {notes['orthogonality_error']:.0e}\n"
-            f"now: rolora compile MODEL --recipe {options.output}/recipe.yaml"
+            f"now: rolora compile MODEL --recipe {recipe}{data}"
         )
         console.print(line, markup=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
@@ -14,10 +15,13 @@ from rolora_passes.graphs.graph import (
     add_parameter,
     dtype_of,
     finish,
+    get_tensor,
     insert,
     insert_after,
     is_op,
+    linears,
     root_names,
+    set_tensor,
 )
 
 _rolora = torch.ops.rolora
@@ -129,3 +133,33 @@ def straighten(graph: fx.GraphModule) -> None:
             through = insert_after(graph, node, straight_through, node.args[0].args[0], node)
             node.replace_all_uses_with(through, delete_user_cb=lambda user, new=through: user is not new)
     finish(graph)
+
+
+def stored_scales(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """The scales that are parameters, by name, and the linears whose weights they are of."""
+    found: dict[str, list[fx.Node]] = {}
+    for linear in linears(graph):
+        weight = linear.args[1]
+        if is_op(weight, "dequantize", "decode") and weight.args[1].op == "get_attr":
+            found.setdefault(weight.args[1].target, []).append(linear)
+    return found
+
+
+def held(scale: Tensor) -> Tensor:
+    """Scales [out, groups] as kernels hold them: in bfloat16 where a row has several."""
+    return scale.bfloat16().to(scale.dtype) if scale.shape[-1] > 1 else scale
+
+
+def open_scales(graph: fx.GraphModule, names: Collection[str]) -> None:
+    """Put t in the place of a scale s = exp(t), rounded as kernels hold it; such a graph is for training."""
+    for node in graph.graph.find_nodes(op="get_attr"):
+        if node.target in names:
+            scale = insert_after(graph, node, torch.ops.aten.exp.default, node)
+            rounded = insert_after(graph, scale, _held, scale)
+            node.replace_all_uses_with(rounded, delete_user_cb=lambda user, own=scale: user is not own)
+            set_tensor(graph, node.target, get_tensor(graph, node.target).log())
+    finish(graph)
+
+
+def _held(scale: Tensor) -> Tensor:
+    return straight_through(scale, held(scale))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -14,29 +10,18 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.fold_constants import FoldConstants
-from rolora_passes.graphs.accounting import peak_mb
 from rolora_passes.graphs.bases import infer_bases
 from rolora_passes.graphs.graph import get_tensor, is_op, parameters, set_tensor, upstream
-from rolora_passes.graphs.inputs import require_decoder
-from rolora_passes.graphs.quantizers import require_float32, straighten
 from rolora_passes.graphs.rotations import check_orthogonal, dense
 from rolora_passes.graphs.sites import matches
-from rolora_passes.graphs.split import LayeredGraph
-from rolora_passes.graphs.text import graph_text
-from rolora_passes.learning import processes
-from rolora_passes.learning.stiefel import Method, Variables
-from rolora_passes.learning.training import train
+from rolora_passes.learning.stiefel import RATES, Method, Variables
+from rolora_passes.learning.training import Training
 from rolora_passes.manager import apply_passes
-from rolora_passes.passes import Calibration, Pass, Report
-from rolora_passes.quantize_weights import QuantizeWeights
-from rolora_passes.registry import make_pass
-from rolora_passes.settings import Setting, quantizers
-
-_LOSSES = ("cross-entropy", "distillation")
+from rolora_passes.passes import Calibration, Report
 
 
 @dataclass(frozen=True)
-class LearnRotation(Pass):
+class LearnRotation(Training):
     """Train the matrices of rotate and of insert-hadamard's factors, and the scales of insert-scaling.
 
     Before:                                  After:
@@ -69,85 +54,33 @@ class LearnRotation(Pass):
     requires: ClassVar[tuple[str, ...]] = ("canonical",)
     forbids: ClassVar[tuple[str, ...]] = ("weights quantized", "activations quantized", "cache quantized")
 
-    under: str | tuple[Any, ...] = "W4A4KV4"
     train: str | tuple[str, ...] = "all"
     method: Method = "cayley-adam"
-    loss: str = "distillation"
-    steps: int = 100
-    batch: int = 8
-    accumulate: int = 1
     lr: float | None = None
     scale_lr: float = 1e-2
-    clip: float = 1.0
-    bfloat16: bool = False
-    recompute: bool = False
-    shard: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method) or self.loss not in _LOSSES:
-            raise PassError(
-                f"{self.name}: expected a method of {get_args(Method)} and a loss of {_LOSSES}, "
-                f"found {self.method!r} and {self.loss!r}"
-            )
-        for option in ("steps", "batch", "accumulate"):
-            if getattr(self, option) < 1:
-                raise PassError(f"{self.name}: {option} must be 1 or more, found {getattr(self, option)}")
-        for option in ("lr", "scale_lr", "clip"):
-            value = getattr(self, option)
-            if value is not None and not value > 0:
-                raise PassError(f"{self.name}: {option} must be above 0, found {value}")
-        self._quantizers()
+        if self.method not in get_args(Method):
+            raise PassError(f"{self.name}: expected a method of {get_args(Method)}, found {self.method!r}")
+        super().__post_init__()
 
-    @property
-    def needs_calibration(self) -> bool:
-        return True
+    def optimizers(self, variables: Variables) -> list[torch.optim.Optimizer]:
+        return variables.optimizers(RATES[self.method] if self.lr is None else self.lr, self.scale_lr)
 
     def calibrate(self, graph: fx.GraphModule, calibration: Calibration) -> Report:
-        require_float32(graph, self.name)
-        require_decoder(graph, self.name)
-        processes.join()
-        self._require_divisible()
+        self._require(graph)
         report = Report()
         entries = self._chosen(graph, report)
-        rotations, scales = self._open(graph, entries)
-        variables = Variables(rotations, scales, self.method)
-        file = None if calibration.work is None else calibration.work / self._file(graph, calibration.tokens)
-        trace = train(
-            self._student(graph, variables.names, calibration.tokens),
-            self._teacher(graph) if self.loss == "distillation" else None,
-            variables,
-            calibration.tokens,
-            self,
-            file,
-            calibration.on_progress,
-        )
-        error = variables.orthogonality_error()
+        variables = Variables(*self._open(graph, entries), self.method)
+        student = self._under(graph, calibration.tokens)
+        wanted = self.loss == "distillation"
+        teacher = apply_passes(graph, [FoldConstants()], verify=False) if wanted else None
+        report.notes = self._train(graph, student, teacher, variables, calibration)
+        report.notes["orthogonality_error"] = variables.orthogonality_error()
         self._close(graph, entries, dict(zip(variables.names, variables(), strict=True)))
         report.changed = list(entries)
         report.moved = _moved(graph, set(variables.names))
-        report.notes = {
-            "losses": trace.losses,
-            "seconds": round(trace.seconds, 1),
-            "orthogonality_error": error,
-            "peak_mb": peak_mb(),
-            "processes": processes.count(),
-        }
         return report
-
-    def _quantizers(self) -> list[Pass]:
-        """What rounds while training: as the options say, GPTQ's weights to nearest, nothing folded."""
-        if isinstance(self.under, str):
-            steps = quantizers(Setting.parse(self.under), "rtn")
-        else:
-            steps = [make_pass(spec) for spec in self.under]
-        return [_to_nearest(step) for step in steps if not isinstance(step, FoldConstants)]
-
-    def _require_divisible(self) -> None:
-        if self.batch % (processes.count() * self.accumulate):
-            raise PassError(
-                f"{self.name}: expected a batch that {processes.count()} processes times {self.accumulate} "
-                f"parts divide, found {self.batch}"
-            )
 
     def _chosen(self, graph: fx.GraphModule, report: Report) -> dict[str, dict[str, Any]]:
         """The manifest's entries to train, those whose parameter is still in the graph."""
@@ -191,33 +124,6 @@ class LearnRotation(Pass):
             began = {"began": entry["method"]} if entry["method"] != "learned" else {}
             graph.meta["rotations"][key] = {**entry, **began, "method": "learned"}
             graph.meta["rotation_tensors"][key] = value
-
-    def _student(self, graph: fx.GraphModule, variables: list[str], tokens: Tensor) -> LayeredGraph:
-        twin = apply_passes(graph, self._quantizers(), verify=False, calibration=tokens)
-        straighten(twin)
-        return self._layered(twin, variables)
-
-    def _teacher(self, graph: fx.GraphModule) -> LayeredGraph:
-        return self._layered(apply_passes(graph, [FoldConstants()], verify=False), [])
-
-    def _layered(self, graph: fx.GraphModule, variables: list[str]) -> LayeredGraph:
-        layered = LayeredGraph(graph, variables)
-        if self.shard and processes.count() > 1:
-            processes.shard(layered)
-        return layered
-
-    def _file(self, graph: fx.GraphModule, tokens: Tensor) -> Path:
-        """A name that no other training has."""
-        digest = hashlib.sha256(graph_text(graph).encode())
-        digest.update(json.dumps([self.options(), torch.__version__], default=str, sort_keys=True).encode())
-        for value in (tokens, *parameters(graph).values()):
-            digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return Path(f"{self.name}-{digest.hexdigest()[:16]}.pt")
-
-
-def _to_nearest(step: Pass) -> Pass:
-    gptq = isinstance(step, QuantizeWeights) and step.method == "gptq"
-    return dataclasses.replace(step, method="rtn") if gptq else step  # type: ignore[call-arg]
 
 
 def _is_scale(key: str) -> bool:

@@ -1,196 +1,138 @@
-"""The loop: gradients of a quantized graph's loss with respect to its rotations and scales."""
+"""What passes that train have in common: a budget, the quantizers to train under, and an account."""
 
 from __future__ import annotations
 
-import logging
-import math
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.files import writing
-from rolora_passes.graphs.inputs import positions_like
+from rolora_passes.fold_constants import FoldConstants
+from rolora_passes.graphs.accounting import peak_mb
+from rolora_passes.graphs.graph import parameters
+from rolora_passes.graphs.inputs import require_decoder
+from rolora_passes.graphs.quantizers import require_float32, straighten
 from rolora_passes.graphs.split import LayeredGraph
+from rolora_passes.graphs.text import graph_text
 from rolora_passes.learning import processes
-from rolora_passes.learning.stiefel import RATES, Variables
+from rolora_passes.learning.loop import train
+from rolora_passes.learning.stiefel import Variables
+from rolora_passes.manager import apply_passes
+from rolora_passes.passes import Calibration, Pass
+from rolora_passes.quantize_weights import QuantizeWeights
+from rolora_passes.registry import make_pass
+from rolora_passes.settings import Setting, quantizers
 
-if TYPE_CHECKING:
-    from rolora_passes.learning.learn_rotation import LearnRotation
-
-_SAVE_SECONDS = 60.0
-_log = logging.getLogger(__name__)
-
-
-@dataclass
-class Trace:
-    """What training did: the loss of every step, and the seconds it took, those before a resumption too."""
-
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
+_LOSSES = ("cross-entropy", "distillation")
 
 
-def train(
-    student: LayeredGraph,
-    teacher: LayeredGraph | None,
-    variables: Variables,
-    tokens: Tensor,
-    options: LearnRotation,
-    file: Path | None,
-    on_progress: Callable[[str, int, int], None],
-) -> Trace:
-    """Train variables in place.
+@dataclass(frozen=True)
+class Training(Pass):
+    """Base of passes that train parameters of a graph; they document these options.
 
-    Every step reads the next `batch` windows in their order, from the beginning again when they are used up;
-    of several processes each reads its part of them. Nothing is drawn, so equal options give equal results.
-
-    Args:
-        student: a quantized graph; its variables are named as `variables` names them.
-        teacher: the graph in floating point, for distillation.
-        tokens: int64 [N, S].
-        file: where the state is kept, to go on from it; None to keep nothing.
-        on_progress: called with the pass and the last loss, how many steps are done, and of how many.
-
-    Raises:
-        PassError: the loss is not finite; says at which step, and where the last good state is.
+    A copy of the graph is given the quantizers to come, with gradients straight through them (Bengio et al.,
+    2013), and the loss of that copy on the calibration tokens is made less.
     """
-    run = _Run(student, teacher, variables, tokens, options, file)
-    run.resume()
-    on_progress(options.name, run.step, options.steps)
-    while run.step < options.steps:
-        run.advance()
-        on_progress(f"{options.name}, loss {run.trace.losses[-1]:.4g}", run.step, options.steps)
-    run.save()
-    return run.trace
 
+    under: str | tuple[Any, ...] = "W4A4KV4"
+    loss: str = "distillation"
+    steps: int = 100
+    batch: int = 8
+    accumulate: int = 1
+    clip: float = 1.0
+    bfloat16: bool = False
+    recompute: bool = False
+    shard: bool = False
 
-class _Run:
-    """The state of a training: variables, optimisers, and how far it is."""
+    def __post_init__(self) -> None:
+        if self.loss not in _LOSSES:
+            raise PassError(f"{self.name}: expected a loss of {_LOSSES}, found {self.loss!r}")
+        for option in ("steps", "batch", "accumulate"):
+            if getattr(self, option) < 1:
+                raise PassError(f"{self.name}: {option} must be 1 or more, found {getattr(self, option)}")
+        for option in ("lr", "scale_lr", "clip"):
+            value = getattr(self, option, None)
+            if value is not None and not value > 0:
+                raise PassError(f"{self.name}: {option} must be above 0, found {value}")
+        self._quantizers()
 
-    def __init__(
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    def optimizers(self, variables: Variables) -> list[torch.optim.Optimizer]:
+        """What moves the variables, at the rates of the options."""
+        raise NotImplementedError
+
+    def _require(self, graph: fx.GraphModule) -> None:
+        """Join the processes of torchrun, and refuse what cannot be trained by them."""
+        require_float32(graph, self.name)
+        require_decoder(graph, self.name)
+        processes.join()
+        if self.batch % (processes.count() * self.accumulate):
+            raise PassError(
+                f"{self.name}: expected a batch that {processes.count()} processes times {self.accumulate} "
+                f"parts divide, found {self.batch}"
+            )
+
+    def _under(self, graph: fx.GraphModule, tokens: Tensor) -> fx.GraphModule:
+        """A copy with the quantizers to come."""
+        twin = apply_passes(graph, self._quantizers(), verify=False, calibration=tokens)
+        straighten(twin)
+        return twin
+
+    def _quantizers(self) -> list[Pass]:
+        """What rounds while training: as the options say, GPTQ's weights to nearest, nothing folded."""
+        if isinstance(self.under, str):
+            steps = quantizers(Setting.parse(self.under), "rtn")
+        else:
+            steps = [make_pass(spec) for spec in self.under]
+        return [_to_nearest(step) for step in steps if not isinstance(step, FoldConstants)]
+
+    def _train(
         self,
-        student: LayeredGraph,
-        teacher: LayeredGraph | None,
+        graph: fx.GraphModule,
+        student: fx.GraphModule,
+        teacher: fx.GraphModule | None,
         variables: Variables,
-        tokens: Tensor,
-        options: LearnRotation,
-        file: Path | None,
-    ) -> None:
-        self.student, self.teacher, self.variables = student, teacher, variables
-        self.tokens, self.options, self.file = tokens, options, file
-        self.shared = processes.synchronised(variables)
-        lr = RATES[options.method] if options.lr is None else options.lr
-        self.optimizers = variables.optimizers(lr, options.scale_lr)
-        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._cosine) for o in self.optimizers]
-        self.step, self.trace, self._saved = 0, Trace(), time.perf_counter()
-
-    def _cosine(self, step: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * step / self.options.steps))
-
-    def advance(self) -> None:
-        """One step of every optimiser."""
-        start = time.perf_counter()
-        values = self.shared()
-        leaves = [value.detach().requires_grad_() for value in values]
-        loss = torch.zeros(())
-        parts = self._batch().chunk(self.options.accumulate)
-        for rows in parts:
-            part = self._loss(rows, leaves) / len(parts)
-            part.backward()
-            loss += part.detach().cpu()
-        torch.autograd.backward(values, [leaf.grad for leaf in leaves])
-        norm = clip_grad_norm_(self.variables.parameters(), self.options.clip)
-        self._require_finite(mean := processes.mean(loss), float(norm))
-        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.trace.losses.append(mean)
-        self.trace.seconds += time.perf_counter() - start
-        _log.info("step %d: loss %.4f, gradient norm %.2f", self.step, mean, float(norm))
-        if time.perf_counter() - self._saved > _SAVE_SECONDS:
-            self.save()
-
-    def _batch(self) -> Tensor:
-        """This process's windows of the step, int64 [batch / processes, S].
-
-        They are those of one process's parts, so that two processes do what one does in two parts.
-        """
-        first = self.step * self.options.batch
-        places = torch.arange(first, first + self.options.batch) % len(self.tokens)
-        return self.tokens[places].chunk(processes.count())[processes.rank()]
-
-    def _loss(self, rows: Tensor, leaves: list[Tensor]) -> Tensor:
-        inputs = {"tokens": rows, "positions": positions_like(rows)}
-        known = dict(zip(self.variables.names, leaves, strict=True))
-        with self._precision():
-            logits = self.student(inputs, known, self.options.recompute)
-        if self.teacher is None:
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
-        with torch.no_grad(), self._precision():
-            wanted = F.log_softmax(self.teacher(inputs, {}).flatten(0, 1).float(), -1)
-        found = F.log_softmax(logits.flatten(0, 1).float(), -1)
-        return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if not self.options.bfloat16:
-            return nullcontext()
-        return torch.autocast(self.tokens.device.type, torch.bfloat16)
-
-    def _require_finite(self, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        self.save()
-        kept = f"; the state before it is in {self.file}" if self.file else ""
-        raise PassError(
-            f"learn-rotation: expected a finite loss and gradient at step {self.step + 1}, found {loss} and "
-            f"{norm}: use a smaller lr, or bfloat16: false{kept}"
+        calibration: Calibration,
+    ) -> dict[str, Any]:
+        """Train the variables of a student in place; returns the account of it, for a report's notes."""
+        tokens, work = calibration.tokens, calibration.work
+        trace = train(
+            self._layered(student, variables.names),
+            None if teacher is None else self._layered(teacher, []),
+            variables,
+            tokens,
+            self,
+            None if work is None else work / self._file(graph, tokens),
+            calibration.on_progress,
         )
+        account = {"losses": trace.losses, "seconds": round(trace.seconds, 1)}
+        return {**account, "peak_mb": peak_mb(), "processes": processes.count()}
 
-    # What makes a run go on where it stopped.
+    def _layered(self, graph: fx.GraphModule, variables: Collection[str]) -> LayeredGraph:
+        layered = LayeredGraph(graph, variables)
+        if self.shard and processes.count() > 1:
+            processes.shard(layered)
+        return layered
 
-    def save(self) -> None:
-        """Keep the state; one process writes for all."""
-        self._saved = time.perf_counter()
-        if self.file is None or processes.rank():
-            return
-        state = {
-            "step": self.step,
-            "losses": self.trace.losses,
-            "seconds": self.trace.seconds,
-            "variables": self.variables.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "schedules": [schedule.state_dict() for schedule in self.schedules],
-        }
-        with writing(self.file) as temporary:
-            torch.save(state, temporary)
+    def _file(self, graph: fx.GraphModule, tokens: Tensor) -> Path:
+        """A name that no other training has."""
+        digest = hashlib.sha256(graph_text(graph).encode())
+        digest.update(json.dumps([self.options(), torch.__version__], default=str, sort_keys=True).encode())
+        for value in (tokens, *parameters(graph).values()):
+            digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return Path(f"{self.name}-{digest.hexdigest()[:16]}.pt")
 
-    def resume(self) -> None:
-        """Go on from a state that an earlier run of the same training kept."""
-        state = processes.from_first(self._kept())
-        if state is None:
-            return
-        self.variables.load_state_dict(state["variables"])
-        owners: list[Any] = [*self.optimizers, *self.schedules]
-        for owner, kept in zip(owners, [*state["optimizers"], *state["schedules"]], strict=True):
-            owner.load_state_dict(kept)
-        self.step, self.trace = state["step"], Trace(list(state["losses"]), state["seconds"])
-        _log.info("resumed at step %d", self.step)
 
-    def _kept(self) -> dict[str, Any] | None:
-        if self.file is None or not self.file.is_file():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(self.file, weights_only=True)
-        except Exception as error:
-            raise PassError(f"learn-rotation: {self.file} is damaged: remove it to begin anew") from error
-        return state
+def _to_nearest(step: Pass) -> Pass:
+    gptq = isinstance(step, QuantizeWeights) and step.method == "gptq"
+    return dataclasses.replace(step, method="rtn") if gptq else step  # type: ignore[call-arg]

@@ -19,7 +19,7 @@ from rolora_passes.graphs import load_graph, save_graph
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import copy_graph, dtype_of, parameters, set_tensor
 from rolora_passes.graphs.structure import structure_text
-from rolora_passes.learning import training
+from rolora_passes.learning import loop
 from rolora_passes.passes import Calibration
 
 
@@ -131,7 +131,7 @@ def test_goes_on_to_the_identical_result(
     method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = learn(opened(), method=method, steps=6)
-    monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "_SAVE_SECONDS", 0.0)
     step = LearnRotation(method=method, steps=6, batch=4)
     with pytest.raises(Stop):
         apply_passes(opened(), [step], calibration=Calibration(windows(), tmp_path, stopping(3)))

@@ -1,0 +1,84 @@
+"""LearnScales: train the scales of weights that are rounded, under the quantizers to come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+from rolora_passes.errors import PassError
+from rolora_passes.graphs.graph import get_tensor, set_tensor, site_names
+from rolora_passes.graphs.quantizers import held, open_scales, stored_scales
+from rolora_passes.learning.stiefel import Variables
+from rolora_passes.learning.training import Training
+from rolora_passes.passes import Calibration, Report
+
+
+@dataclass(frozen=True)
+class LearnScales(Training):
+    """Train the scale of every output channel, or group, of stored weights; their integers stay.
+
+    Before:                                  After:
+        y = linear(x, dequantize(q, s))          the same, s other numbers
+
+    GPTQ rounds one weight after another for what it reads. Here all scales move together, for what the whole
+    graph gives, by distillation from the graph that it was before anything was rounded (as the last phase of
+    EfficientQAT, Chen et al., 2024). It costs nothing at run time. It stands after fold-constants has stored
+    the weights, and before activations are quantized, in one list with what rounded the weights.
+
+    Options:
+        under: the quantizers to come: a setting ("W16A8"), or a list of passes.
+        lr: of the logarithms of the scales, by Adam; it falls to zero along a cosine.
+        loss: "cross-entropy" of the next token, or "distillation": KL from what the float graph computes.
+        steps, batch: batches of that many windows, in their order.
+        accumulate: parts of a batch that are computed one after another, to need less memory.
+        clip: the largest norm of the gradient.
+        bfloat16: compute in bfloat16 where torch's autocast does; scales stay float32.
+        recompute: keep what passes between layers, and compute the rest again (activation checkpointing).
+        shard: divide the layers' weights between the processes of torchrun.
+
+    Raises:
+        PassError: no stored scales, no graph to distil, windows that do not divide among processes, or a loss
+            that is not finite.
+    """
+
+    kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
+    requires: ClassVar[tuple[str, ...]] = ("canonical", "weights quantized")
+    forbids: ClassVar[tuple[str, ...]] = ("activations quantized", "cache quantized")
+
+    under: str | tuple[Any, ...] = "W16A8"
+    steps: int = 30
+    lr: float = 1e-3
+
+    def optimizers(self, variables: Variables) -> list[torch.optim.Optimizer]:
+        return [torch.optim.Adam(variables.parameters(), self.lr, betas=(0.9, 0.95))]
+
+    def calibrate(self, graph: fx.GraphModule, calibration: Calibration) -> Report:
+        self._require(graph)
+        sites = stored_scales(graph)
+        if not sites:
+            raise PassError(
+                f"{self.name}: expected weights that are stored on their grids, found none: run "
+                "fold-constants after quantize-weights"
+            )
+        student = self._under(graph, calibration.tokens)
+        open_scales(student, sites)
+        variables = Variables({}, {name: get_tensor(student, name) for name in sites}, "cayley-adam")
+        teacher = self._teacher(calibration) if self.loss == "distillation" else None
+        notes = self._train(graph, student, teacher, variables, calibration)
+        for name, value in zip(variables.names, variables(), strict=True):
+            set_tensor(graph, name, held(value.detach().exp()))
+        names = site_names(graph)
+        changed = [f"{names[node]}: scales" for nodes in sites.values() for node in nodes]
+        return Report(changed=changed, notes=notes)
+
+    def _teacher(self, calibration: Calibration) -> fx.GraphModule:
+        reference = calibration.reference
+        if reference is None or "weights quantized" in reference.meta.get("facts", []):
+            raise PassError(
+                f"{self.name}: expected the graph in floating point to distil, found none: apply the passes "
+                "that round weights and this one in one list, or set loss to cross-entropy"
+            )
+        return reference
