@@ -145,8 +145,7 @@ def apply_passes(
     require_calibration(pipeline, calibration, graph.meta.get("config", {}).get("vocab_size"))
     current = graph
     for number, step in enumerate(pipeline):
-        if calibration and not step.exact and all(record.kind == "exact" for record in history(current)):
-            calibration = dataclasses.replace(calibration, reference=current)
+        calibration = referring(calibration, current, step)
         try:
             current, record = _apply(current, step, verify, calibration, number, print_graph, print_to)
         except Exception as error:
@@ -162,6 +161,16 @@ def apply_passes(
 def history(graph: fx.GraphModule) -> list[Record]:
     """The records of every pass applied to a graph, oldest first."""
     return list(graph.meta.get("history", []))
+
+
+def referring(calibration: Calibration | None, graph: fx.GraphModule, step: Pass) -> Calibration | None:
+    """What a pass is given, with `graph` as the reference if the pass is the first to change its function.
+
+    `apply_passes` does this along its list; who applies passes one by one hands on what this returns.
+    """
+    if calibration is None or step.exact or any(record.kind != "exact" for record in history(graph)):
+        return calibration
+    return dataclasses.replace(calibration, reference=graph)
 
 
 def check_order(pipeline: Iterable[Pass], facts: Iterable[str]) -> None:

@@ -50,7 +50,7 @@ def stages(options: argparse.Namespace, display: Display) -> Iterator[tuple[str,
         Also what `load_recipe`, `open_graph` and `apply_passes` raise.
     """
     from rolora_passes.evaluation.scorers import load_passes, load_tokenizer
-    from rolora_passes.manager import apply_passes, check_order, require_calibration
+    from rolora_passes.manager import apply_passes, check_order, referring, require_calibration
 
     passes = load_passes(options.recipe, options.seed)
     make = calibration_of(options, display)
@@ -67,7 +67,8 @@ def stages(options: argparse.Namespace, display: Display) -> Iterator[tuple[str,
         data = make(load_tokenizer(options.tokenizer) if options.tokenizer else tokenizer)
     yield "given", graph
     display.stage("passes")
-    known: dict[str, Any] = {"calibration": data, "verify": not options.no_verify, "on_pass": pass_line}
     for step in passes:
-        graph = apply_passes(graph, [step], **known)
+        data = referring(data, graph, step)
+        verify = not options.no_verify
+        graph = apply_passes(graph, [step], calibration=data, verify=verify, on_pass=pass_line)
         yield step.name, graph

@@ -15,7 +15,7 @@ from rolora_passes.debugging.twins import float_twin_recipe
 from rolora_passes.errors import VerificationError
 from rolora_passes.graphs.graph import dtype_of
 from rolora_passes.graphs.verify import TOLERANCE
-from rolora_passes.manager import Record, apply_passes, history
+from rolora_passes.manager import Record, apply_passes, history, referring
 from rolora_passes.passes import Calibration, Pass
 
 _LEFT = 0.1  # bisection ends when what is left causes less than this part of the divergence
@@ -157,6 +157,7 @@ def bisect_passes(
     found, current, logits = [], graph, predictions(graph, tokens)
     origin = origin or logits
     for step in passes:
+        calibration = referring(calibration, current, step)
         after = apply_passes(current, [step], verify=False, calibration=calibration, on_pass=on_pass)
         before, logits = logits, predictions(after, tokens)
         kl, nll = divergence(logits, origin, tokens)

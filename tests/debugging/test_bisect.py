@@ -25,6 +25,7 @@ from rolora_passes import Pass, Report
 from rolora_passes.debugging.bisect import PassLoss, bisect_passes, bisect_recipe, bisect_sites, costliest
 from rolora_passes.errors import GraphFormatError
 from rolora_passes.graphs.graph import finish, parameters, run, set_tensor
+from rolora_passes.passes import Calibration
 
 UP = "model.layers.1.mlp.up_proj"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -136,6 +137,14 @@ def test_passes() -> None:
     worst = costliest(losses)
     assert worst is not None and worst.name == "quantize-weights"
     assert losses[-1].kl > 1e-6 and json.dumps(losses[0].row())
+
+
+def test_a_pass_that_learns_from_the_graph_before_rounding_finds_it() -> None:
+    learns = {"learn-scales": {"steps": 1, "batch": 2, "lr": 0.1}}
+    steps = recipe(*ROTATED, "quantize-weights", "fold-constants", learns, "quantize-activations")
+    tokens = tokens_for(wide(), 2, 12)
+    losses, _ = bisect_passes(wide(), steps, tokens, calibration=Calibration(tokens))
+    assert losses[-2].name == "learn-scales" and losses[-2].kind == "lossy" and losses[-2].step > 0
 
 
 def test_the_costliest_pass_is_the_one_that_the_divergence_grows_most_by() -> None:

@@ -17,7 +17,7 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import run
 
 SITE = "model.layers.1.self_attn.v_proj"
-CACHED = [*ROTATED[:2], "insert-hadamard", *GROUPS, {"quantize-kv-cache": {"keys": 3, "values": 4}}]
+CACHE = [*GROUPS, {"quantize-kv-cache": {"keys": 3, "values": 4}}]
 
 
 def kl(graph: fx.GraphModule, reference: fx.GraphModule, tokens: torch.Tensor) -> float:
@@ -49,15 +49,17 @@ def test_a_site_in_float_is_the_recipe_without_that_site() -> None:
 
 
 @functools.cache
-def cached() -> tuple[fx.GraphModule, fx.GraphModule, fx.GraphModule]:
-    steps = recipe(*CACHED)
-    twin = apply_passes(wide(), [*ROTATED[:2], "insert-hadamard", "fold-constants"], verify=False)
+def cached(factors: bool) -> tuple[fx.GraphModule, fx.GraphModule, fx.GraphModule]:
+    online = [*ROTATED[:2], {"insert-hadamard": {"factors": factors}}]
+    steps = recipe(*online, *CACHE)
+    twin = apply_passes(wide(), [*online, "fold-constants"], verify=False)
     return twin, *(apply_passes(wide(), passes, verify=False) for passes in (steps, bare_recipe(steps)))
 
 
-def test_hadamards_with_their_inverses() -> None:
+@pytest.mark.parametrize("factors", [False, True])
+def test_hadamards_with_their_inverses(factors: bool) -> None:
     tokens = tokens_for(wide(), 2, 12)
-    twin, quantized, bare = cached()
+    twin, quantized, bare = cached(factors)
     found = without_hadamards(twin, quantized, bare, tokens)
     downs = {f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)}
     assert {change.site for change in found.changes} == {
