@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from sharp import opened, windows
+from sharp import opened, sharp, windows
 
-from rolora_passes import LearnRotation, apply_passes
+from rolora_passes import FoldConstants, LearnRotation, LearnScales, QuantizeWeights, apply_passes
+from rolora_passes.graphs.graph import parameters
 
 # Adam makes much of gradients that are nearly nothing, and of their rounding; SGD does not.
 OPTIONS = {"under": "W8A8", "method": "cayley-sgd", "lr": 1e-2, "train": "R1", "steps": 3, "batch": 4}
@@ -20,8 +22,9 @@ import sys
 OPTIONS = {OPTIONS}
 import torch
 from sharp import opened, windows
+from test_processes import scaled
 from rolora_passes import LearnRotation, apply_passes
-from rolora_passes.learning import learn_rotation, processes
+from rolora_passes.learning import processes
 
 torch.set_num_threads(1)
 shard, path = sys.argv[1] == "True", sys.argv[2]
@@ -38,8 +41,16 @@ LearnRotation._layered = spy
 step = LearnRotation(**OPTIONS, shard=shard)
 graph = apply_passes(opened(), [step], calibration=windows())
 assert processes.count() == 2
-torch.save({{"rotations": graph.meta["rotation_tensors"], "held": held}}, f"{{path}}.{{processes.rank()}}")
+learned = {{"rotations": graph.meta["rotation_tensors"], "scales": scaled(shard=shard), "held": held}}
+torch.save(learned, f"{{path}}.{{processes.rank()}}")
 """
+
+
+def scaled(**options: Any) -> dict[str, torch.Tensor]:
+    """What learn-scales makes of the scales of rounded weights."""
+    steps = [QuantizeWeights(3, None), FoldConstants(), LearnScales(steps=2, batch=4, **options)]
+    found = parameters(apply_passes(sharp(), steps, calibration=windows()))
+    return {name: value.detach() for name, value in found.items() if name.endswith("_scale")}
 
 
 @pytest.mark.parametrize("shard", [False, True])
@@ -59,6 +70,9 @@ def test_two_are_as_one(shard: bool, tmp_path: Path) -> None:
     for key, expected in alone.items():
         assert torch.equal(both[0]["rotations"][key], both[1]["rotations"][key])
         torch.testing.assert_close(both[0]["rotations"][key], expected, rtol=0, atol=1e-5)
+    for key, expected in scaled(accumulate=2).items():
+        assert torch.equal(both[0]["scales"][key], both[1]["scales"][key])
+        torch.testing.assert_close(both[0]["scales"][key], expected, rtol=1e-4, atol=0)
     for rank in (0, 1):
         for part, whole in both[rank]["held"]:
             assert part <= 0.6 * whole if shard else part == whole
