@@ -98,15 +98,17 @@ def _spinquant(setting: Setting, method: str) -> list[Pass]:
 def _learned(setting: Setting, method: str) -> list[Pass]:
     """Rotations, the factors of online transforms and scales, learned together by distillation.
 
-    Rotations learn under weights in float where GPTQ will round them and activations cost more. Clips of
-    4-bit activations are searched; and when weights are rounded, their own scales are learned too.
+    Rotations learn under weights in float where GPTQ will round them. Scales trade what activations cost
+    against what weights do: where weights are in float and 8-bit activations cost nothing, they are left out.
+    Clips of 4-bit activations are searched; and when weights are rounded, their own scales are learned too.
     """
-    rounding, nearest = ([_searching(step) for step in quantizers(setting, m)] for m in (method, "rtn"))
+    rounding = [_searching(step) for step in quantizers(setting, method)]
     weights = [step for step in rounding if _of_weights(step)]
     rest = [step for step in rounding if not _of_weights(step)]
-    under = rest if method == "gptq" and setting.activations < 8 else nearest
+    under = (rest if method == "gptq" else []) or rounding
+    scaling = [InsertScaling()] if under is rounding or setting.activations < 8 else []
     insert = InsertHadamard(r3=setting.cache < 16, factors=True)
-    steps = [FuseNorm(), InsertScaling(), Rotate(), insert]
+    steps = [FuseNorm(), *scaling, Rotate(), insert]
     steps += [_learning("learn-rotation", under, method="cayley-sgd"), FoldConstants(), *weights]
     return [*steps, *([_learning("learn-scales", rest)] if weights else []), *rest]
 

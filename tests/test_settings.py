@@ -52,6 +52,28 @@ def test_a_pipeline_has_the_quantizers_of_its_setting() -> None:
     assert [p.r3 for p in r3] == [False, True]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("name", "scaling", "under"),
+    [
+        ("learned-rtn:W4A8", True, ["quantize-weights", "quantize-activations"]),
+        ("learned:W4A4KV4", True, ["quantize-activations", "quantize-kv-cache"]),
+        ("learned:W4A8", False, ["quantize-activations"]),
+        ("learned:W4A16", True, ["quantize-weights"]),
+    ],
+)
+def test_what_is_learned_and_under_what(name: str, scaling: bool, under: list[str]) -> None:
+    steps = {step.name: step for step in method_passes(name)}
+    assert ("insert-scaling" in steps) == scaling
+    rotation, scales = steps["learn-rotation"], steps["learn-scales"]
+    assert [next(iter(spec)) for spec in rotation.under] == under  # type: ignore[attr-defined]
+    assert all("quantize-weights" not in spec for spec in scales.under)  # type: ignore[attr-defined]
+    order = [step.name for step in method_passes(name)]
+    assert order.index("quantize-weights") < order.index("learn-scales")
+    if "quantize-activations" in steps:
+        assert order.index("learn-scales") < order.index("quantize-activations")
+        assert steps["quantize-activations"].clip_search == ("A4" in name)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_round_trips(method: str) -> None:
     passes = load_recipe(f"{method}:W4A4KV4", seed=3)
