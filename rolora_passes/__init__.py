@@ -9,7 +9,8 @@ from rolora_passes.fold_constants import FoldConstants
 from rolora_passes.fuse_norm import FuseNorm
 from rolora_passes.insert_hadamard import InsertHadamard
 from rolora_passes.insert_scaling import InsertScaling
-from rolora_passes.learning import LearnRotation, LearnScales
+from rolora_passes.learning import RILQ, LearnRotation, LearnScales, TuneLoRA
+from rolora_passes.loftq import LoftQ
 from rolora_passes.manager import Record, apply_passes, history
 from rolora_passes.merge_lora import MergeLoRA
 from rolora_passes.observe_activations import ObserveActivations
@@ -23,6 +24,7 @@ from rolora_passes.smooth_quant import SmoothQuant
 from rolora_passes.version import __version__
 
 __all__ = [
+    "RILQ",
     "AddLoRA",
     "Calibration",
     "FoldConstants",
@@ -31,6 +33,7 @@ __all__ = [
     "InsertScaling",
     "LearnRotation",
     "LearnScales",
+    "LoftQ",
     "MergeLoRA",
     "ObserveActivations",
     "Pass",
@@ -42,6 +45,7 @@ __all__ = [
     "Report",
     "Rotate",
     "SmoothQuant",
+    "TuneLoRA",
     "__version__",
     "apply_passes",
     "history",

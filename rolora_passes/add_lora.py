@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.adapters import check_base, load_adapter
+from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import (
     add_parameter,
     aten,
     constants,
     dtype_of,
     finish,
-    insert_after,
+    insert,
+    is_op,
     site_names,
 )
+from rolora_passes.graphs.lora import add_branch, find_branches, low_rank
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import is_head, matches
+from rolora_passes.graphs.transport import LowRank, forth, ways
 from rolora_passes.passes import Pass, Report
+
+_INITS = ("zero", "gaussian", "svd", "loftq")
 
 
 @dataclass(frozen=True)
@@ -32,73 +40,153 @@ class AddLoRA(Pass):
                                       y = y' + linear(linear(x, A), B) * (alpha / rank)
 
     A [rank, in] and B [out, rank] are parameters like any other: fuse-norm and rotate treat them as
-    they treat W, so LoRA before or after rotation is the order of two passes.
+    they treat W, so LoRA before or after rotation is the order of two passes. Dropout is tune-lora's: a graph
+    computes what is deployed.
 
     Options:
         targets: "all-linear" (every linear but the head), or patterns over site names: the last part
             ("q_proj"), or a regular expression ("re:.*layers\\.[0-9]+\\.mlp.*").
         rank, alpha: of the branch; its scale is alpha / rank.
+        rslora: scale by alpha / sqrt(rank) (rank-stabilised; Kalajdzievski, 2023).
         init: "zero": A Gaussian, B zero, so that the function is kept (PEFT's default draws A otherwise,
-            Kaiming-uniform); "gaussian": both Gaussian, which changes the function.
+            Kaiming-uniform); "gaussian": both Gaussian, which changes the function; "svd": the largest
+            singular values of W, which leave it, so that the function is kept (PiSSA, Meng et al., 2024);
+            "loftq": the largest singular values of what a quantizer of the weight, not folded yet, took from
+            it (LoftQ's last step, Li et al., 2023; the pass loftq alternates).
         seed: of the draws.
+        adapter: a folder that PEFT, or `save_adapter`, wrote: its branches, carried into the bases that the
+            graph's weights are in, in place of all options above.
 
     Raises:
-        PassError: no linear matches a target, or rank exceeds a matched linear's size.
+        PassError: no linear matches a target, rank exceeds a matched linear's size, "loftq" on a weight that
+        no
+            quantizer reads, or an adapter that is not of this base, or not of this basis.
     """
 
     targets: str | tuple[str, ...] = "all-linear"
     rank: int = 16
     alpha: float = 16.0
-    init: Literal["zero", "gaussian"] = "zero"
+    rslora: bool = False
+    init: Literal["zero", "gaussian", "svd", "loftq"] = "zero"
     seed: int = 0
+    adapter: str | Path | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.init not in ("zero", "gaussian"):
+        if self.rank < 1 or self.init not in _INITS:
             found = f"rank {self.rank}, init {self.init!r}"
-            raise PassError(
-                f"add-lora: expected a positive rank and init 'zero' or 'gaussian', found {found}"
-            )
+            raise PassError(f"add-lora: expected a positive rank and an init of {_INITS}, found {found}")
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
 
     @property
     def exact(self) -> bool:
-        """As long as B is zero."""
-        return self.init == "zero"
+        """As long as B is zero, or the weight is less by what the branch gives."""
+        return self.init in ("zero", "svd") and self.adapter is None
+
+    @property
+    def scale(self) -> float:
+        """What a branch is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
-        generator = torch.Generator().manual_seed(self.seed)
-        names, shapes = site_names(graph), infer_shapes(graph, only=constants(graph))
-        chosen = {n: name for n, name in names.items() if matches(name, self.targets) and not is_head(n)}
-        if not chosen:
-            some = ", ".join(list(names.values())[:4])
-            raise PassError(f"add-lora: no linear matches {self.targets!r}; sites are named like {some}")
-        dtype = dtype_of(graph)
-        for node, name in chosen.items():
-            out, width = shapes[_weight(node)].shape
-            if self.rank > min(out, width):
-                raise PassError(f"add-lora: rank {self.rank} exceeds {name}, which is {out} x {width}")
-            down = torch.randn(self.rank, width, generator=generator, dtype=torch.float64) / width**0.5
-            up = torch.randn(out, self.rank, generator=generator, dtype=torch.float64) / self.rank**0.5
-            up = up if self.init == "gaussian" else torch.zeros_like(up)
-            a = add_parameter(graph, f"{name}.lora_A.weight", down.to(dtype))
-            b = add_parameter(graph, f"{name}.lora_B.weight", up.to(dtype))
-            self._branch(graph, node, a, b)
-            report.changed.append(name)
-        report.notes["parameters"] = sum(self.rank * sum(shapes[_weight(n)].shape) for n in chosen)
+        found = self._loaded(graph) if self.adapter is not None else self._made(graph)
+        names, dtype = site_names(graph), dtype_of(graph)
+        for node, branch in found.items():
+            add_branch(graph, node, names[node], branch.to(dtype))
+            report.changed.append(names[node])
+        report.notes["parameters"] = sum(b.a.numel() + b.b.numel() for b in found.values())
         finish(graph)
         return report
 
-    def _branch(self, graph: fx.GraphModule, node: fx.Node, a: fx.Node, b: fx.Node) -> None:
-        low = insert_after(graph, node, aten.linear.default, node.args[0], a)
-        high = insert_after(graph, low, aten.linear.default, low, b)
-        scaled = insert_after(graph, high, aten.mul.Tensor, high, self.alpha / self.rank)
-        total = insert_after(graph, scaled, aten.add.Tensor, node, scaled)
-        node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    def _made(self, graph: fx.GraphModule) -> dict[fx.Node, LowRank]:
+        """A branch for every linear that is meant, float64."""
+        generator = torch.Generator().manual_seed(self.seed)
+        found = {}
+        for node, (name, (out, width)) in self._chosen(graph).items():
+            if self.rank > min(out, width):
+                raise PassError(f"add-lora: rank {self.rank} exceeds {name}, which is {out} x {width}")
+            if self.init in ("svd", "loftq"):
+                found[node] = self._from_weight(graph, node, name)
+                continue
+            down = torch.randn(self.rank, width, generator=generator, dtype=torch.float64) / width**0.5
+            up = torch.randn(out, self.rank, generator=generator, dtype=torch.float64) / self.rank**0.5
+            up = up if self.init == "gaussian" else torch.zeros_like(up)
+            found[node] = LowRank(down, up, self.scale)
+        return found
+
+    def _chosen(self, graph: fx.GraphModule) -> dict[fx.Node, tuple[str, list[int]]]:
+        """The linears that are meant, with their names and their weights' sizes."""
+        names, shapes = site_names(graph), _weight_shapes(graph)
+        others = {n for branch in find_branches(graph) for n in (branch.low, branch.high)}
+        chosen = {
+            n: (name, shapes[n])
+            for n, name in names.items()
+            if matches(name, self.targets) and not is_head(n) and n not in others
+        }
+        if not chosen:
+            some = ", ".join(list(names.values())[:4])
+            raise PassError(f"add-lora: no linear matches {self.targets!r}; sites are named like {some}")
+        return chosen
+
+    def _from_weight(self, graph: fx.GraphModule, node: Any, name: str) -> LowRank:
+        """The best branch for a weight, which is then less by it, or for what its quantizer took."""
+        weight = node.args[1]
+        if self.init == "loftq":
+            inner = weight.args[0] if is_op(weight, "dequantize", "decode") else None
+            if not is_op(inner, "quantize", "encode"):
+                raise PassError(
+                    f"add-lora: expected a quantizer, not folded yet, on the weight of {name}, found none: "
+                    "init loftq goes after quantize-weights and before fold-constants; gptq folds its own"
+                )
+            exact, rounded = compute(graph, [inner.args[0], weight], dtype=torch.float32)
+            return low_rank(exact - rounded, self.rank, self.scale)
+        if weight not in constants(graph):
+            raise PassError(f"add-lora: init svd takes from {name}, whose weight is quantized already")
+        (exact,) = compute(graph, [weight], dtype=torch.float64)
+        branch = low_rank(exact, self.rank, self.scale).to(dtype_of(graph))
+        product = branch.scale * branch.b.double() @ branch.a.double()
+        taken = add_parameter(graph, f"{name}.lora_taken", product.to(dtype_of(graph)))
+        node.update_arg(1, insert(graph, node, aten.sub.Tensor, weight, taken))
+        return branch
+
+    def _loaded(self, graph: fx.GraphModule) -> dict[fx.Node, LowRank]:
+        """The adapter's branches, in the graph's bases."""
+        adapter = load_adapter(cast("str | Path", self.adapter))
+        check_base(adapter, graph)
+        names, shapes, found = site_names(graph), _weight_shapes(graph), dict[fx.Node, LowRank]()
+        traced = ways(graph)
+        own = {n: names[n] if adapter.basis else traced[n].module for n in names}
+        missing = sorted(set(adapter.modules) - set(own.values()))
+        if missing:
+            raise PassError(
+                f"add-lora: {self.adapter} adapts {len(missing)} modules that this graph lacks, such as "
+                f"{missing[0]}; its linears are named like {', '.join(list(own.values())[:3])}"
+            )
+        for node, module in own.items():
+            branch = adapter.modules.get(module)
+            if branch is None:
+                continue
+            way, shape = traced[node], shapes[node]
+            _require_fit(branch, module, shape if adapter.basis else way.root_shape(shape))
+            if way.reason and not adapter.basis:
+                raise PassError(f"add-lora: no adapter can be carried to {names[node]}: {way.reason}")
+            found[node] = branch if adapter.basis else forth(way, branch.to(torch.float64))
+        return found
 
 
-def _weight(node: fx.Node) -> fx.Node:
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    return weight
+def _require_fit(branch: LowRank, module: str, shape: list[int]) -> None:
+    found = [branch.b.shape[0], branch.a.shape[1]]
+    if found != shape:
+        raise PassError(
+            f"add-lora: expected an adapter of {module} for {shape[0]} x {shape[1]}, found one for "
+            f"{found[0]} x {found[1]}: it was trained on another base"
+        )
+
+
+def _weight_shapes(graph: fx.GraphModule) -> dict[fx.Node, list[int]]:
+    """[out, in] of every linear's weight."""
+    names = site_names(graph)
+    read = cast("set[fx.Node]", {n.args[1] for n in names})
+    shapes = infer_shapes(graph, only=constants(graph) | read)
+    return {n: list(shapes[n.args[1]].shape) for n in names}  # type: ignore[index]

@@ -22,12 +22,13 @@ from rolora_passes.commands import (
     run,
     sensitivity,
     track,
+    tune,
 )
 from rolora_passes.display import console
 from rolora_passes.errors import RoloraError
 from rolora_passes.log import logging_to
 
-COMMANDS = (compile, learn, run, eval, sensitivity, track, bisect, ablate, inspect, diff, passes)
+COMMANDS = (compile, learn, tune, run, eval, sensitivity, track, bisect, ablate, inspect, diff, passes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

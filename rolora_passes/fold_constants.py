@@ -27,6 +27,7 @@ from rolora_passes.graphs.graph import (
     root_names,
     set_tensor,
 )
+from rolora_passes.graphs.transport import keep_ways, ways
 from rolora_passes.passes import Pass, Report
 
 
@@ -49,6 +50,7 @@ class FoldConstants(Pass):
 
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
+        traced = ways(graph)
         merge_equal(graph, constants(graph))  # a table that two readers quantize alike is one table
         dtype = dtype_of(graph)
         groups: dict[str, list[fx.Node]] = {}  # a quantizer's integers and scales come from one value
@@ -70,6 +72,7 @@ class FoldConstants(Pass):
             if str(folded.target).startswith(f"{root}_folded"):
                 _reclaim(graph, folded, root)
         finish(graph)
+        keep_ways(graph, traced)
         return report
 
     def verify(self, before: fx.GraphModule, after: fx.GraphModule, report: Report) -> float | None:

@@ -164,13 +164,18 @@ def history(graph: fx.GraphModule) -> list[Record]:
 
 
 def referring(calibration: Calibration | None, graph: fx.GraphModule, step: Pass) -> Calibration | None:
-    """What a pass is given, with `graph` as the reference if the pass is the first to change its function.
+    """What a pass is given, with `graph` as the reference if the pass is the first to round anything.
 
     `apply_passes` does this along its list; who applies passes one by one hands on what this returns.
     """
-    if calibration is None or step.exact or any(record.kind != "exact" for record in history(graph)):
+    facts = graph.meta.get("facts", [])
+    if calibration is None or not _rounds(step.ensures) or _rounds(facts):
         return calibration
     return dataclasses.replace(calibration, reference=graph)
+
+
+def _rounds(facts: Iterable[str]) -> bool:
+    return any(fact.endswith(" quantized") for fact in facts)
 
 
 def check_order(pipeline: Iterable[Pass], facts: Iterable[str]) -> None:

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
+import torch
 from torch import fx
 
-from rolora_passes.graphs.graph import argument, aten, constants, finish, insert, is_op, site_names
+from rolora_passes.graphs.affine import Grid
+from rolora_passes.graphs.evaluate import compute
+from rolora_passes.graphs.graph import (
+    KEPT,
+    add_parameter,
+    argument,
+    aten,
+    dtype_of,
+    finish,
+    insert,
+    is_op,
+    root_names,
+    site_names,
+)
+from rolora_passes.graphs.lora import Branch, find_branches
+from rolora_passes.graphs.quantizers import encode_weight, quantize_weight
+from rolora_passes.graphs.transport import CHANGED, keep_ways, ways
 from rolora_passes.passes import Pass, Report
 
 
@@ -20,59 +37,86 @@ class MergeLoRA(Pass):
         y = y' + linear(linear(x, A), B) * s
 
     Branches are found by structure, so it does not matter what made them, nor in which basis they are.
+
+    Options:
+        requantize: merge into quantized weights too, and round the sum to a grid of the same kind, whose
+            scales are chosen anew; otherwise branches beside quantized weights are kept. It is what QLoRA's
+            users do to have one weight, and it loses part of what the branch gave.
     """
 
-    forbids: ClassVar[tuple[str, ...]] = ("weights quantized",)
+    requantize: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Unless it rounds."""
+        return not self.requantize
 
     def run(self, graph: fx.GraphModule) -> Report:
-        report = Report()
-        names, known = site_names(graph), constants(graph)
-        for node in list(graph.graph.nodes):
-            found = _branch(node, known)
-            if found is None:
+        report, names = Report(), site_names(graph)
+        traced, merged = ways(graph), dict[fx.Node, fx.Node]()
+        for branch in find_branches(graph):
+            linear = merged.get(branch.linear, branch.linear)
+            reason = self._kept(linear.args[1])
+            if reason:
+                report.left.append((names[branch.linear], reason))
                 continue
-            linear, low, high, scale = found
-            product = insert(graph, node, aten.matmul.default, high.args[1], low.args[1])
-            scaled = insert(graph, node, aten.mul.Tensor, product, scale)
-            weight = insert(graph, node, aten.add.Tensor, linear.args[1], scaled)
-            bias = _merged_bias(graph, node, linear, low, high, scale)
-            tensors = (weight,) if bias is None else (weight, bias)
-            merged = insert(graph, node, aten.linear.default, linear.args[0], *tensors)
-            known.update(tensors)
-            node.replace_all_uses_with(merged)
-            names[merged] = names[linear]
-            report.changed.append(names[linear])
+            merged[branch.linear] = _merge(graph, linear, branch)
+            report.changed.append(names[branch.linear])
         finish(graph)
+        rounded = {old: new for old, new in merged.items() if is_op(new.args[1], *KEPT)}
+        keep_ways(graph, {new: traced[old].then(CHANGED) for old, new in rounded.items()})
         return report
 
+    def _kept(self, weight: Any) -> str | None:
+        """Why a branch stays beside a weight, if it does."""
+        if not is_op(weight, *KEPT):
+            return None
+        if not self.requantize:
+            return "its weight is quantized: requantize merges the two"
+        folded = weight.args[0].op == "get_attr"
+        return None if folded else "its quantizer is not folded yet: run fold-constants first"
 
-def _merged_bias(
-    graph: fx.GraphModule, before: fx.Node, linear: fx.Node, low: fx.Node, high: fx.Node, scale: float
-) -> fx.Node | None:
+
+def _merge(graph: fx.GraphModule, linear: fx.Node, branch: Branch) -> fx.Node:
+    """One linear in place of a linear and its branch."""
+    node, low, high = branch.total, branch.low, branch.high
+    product = insert(graph, node, aten.matmul.default, high.args[1], low.args[1])
+    scaled = insert(graph, node, aten.mul.Tensor, product, branch.scale)
+    if is_op(linear.args[1], *KEPT):
+        weight = _requantized(graph, node, linear.args[1], scaled)
+    else:
+        weight = insert(graph, node, aten.add.Tensor, linear.args[1], scaled)
+    bias = _merged_bias(graph, node, linear, branch)
+    tensors = (weight,) if bias is None else (weight, bias)
+    whole = insert(graph, node, aten.linear.default, linear.args[0], *tensors)
+    node.replace_all_uses_with(whole)
+    return whole
+
+
+def _requantized(graph: fx.GraphModule, before: fx.Node, old: Any, added: fx.Node) -> fx.Node:
+    """The sum of a stored weight and a matrix, on a grid, or in a codebook, like the weight's."""
+    exact, more, scale = compute(graph, [old, added, old.args[1]], dtype=torch.float64)
+    group = None if scale.shape[-1] == 1 else exact.shape[-1] // scale.shape[-1]
+    name = root_names(old)[0].removesuffix("_q")
+    weight = add_parameter(graph, name, (exact + more).to(dtype_of(graph)))
+    bits = argument(old, "bits")
+    if is_op(old, "decode"):
+        kind = str(old.args[2].target).split(".")[1].rstrip("0123456789")
+        return encode_weight(graph, before, weight, kind, bits, group)
+    symmetric = argument(old, "zero") is None
+    return quantize_weight(graph, before, weight, Grid(bits, group, symmetric, False))
+
+
+def _merged_bias(graph: fx.GraphModule, before: fx.Node, linear: fx.Node, branch: Branch) -> fx.Node | None:
     """b + s·(B·a + b') where the branch's halves have biases a and b' (fuse-norm gives them some)."""
     own: fx.Node | None
-    own, inner, outer = (argument(n, "bias") for n in (linear, low, high))
-    branch = (
-        outer if inner is None else insert(graph, before, aten.linear.default, inner, high.args[1], outer)
+    own, inner, outer = (argument(n, "bias") for n in (linear, branch.low, branch.high))
+    pushed = (
+        outer
+        if inner is None
+        else insert(graph, before, aten.linear.default, inner, branch.high.args[1], outer)
     )
-    if branch is None:
+    if pushed is None:
         return own
-    scaled = insert(graph, before, aten.mul.Tensor, branch, scale)
+    scaled = insert(graph, before, aten.mul.Tensor, pushed, branch.scale)
     return scaled if own is None else insert(graph, before, aten.add.Tensor, own, scaled)
-
-
-def _branch(node: fx.Node, known: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
-    """(linear, A's, B's, scale) if a node adds a low-rank branch to a linear that nothing else reads."""
-    if not is_op(node, "add"):
-        return None
-    for linear, scaled in (node.args[:2], node.args[1::-1]):
-        if not (is_op(linear, "linear") and is_op(scaled, "mul") and is_op(scaled.args[0], "linear")):
-            continue
-        high, scale = scaled.args[:2]
-        low = high.args[0]
-        if not is_op(low, "linear") or low.args[0] is not linear.args[0] or list(linear.users) != [node]:
-            continue
-        tensors = {a for n in (linear, low, high) for a in n.args[1:] if a is not None}
-        if isinstance(scale, (int, float)) and tensors <= known:
-            return linear, low, high, float(scale)
-    return None

@@ -52,14 +52,16 @@ class Calibration:
         work: a folder for what a pass has finished, so that a run that was killed goes on from there;
             None to keep nothing.
         on_progress: called with the pass, how much is done, and of how much.
-        reference: the graph before its first lossy pass, what training distills; `apply_passes` gives it to
-            a pass that stands in one list with that one.
+        reference: the graph before the first pass that rounds, what training distills; `apply_passes` gives
+            it to a pass that stands in one list with that one.
+        labels: int64 [N, S], the tokens that training is to predict, -100 elsewhere; None: all of them.
     """
 
     tokens: Tensor
     work: Path | None = None
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
     reference: fx.GraphModule | None = None
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ class Pass:
 
     @classmethod
     def pass_name(cls) -> str:
-        """`FuseNorm` is `fuse-norm` in recipes and on the command line; `AddLoRA` is `add-lora`."""
-        words = cls.__name__.replace("LoRA", "Lora")
+        """`FuseNorm` is `fuse-norm` in recipes and on the command line; `AddLoRA` is `add-lora`, `LoftQ`
+        `loftq`."""
+        words = cls.__name__.replace("LoRA", "Lora").replace("LoftQ", "Loftq").replace("RILQ", "Rilq")
         return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", words).lower()
 
     @property

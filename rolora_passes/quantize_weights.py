@@ -23,6 +23,7 @@ from rolora_passes.graphs.quantizers import (
 )
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import is_head, matches, require_match
+from rolora_passes.graphs.transport import keep_ways, ways
 from rolora_passes.passes import Calibration, Pass, Report
 
 _METHODS = ("rtn", "gptq", "nf", "uniform")
@@ -104,7 +105,7 @@ class QuantizeWeights(Pass):
         return report
 
     def calibrate(self, graph: fx.GraphModule, calibration: Calibration) -> Report:
-        report = Report()
+        report, traced = Report(), ways(graph)
         sites = {node: (name, grid) for node, name, _, grid in self._sites(graph, report)}
         report.notes = gptq_linears(
             graph,
@@ -118,6 +119,7 @@ class QuantizeWeights(Pass):
         )
         report.changed = [_describe(name, grid) for name, grid in sites.values()]
         finish(graph)
+        keep_ways(graph, {node: traced[node] for node in sites})
         return report
 
     def _sites(self, graph: fx.GraphModule, report: Report) -> Iterator[tuple[fx.Node, str, fx.Node, Grid]]:

@@ -77,13 +77,13 @@ def _takes(step: Pass, learned: bool) -> bool:
 
 
 def _beside(passes: list[Pass], folder: Path) -> list[Pass]:
-    """A file that a recipe names is looked for beside the recipe first: the two are moved together."""
-    return [
-        dataclasses.replace(step, given=folder / given)  # type: ignore[call-arg]
-        if isinstance(given := step.options().get("given"), str) and (folder / given).is_file()
-        else step
-        for step in passes
-    ]
+    """What a recipe names is looked for beside the recipe first: the two are moved together."""
+
+    def found(step: Pass) -> dict[str, Any]:
+        named = {key: value for key, value in step.options().items() if key in ("given", "adapter")}
+        return {k: folder / v for k, v in named.items() if isinstance(v, str) and (folder / v).exists()}
+
+    return [dataclasses.replace(step, **found(step)) for step in passes]
 
 
 def dump_recipe(passes: Iterable[Pass], **about: Any) -> str:

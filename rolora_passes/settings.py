@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from rolora_passes.add_lora import AddLoRA
 from rolora_passes.errors import PassError
 from rolora_passes.fold_constants import FoldConstants
 from rolora_passes.fuse_norm import FuseNorm
 from rolora_passes.insert_hadamard import InsertHadamard
 from rolora_passes.insert_scaling import InsertScaling
+from rolora_passes.merge_lora import MergeLoRA
 from rolora_passes.observe_activations import ObserveActivations
 from rolora_passes.passes import Pass
 from rolora_passes.quantize_activations import QuantizeActivations
@@ -127,6 +129,19 @@ def _learning(name: str, under: Iterable[Pass], **options: Any) -> Pass:
     return make_pass({name: {"under": specs, "bfloat16": True, **options}})
 
 
+def _lora(setting: Setting, method: str, order: str) -> list[Pass]:
+    """LoRA on queries and values as RoLoRA's script has it, trained before or after rotation, or without.
+
+    RoLoRA rotates the residual stream and what down projections read (R1, R4). Nothing is rounded while
+    training.
+    """
+    tune = make_pass({"tune-lora": {"validation": 0.1, "bfloat16": True}})
+    train = [AddLoRA(targets=("q_proj", "v_proj")), tune, MergeLoRA()]
+    turn = [FuseNorm(), Rotate(heads=None), InsertHadamard(r3=False), FoldConstants()]
+    steps = {"after": [*turn, *train], "before": [*train, *turn], "without": train}[order]
+    return [*steps, FoldConstants(), *quantizers(setting, method)]
+
+
 METHODS: dict[str, Callable[[Setting], Iterable[Pass]]] = {
     "rtn": lambda s: quantizers(s, "rtn"),
     "gptq": lambda s: quantizers(s, "gptq"),
@@ -137,6 +152,12 @@ METHODS: dict[str, Callable[[Setting], Iterable[Pass]]] = {
     "spinquant": lambda s: _spinquant(s, "gptq"),
     "learned-rtn": lambda s: _learned(s, "rtn"),
     "learned": lambda s: _learned(s, "gptq"),
+    "lora-rtn": lambda s: _lora(s, "rtn", "without"),
+    "lora": lambda s: _lora(s, "gptq", "without"),
+    "rolora-rtn": lambda s: _lora(s, "rtn", "after"),
+    "rolora": lambda s: _lora(s, "gptq", "after"),
+    "rolora-lbr-rtn": lambda s: _lora(s, "rtn", "before"),
+    "rolora-lbr": lambda s: _lora(s, "gptq", "before"),
 }
 """What each method does before the quantizers, and how it rounds weights.
 
@@ -144,7 +165,8 @@ rtn: nothing, to nearest. gptq (Frantar et al., 2023). smoothquant (Xiao et al.,
 quarot (Ashkboos et al., 2024): randomised Hadamards, GPTQ; its heads' matrices are folded, as SpinQuant's
 R2, where QuaRot has one more Hadamard at run time. quarot-rtn: the same, rounded to nearest. spinquant
 (Liu et al., 2024): R1 and R2 learned. learned: also scales (OSTQuant), online factors and clips (FlatQuant),
-and the scales of rounded weights (EfficientQAT).
+and the scales of rounded weights (EfficientQAT). lora (Hu et al., 2021): branches tuned and merged. rolora
+(Huang et al., 2024): the same after rotation; rolora-lbr: before it.
 """
 
 

@@ -83,10 +83,6 @@ def test_small_mistakes_are_caught_in_float64() -> None:
             [QuantizeWeights(group_size=None), FuseNorm()],
             r"fuse-norm cannot run .*already 'weights quantized'",
         ),
-        (
-            [QuantizeWeights(group_size=None), "merge-lora"],
-            r"merge-lora cannot run .*already 'weights quantized'",
-        ),
         (["smooth-quant"], r"smooth-quant requires .*'activations observed'.*run observe-activations first"),
     ],
 )

@@ -18,14 +18,15 @@ def add(commands: Any) -> None:
     parser.add_argument("--recipe", required=True, help="spinquant:W4A4KV4, or a .yaml with learn-rotation")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="OPTION=VALUE", type=_assignment,
+        "--set", action="append", default=[], metavar="OPTION=VALUE", type=assignment,
         help="an option of learn-rotation, in place of the recipe's: steps=50",
     )  # fmt: skip
     recipe_options(parser)
     parser.set_defaults(run=run)
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
+    """An argparse type: an option and its value, as YAML has it."""
     import yaml
 
     name, equals, value = text.partition("=")
@@ -37,7 +38,7 @@ def _assignment(text: str) -> tuple[str, Any]:
 def run(options: argparse.Namespace) -> None:
     from rolora_passes.errors import PassError
     from rolora_passes.learning import processes
-    from rolora_passes.learning.learn import learn_rotations
+    from rolora_passes.learning.running import learn_rotations
     from rolora_passes.recipes import load_recipe
 
     processes.join()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from torch import fx
 
+from rolora_passes.add_lora import AddLoRA
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.executorch import LoweringReport, to_executorch
 from rolora_passes.export.extras import require
@@ -22,7 +25,7 @@ from rolora_passes.graphs.files import writing_folder
 from rolora_passes.graphs.rotations import save_rotations
 from rolora_passes.manager import Record, apply_passes, check_order, history, require_calibration
 from rolora_passes.models import load_model
-from rolora_passes.passes import Calibration
+from rolora_passes.passes import Calibration, Pass
 from rolora_passes.recipes import dump_recipe, load_recipe, settled
 from rolora_passes.version import versions
 
@@ -132,7 +135,8 @@ def compile_model(
             with stage(f"lower to {target}"):
                 lowerings[target] = lower[target]()
         tokenizer.save_pretrained(temporary)
-        (temporary / "recipe.yaml").write_text(dump_recipe(settled(passes, "rotations.json")))
+        kept = _with_adapters(settled(passes, "rotations.json"), temporary)
+        (temporary / "recipe.yaml").write_text(dump_recipe(kept))
         if graph.meta.get("rotations"):
             save_rotations(graph, temporary)
         compiled = Compiled(Path(folder), weigh(graph), history(graph), lowerings, [], seconds)
@@ -144,6 +148,18 @@ def compile_model(
                 compiled.parity.extend(check(captured, graph, temporary, tokenizer))
             manifest.write_text(json.dumps(known | {"parity": compiled.parity}, indent=1))
     return compiled
+
+
+def _with_adapters(passes: Sequence[Pass], folder: Path) -> list[Pass]:
+    """The passes, with adapters that they load copied to a folder: the recipe there goes with it."""
+    found: list[Pass] = []
+    for step in passes:
+        if isinstance(step, AddLoRA) and step.adapter is not None:
+            name = "adapter" if not (folder / "adapter").exists() else f"adapter-{len(found)}"
+            shutil.copytree(step.adapter, folder / name)
+            step = dataclasses.replace(step, adapter=name)
+        found.append(step)
+    return found
 
 
 def _require_targets(targets: Sequence[str]) -> None:

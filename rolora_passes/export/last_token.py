@@ -11,7 +11,7 @@ from torch import fx
 from rolora_passes.export.shapes import Shape, constant_nodes, drop_unused, infer_shapes
 from rolora_passes.export.xnnpack_emitter import op_key
 from rolora_passes.export.xnnpack_ops import EMITTERS
-from rolora_passes.graphs.graph import upstream
+from rolora_passes.graphs.graph import is_op, upstream
 
 _MIXING = {"aten.matmul", "aten.softmax", "aten.cat", "aten.slice", "aten.permute", "aten.transpose"}
 
@@ -61,7 +61,8 @@ class _Narrow:
     def _narrow(self, node: fx.Node) -> fx.Node:
         if node not in self.whole and node.target is torch.ops.llama.custom_sdpa.default:
             return self._attend(*node.args)
-        if node not in self.whole and self._rowwise(node):
+        # A quantizer is done again on one row: what reads it has to read a quantizer.
+        if (node not in self.whole or is_op(node, "fake_quantize")) and self._rowwise(node):
             return self.graph.node_copy(node, self.narrow)
         return self._last_of(node, 1)
 

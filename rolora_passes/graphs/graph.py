@@ -28,6 +28,9 @@ aten = torch.ops.aten
 # stay in the graph, or there would be nothing for a kernel to read.
 KEPT = {"dequantize", "decode"}
 
+# Tensors that a graph's metadata holds by name: what rotations are, and what weights were multiplied by.
+TENSORS = ("rotation_tensors", "way_tensors")
+
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     """Copy the structure of a graph; tensors are shared with the original."""
@@ -40,8 +43,8 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
         if node.op == "get_attr":
             set_tensor(target, node.target, get_tensor(graph, node.target))
     target.graph.output(output)
-    shared = graph.meta.get("rotation_tensors", {})
-    target.meta = copy.deepcopy(graph.meta, memo={id(t): t for t in shared.values()})
+    shared = [t for kind in TENSORS for t in graph.meta.get(kind, {}).values()]
+    target.meta = copy.deepcopy(graph.meta, memo={id(t): t for t in shared})
     target.recompile()
     return target
 
@@ -182,21 +185,26 @@ def argument(node: Any, name: str, default: Any = None) -> Any:
 
 
 def linears(graph: fx.GraphModule) -> list[fx.Node]:
-    """The linear nodes whose weight is a constant expression, or the dequantized half of one."""
+    """The linear nodes whose weight is a constant expression, or the dequantized half of one.
+
+    One that is part of an expression itself (a norm's bias, pushed through a weight) is not meant.
+    """
     known = constants(graph)
     return [
         n
         for n in graph.graph.nodes
-        if is_op(n, "linear") and (n.args[1] in known or op_name(n.args[1]) in KEPT)
+        if is_op(n, "linear") and n not in known and (n.args[1] in known or op_name(n.args[1]) in KEPT)
     ]
 
 
 def site_names(graph: fx.GraphModule) -> dict[fx.Node, str]:
     """A name for every linear: the module that held its weight, numbered where a fused one was split."""
     owners: dict[str, list[fx.Node]] = {}
+    known: dict[str, dict[str, str]] = graph.meta.get("ways", {})
     for node in linears(graph):
-        # Integers that were computed already are called after the weight they were.
-        owner = re.sub(r"\.weight(_q)?$", "", root_names(node.args[1])[0])
+        # What was computed already is called after the weight it was.
+        root = root_names(node.args[1])[0]
+        owner = re.sub(r"\.weight(_q)?$", "", known.get(root, {}).get("root", root))
         owners.setdefault(owner, []).append(node)
     return {
         node: owner if len(nodes) == 1 else f"{owner}.{i}"

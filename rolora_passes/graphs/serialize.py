@@ -20,9 +20,9 @@ from rolora_passes.errors import GraphFormatError
 from rolora_passes.graphs import ops as _ops  # noqa: F401  (registers the operators)
 from rolora_passes.graphs import quantizers as _quantizers  # noqa: F401
 from rolora_passes.graphs.files import writing
-from rolora_passes.graphs.graph import parameters, set_tensor
+from rolora_passes.graphs.graph import TENSORS, parameters, set_tensor
 
-FORMAT = "rolora-graph-1"
+FORMAT = "rolora-graph-2"
 _PYTHON = {
     f"operator.{name}": getattr(operator, name)
     for name in ("getitem", "add", "sub", "mul", "floordiv", "neg")
@@ -42,7 +42,7 @@ def save_graph(graph: fx.GraphModule, path: str | Path) -> Path:
     by_storage: dict[tuple[Any, ...], str] = {}
     named = {
         **parameters(graph),
-        **{f"meta/{k}": v for k, v in graph.meta.get("rotation_tensors", {}).items()},
+        **{f"{kind}/{k}": v for kind in TENSORS for k, v in graph.meta.get(kind, {}).items()},
     }
     for name, value in named.items():
         key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
@@ -51,7 +51,7 @@ def save_graph(graph: fx.GraphModule, path: str | Path) -> Path:
             tensors[name] = value.detach().contiguous().clone() if _shared(value) else value.detach()
         else:
             aliases[name] = first
-    facts = {k: v for k, v in graph.meta.items() if k in ("config", "facts", "rotations")}
+    facts = {k: v for k, v in graph.meta.items() if k in ("config", "facts", "rotations", "ways")}
     described = {
         "format": FORMAT, "nodes": [_node(n) for n in graph.graph.nodes], "aliases": aliases, "meta": facts,
     }  # fmt: skip
@@ -96,9 +96,10 @@ def load_graph(path: str | Path) -> fx.GraphModule:
         if entry.get("source"):
             node.meta["source"] = entry["source"]
     graph.meta.update(described["meta"])
-    rotations = {n.removeprefix("meta/"): t for n, t in tensors.items() if n.startswith("meta/")}
-    if rotations:
-        graph.meta["rotation_tensors"] = rotations
+    for kind in TENSORS:
+        kept = {n.removeprefix(f"{kind}/"): t for n, t in tensors.items() if n.startswith(f"{kind}/")}
+        if kept:
+            graph.meta[kind] = kept
     graph.recompile()
     return graph
 

@@ -25,9 +25,12 @@ class LayeredGraph(nn.Module):
         layers: those that are layers.
     """
 
-    def __init__(self, graph: fx.GraphModule, variables: Collection[str] = ()) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, variables: Collection[str] = (), watched: Mapping[str, str] | None = None
+    ) -> None:
         """Args:
         variables: names of parameters that calls give.
+        watched: names of nodes whose values calls give too, by the name to give them under.
         """
         super().__init__()
         found = find_layers(graph)
@@ -35,13 +38,17 @@ class LayeredGraph(nn.Module):
         stream = {node for segment in segments for node in segment}
         (output,) = graph.graph.find_nodes(op="output")
         self.inputs = [node.name for node in graph.graph.find_nodes(op="placeholder")]
-        self._variables = frozenset(variables)
+        self._variables, self._watched = frozenset(variables), dict(watched or {})
         self._reads: list[list[str]] = []
         self._gives: list[list[str]] = []
         self.parts = nn.ModuleList()
         for segment in segments:
             later = stream - set(segment) | {output}
-            gives = [n for n in segment if any(user in later for user in n.users)]
+            gives = [
+                n
+                for n in segment
+                if n.name in self._watched.values() or any(user in later for user in n.users)
+            ]
             part, reads = self._part(graph, segment, gives, stream)
             self.parts.append(part)
             self._reads.append(reads)
@@ -52,8 +59,8 @@ class LayeredGraph(nn.Module):
 
     def forward(
         self, inputs: Mapping[str, Tensor], variables: Mapping[str, Tensor], recompute: bool = False
-    ) -> Tensor:
-        """The graph's result.
+    ) -> dict[str, Tensor]:
+        """The graph's result, as "result", and the values that are watched.
 
         Args:
             inputs: a value for every input of the graph, by name.
@@ -65,8 +72,7 @@ class LayeredGraph(nn.Module):
             values = [known[name] for name in reads]
             results = checkpoint(part, *values, use_reentrant=False) if recompute else part(*values)
             known.update(zip(gives, results, strict=True))
-        result: Tensor = known[self._result]
-        return result
+        return {"result": known[self._result], **{k: known[name] for k, name in self._watched.items()}}
 
     def _part(
         self, graph: fx.GraphModule, segment: list[fx.Node], gives: list[fx.Node], stream: set[fx.Node]

@@ -73,8 +73,8 @@ class LearnRotation(Training):
         entries = self._chosen(graph, report)
         variables = Variables(*self._open(graph, entries), self.method)
         student = self._under(graph, calibration.tokens)
-        wanted = self.loss == "distillation"
-        teacher = apply_passes(graph, [FoldConstants()], verify=False) if wanted else None
+        alone = self.loss == "cross-entropy"
+        teacher = None if alone else apply_passes(graph, [FoldConstants()], verify=False)
         report.notes = self._train(graph, student, teacher, variables, calibration)
         report.notes["orthogonality_error"] = variables.orthogonality_error()
         self._close(graph, entries, dict(zip(variables.names, variables(), strict=True)))

@@ -66,19 +66,10 @@ class LearnScales(Training):
         student = self._under(graph, calibration.tokens)
         open_scales(student, sites)
         variables = Variables({}, {name: get_tensor(student, name) for name in sites}, "cayley-adam")
-        teacher = self._teacher(calibration) if self.loss == "distillation" else None
+        teacher = None if self.loss == "cross-entropy" else self._reference(calibration)
         notes = self._train(graph, student, teacher, variables, calibration)
         for name, value in zip(variables.names, variables(), strict=True):
             set_tensor(graph, name, held(value.detach().exp()))
         names = site_names(graph)
         changed = [f"{names[node]}: scales" for nodes in sites.values() for node in nodes]
         return Report(changed=changed, notes=notes)
-
-    def _teacher(self, calibration: Calibration) -> fx.GraphModule:
-        reference = calibration.reference
-        if reference is None or "weights quantized" in reference.meta.get("facts", []):
-            raise PassError(
-                f"{self.name}: expected the graph in floating point to distil, found none: apply the passes "
-                "that round weights and this one in one list, or set loss to cross-entropy"
-            )
-        return reference

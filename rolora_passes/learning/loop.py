@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -13,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.files import writing
 from rolora_passes.graphs.inputs import positions_like
 from rolora_passes.graphs.split import LayeredGraph
-from rolora_passes.learning import processes
+from rolora_passes.instructions import IGNORED
+from rolora_passes.learning import losses, processes
 from rolora_passes.learning.stiefel import Variables
 
 if TYPE_CHECKING:
     from rolora_passes.learning.training import Training
+
 
 _SAVE_SECONDS = 60.0
 _log = logging.getLogger(__name__)
@@ -32,17 +34,26 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Trace:
-    """What training did: the loss of every step, and the seconds it took, those before a resumption too."""
+    """What training did.
+
+    Attributes:
+        losses: of every step.
+        seconds: it took, those before a resumption too.
+        validation: (steps done, loss of the windows held out) at every evaluation.
+        best: steps done when that loss was least; the variables are those of then.
+    """
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    best: int | None = None
 
 
 def train(
     student: LayeredGraph,
     teacher: LayeredGraph | None,
     variables: Variables,
-    tokens: Tensor,
+    windows: Windows,
     options: Training,
     file: Path | None,
     on_progress: Callable[[str, int, int], None],
@@ -50,26 +61,53 @@ def train(
     """Train variables in place.
 
     Every step reads the next `batch` windows in their order, from the beginning again when they are used up;
-    of several processes each reads its part of them. Nothing is drawn, so equal options give equal results.
+    of several processes each reads its part of them. Nothing but dropout is drawn, and that from the step's
+    number, so equal options give equal results.
 
     Args:
         student: a quantized graph; its variables are named as `variables` names them.
         teacher: the graph in floating point, for distillation.
-        tokens: int64 [N, S].
+        windows: what to learn from, and what is held out.
         file: where the state is kept, to go on from it; None to keep nothing.
         on_progress: called with the pass and the last loss, how many steps are done, and of how many.
 
     Raises:
         PassError: the loss is not finite; says at which step, and where the last good state is.
     """
-    run = _Run(student, teacher, variables, tokens, options, file)
+    run = _Run(student, teacher, variables, windows, options, file)
     run.resume()
     on_progress(options.name, run.step, options.steps)
-    while run.step < options.steps:
+    while run.step < options.steps and not run.stopped:
         run.advance()
         on_progress(f"{options.name}, loss {run.trace.losses[-1]:.4g}", run.step, options.steps)
+        run.validate()
     run.save()
+    run.take_best()
     return run.trace
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of tokens, and what is to be predicted in them.
+
+    Attributes:
+        tokens: int64 [N, S].
+        labels: int64 [N, S], -100 where nothing is.
+        held: how many of the last are held out, to see when training stops to help.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    held: int = 0
+
+    def at(self, places: Tensor) -> Windows:
+        """Some of them."""
+        return Windows(self.tokens[places], self.labels[places])
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens are predicted."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
 
 
 class _Run:
@@ -80,29 +118,32 @@ class _Run:
         student: LayeredGraph,
         teacher: LayeredGraph | None,
         variables: Variables,
-        tokens: Tensor,
+        windows: Windows,
         options: Training,
         file: Path | None,
     ) -> None:
         self.student, self.teacher, self.variables = student, teacher, variables
-        self.tokens, self.options, self.file = tokens, options, file
+        self.windows, self.options, self.file = windows, options, file
         self.shared = processes.synchronised(variables)
         self.optimizers = options.optimizers(variables)
-        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._cosine) for o in self.optimizers]
-        self.step, self.trace, self._saved = 0, Trace(), time.perf_counter()
+        warm, steps = math.ceil(options.warmup * options.steps), options.steps
+        from transformers.optimization import get_scheduler
 
-    def _cosine(self, step: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * step / self.options.steps))
+        self.schedules = [get_scheduler(options.schedule, o, warm, steps) for o in self.optimizers]
+        self.step, self.trace, self._saved = 0, Trace(), time.perf_counter()
+        self._best: dict[str, Any] | None = None
 
     def advance(self) -> None:
         """One step of every optimiser."""
         start = time.perf_counter()
+        torch.manual_seed(self.step)
         values = self.shared()
         leaves = [value.detach().requires_grad_() for value in values]
         loss = torch.zeros(())
-        parts = self._batch().chunk(self.options.accumulate)
-        for rows in parts:
-            part = self._loss(rows, leaves) / len(parts)
+        batch, own = self._batch()
+        for rows in own:
+            # Of the mean over all tokens of the batch; gradients of several processes are averaged.
+            part = self._loss(rows, leaves) * (rows.predicted * processes.count() / max(1, batch.predicted))
             part.backward()
             loss += part.detach().cpu()
         torch.autograd.backward(values, [leaf.grad for leaf in leaves])
@@ -119,31 +160,74 @@ class _Run:
         if time.perf_counter() - self._saved > _SAVE_SECONDS:
             self.save()
 
-    def _batch(self) -> Tensor:
-        """This process's windows of the step, int64 [batch / processes, S].
+    def _batch(self) -> tuple[Windows, list[Windows]]:
+        """The windows of the step, and this process's, in the parts that are computed one after another.
 
         They are those of one process's parts, so that two processes do what one does in two parts.
         """
-        first = self.step * self.options.batch
-        places = torch.arange(first, first + self.options.batch) % len(self.tokens)
-        return self.tokens[places].chunk(processes.count())[processes.rank()]
+        first, count = self.step * self.options.batch, len(self.windows.tokens) - self.windows.held
+        places = torch.arange(first, first + self.options.batch) % count
+        own = places.chunk(processes.count())[processes.rank()]
+        return self.windows.at(places), [self.windows.at(p) for p in own.chunk(self.options.accumulate)]
 
-    def _loss(self, rows: Tensor, leaves: list[Tensor]) -> Tensor:
-        inputs = {"tokens": rows, "positions": positions_like(rows)}
+    def _loss(self, rows: Windows, leaves: list[Tensor]) -> Tensor:
+        """The mean loss of the tokens that are predicted."""
+        inputs = {"tokens": rows.tokens, "positions": positions_like(rows.tokens)}
         known = dict(zip(self.variables.names, leaves, strict=True))
         with self._precision():
-            logits = self.student(inputs, known, self.options.recompute)
+            found = self.student(inputs, known, self.options.recompute)
         if self.teacher is None:
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
+            return losses.cross_entropy(found, rows.labels)
         with torch.no_grad(), self._precision():
-            wanted = F.log_softmax(self.teacher(inputs, {}).flatten(0, 1).float(), -1)
-        found = F.log_softmax(logits.flatten(0, 1).float(), -1)
-        return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+            wanted = self.teacher(inputs, {})
+        return losses.LOSSES[self.options.loss](found, wanted, rows.labels)
+
+    # Validation: what is held out says when to stop, and which variables were best.
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `patience` evaluations have passed since the best."""
+        seen, patience = self.trace.validation, self.options.patience
+        if patience is None or self.trace.best is None:
+            return False
+        return sum(step > self.trace.best for step, _ in seen) >= patience
+
+    def validate(self) -> None:
+        """At every `evaluate_every` steps, and at the last: the loss of what is held out."""
+        due = self.step % self.options.evaluate_every == 0 or self.step == self.options.steps
+        if not self.windows.held or not due:
+            return
+        start = time.perf_counter()
+        loss = self._held_out()
+        least = min((value for _, value in self.trace.validation), default=math.inf)
+        self.trace.validation.append((self.step, loss))
+        if loss < least:
+            self.trace.best, self._best = self.step, copy.deepcopy(self.variables.state_dict())
+        self.trace.seconds += time.perf_counter() - start
+        _log.info("step %d: loss of what is held out %.4f", self.step, loss)
+
+    def _held_out(self) -> float:
+        """The mean loss of the tokens predicted in what is held out; every process computes a part."""
+        count = len(self.windows.tokens)
+        places = torch.arange(count - self.windows.held, count)[processes.rank() :: processes.count()]
+        total, tokens = torch.zeros(()), torch.zeros(())
+        with torch.no_grad():
+            values = [value.detach() for value in self.variables()]
+            for own in places.split(max(1, self.options.batch // self.options.accumulate)):
+                rows = self.windows.at(own)
+                total += self._loss(rows, values).cpu() * rows.predicted
+                tokens += rows.predicted
+        return processes.mean(total) / max(processes.mean(tokens), 1e-9)
+
+    def take_best(self) -> None:
+        """Let the variables be those that did best on what is held out, if anything is."""
+        if self._best is not None:
+            self.variables.load_state_dict(self._best)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if not self.options.bfloat16:
             return nullcontext()
-        return torch.autocast(self.tokens.device.type, torch.bfloat16)
+        return torch.autocast(self.windows.tokens.device.type, torch.bfloat16)
 
     def _require_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -166,6 +250,8 @@ class _Run:
             "step": self.step,
             "losses": self.trace.losses,
             "seconds": self.trace.seconds,
+            "validation": self.trace.validation,
+            "best": [self.trace.best, self._best],
             "variables": self.variables.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
@@ -182,7 +268,9 @@ class _Run:
         owners: list[Any] = [*self.optimizers, *self.schedules]
         for owner, kept in zip(owners, [*state["optimizers"], *state["schedules"]], strict=True):
             owner.load_state_dict(kept)
-        self.step, self.trace = state["step"], Trace(list(state["losses"]), state["seconds"])
+        best, self._best = state["best"]
+        seen = [(int(step), float(loss)) for step, loss in state["validation"]]
+        self.step, self.trace = state["step"], Trace(list(state["losses"]), state["seconds"], seen, best)
         _log.info("resumed at step %d", self.step)
 
     def _kept(self) -> dict[str, Any] | None:

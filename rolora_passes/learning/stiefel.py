@@ -63,23 +63,24 @@ def _retracted(p: Tensor) -> Tensor:
 
 
 class Variables(nn.Module):
-    """What is trained: rotations, constrained to be orthogonal, and logarithms of scales, free.
+    """What is trained: rotations, constrained to be orthogonal, and others, free: logarithms of scales,
+    branches.
 
     With "cayley-sgd" a rotation is a parameter that `CayleySGD` keeps on the manifold. With "cayley-adam" it
     is R₀·C(A), C the Cayley transform of a skew-symmetric matrix that starts at zero (torch's `orthogonal`
     parametrization), so that any optimiser of plain parameters, here Adam, moves along the manifold.
     """
 
-    def __init__(self, rotations: Mapping[str, Tensor], scales: Mapping[str, Tensor], method: Method) -> None:
+    def __init__(self, rotations: Mapping[str, Tensor], free: Mapping[str, Tensor], method: Method) -> None:
         """Args:
         rotations: orthogonal matrices [n, n] by name.
-        scales: vectors [n] by name.
+        free: tensors of any shape by name.
         """
         super().__init__()
         self.method = method
-        self.names = [*rotations, *scales]
+        self.names = [*rotations, *free]
         self.rotations = nn.ModuleList(_Matrix(m) for m in rotations.values())
-        self.scales = nn.ParameterList(nn.Parameter(s.float().clone()) for s in scales.values())
+        self.free = nn.ParameterList(nn.Parameter(s.float().clone()) for s in free.values())
         if method == "cayley-adam":
             for matrix in self.rotations:
                 parametrizations.orthogonal(matrix, orthogonal_map="cayley")
@@ -87,13 +88,13 @@ class Variables(nn.Module):
     def forward(self) -> list[Tensor]:
         """The matrices and vectors, float32, in the order of `names`."""
         matrices = [cast(Tensor, matrix.weight) for matrix in self.rotations]
-        return [*matrices, *(scale * 1.0 for scale in self.scales)]
+        return [*matrices, *(value * 1.0 for value in self.free)]
 
-    def optimizers(self, lr: float, scale_lr: float) -> list[torch.optim.Optimizer]:
+    def optimizers(self, lr: float, free_lr: float) -> list[torch.optim.Optimizer]:
         """What moves them, at these rates."""
         matrices = list(self.rotations.parameters())
         sgd, adam = (matrices, []) if self.method == "cayley-sgd" else ([], matrices)
-        groups = [{"params": adam, "lr": lr}, {"params": list(self.scales), "lr": scale_lr}]
+        groups = [{"params": adam, "lr": lr}, {"params": list(self.free), "lr": free_lr}]
         found: list[torch.optim.Optimizer] = [CayleySGD(sgd, lr)] if sgd else []
         plain = [group for group in groups if group["params"]]
         return [*found, torch.optim.Adam(plain, betas=(0.9, 0.95))] if plain else found

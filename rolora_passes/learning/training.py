@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -16,13 +17,15 @@ from torch import Tensor, fx
 from rolora_passes.errors import PassError
 from rolora_passes.fold_constants import FoldConstants
 from rolora_passes.graphs.accounting import peak_mb
-from rolora_passes.graphs.graph import parameters
+from rolora_passes.graphs.graph import linears, parameters
 from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.quantizers import require_float32, straighten
+from rolora_passes.graphs.sites import is_head
 from rolora_passes.graphs.split import LayeredGraph
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.learning import processes
-from rolora_passes.learning.loop import train
+from rolora_passes.learning.loop import Windows, train
+from rolora_passes.learning.losses import LOSSES
 from rolora_passes.learning.stiefel import Variables
 from rolora_passes.manager import apply_passes
 from rolora_passes.passes import Calibration, Pass
@@ -30,7 +33,12 @@ from rolora_passes.quantize_weights import QuantizeWeights
 from rolora_passes.registry import make_pass
 from rolora_passes.settings import Setting, quantizers
 
-_LOSSES = ("cross-entropy", "distillation")
+_SCHEDULES = (
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+)  # those of transformers that need no more
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,14 @@ class Training(Pass):
 
     A copy of the graph is given the quantizers to come, with gradients straight through them (Bengio et al.,
     2013), and the loss of that copy on the calibration tokens is made less.
+
+    Options of all of them, beside what each documents:
+        schedule, warmup: of the rates ("cosine", "linear", "constant", "constant_with_warmup"),
+            and the part of the steps in which they rise.
+        validation: the part of the windows, the last of them, that is held out; what is trained is then as it
+            was when their loss was least.
+        evaluate_every: steps from one look at them to the next.
+        patience: looks without a new least loss after which to stop; None: never.
     """
 
     under: str | tuple[Any, ...] = "W4A4KV4"
@@ -50,11 +66,24 @@ class Training(Pass):
     bfloat16: bool = False
     recompute: bool = False
     shard: bool = False
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    validation: float = 0.0
+    evaluate_every: int = 25
+    patience: int | None = None
 
     def __post_init__(self) -> None:
-        if self.loss not in _LOSSES:
-            raise PassError(f"{self.name}: expected a loss of {_LOSSES}, found {self.loss!r}")
-        for option in ("steps", "batch", "accumulate"):
+        known = ("cross-entropy", *LOSSES)
+        if self.loss not in known:
+            raise PassError(f"{self.name}: expected a loss of {known}, found {self.loss!r}")
+        if self.schedule not in _SCHEDULES:
+            raise PassError(f"{self.name}: expected a schedule of {_SCHEDULES}, found {self.schedule!r}")
+        for option in ("warmup", "validation"):
+            if not 0 <= getattr(self, option) < 1:
+                raise PassError(
+                    f"{self.name}: {option} must be from 0 to below 1, found {getattr(self, option)}"
+                )
+        for option in ("steps", "batch", "accumulate", "evaluate_every"):
             if getattr(self, option) < 1:
                 raise PassError(f"{self.name}: {option} must be 1 or more, found {getattr(self, option)}")
         for option in ("lr", "scale_lr", "clip"):
@@ -88,6 +117,16 @@ class Training(Pass):
         straighten(twin)
         return twin
 
+    def _reference(self, calibration: Calibration) -> fx.GraphModule:
+        """The graph before anything was rounded, which a loss that has a teacher distills."""
+        reference = calibration.reference
+        if reference is None:
+            raise PassError(
+                f"{self.name}: expected the graph in floating point to distil, found none: apply the passes "
+                "that round weights and this one in one list, or set loss to cross-entropy"
+            )
+        return reference
+
     def _quantizers(self) -> list[Pass]:
         """What rounds while training: as the options say, GPTQ's weights to nearest, nothing folded."""
         if isinstance(self.under, str):
@@ -105,30 +144,57 @@ class Training(Pass):
         calibration: Calibration,
     ) -> dict[str, Any]:
         """Train the variables of a student in place; returns the account of it, for a report's notes."""
-        tokens, work = calibration.tokens, calibration.work
+        windows, work = self._windows(calibration), calibration.work
         trace = train(
             self._layered(student, variables.names),
             None if teacher is None else self._layered(teacher, []),
             variables,
-            tokens,
+            windows,
             self,
-            None if work is None else work / self._file(graph, tokens),
+            None if work is None else work / self._file(graph, windows),
             calibration.on_progress,
         )
         account = {"losses": trace.losses, "seconds": round(trace.seconds, 1)}
-        return {**account, "peak_mb": peak_mb(), "processes": processes.count()}
+        held = {"validation": trace.validation, "best": trace.best} if windows.held else {}
+        return {**account, **held, "peak_mb": peak_mb(), "processes": processes.count()}
+
+    def _windows(self, calibration: Calibration) -> Windows:
+        """What to learn from, and what is held out."""
+        tokens, labels = calibration.tokens, calibration.labels
+        labels = tokens if labels is None else labels
+        if labels.shape != tokens.shape:
+            raise PassError(
+                f"{self.name}: expected labels like the tokens, {list(tokens.shape)}, found "
+                f"{list(labels.shape)}"
+            )
+        held = math.ceil(self.validation * len(tokens))
+        windows = Windows(tokens, labels, held)
+        if len(tokens) - held < 1 or not windows.at(torch.arange(len(tokens) - held)).predicted:
+            raise PassError(
+                f"{self.name}: expected windows to learn from, found {len(tokens)}, {held} of them held out, "
+                "and no token to predict in the others"
+            )
+        return windows
 
     def _layered(self, graph: fx.GraphModule, variables: Collection[str]) -> LayeredGraph:
-        layered = LayeredGraph(graph, variables)
+        watched = {"hidden": self._before_head(graph)} if self.loss == "hidden" else {}
+        layered = LayeredGraph(graph, variables, watched)
         if self.shard and processes.count() > 1:
             processes.shard(layered)
         return layered
 
-    def _file(self, graph: fx.GraphModule, tokens: Tensor) -> Path:
+    def _before_head(self, graph: fx.GraphModule) -> str:
+        """The name of what the head reads."""
+        heads = [node for node in linears(graph) if is_head(node)]
+        if len(heads) != 1:
+            raise PassError(f"{self.name}: loss hidden is of what one head reads, found {len(heads)} heads")
+        return cast(fx.Node, heads[0].args[0]).name
+
+    def _file(self, graph: fx.GraphModule, windows: Windows) -> Path:
         """A name that no other training has."""
         digest = hashlib.sha256(graph_text(graph).encode())
         digest.update(json.dumps([self.options(), torch.__version__], default=str, sort_keys=True).encode())
-        for value in (tokens, *parameters(graph).values()):
+        for value in (windows.tokens, windows.labels, *parameters(graph).values()):
             digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return Path(f"{self.name}-{digest.hexdigest()[:16]}.pt")
 

@@ -137,7 +137,7 @@ def test_an_operator_this_torch_lacks(tmp_path: Path) -> None:
         "args": [],
         "kwargs": {},
     }
-    described = {"format": "rolora-graph-1", "nodes": [node], "aliases": {}, "meta": {}}
+    described = {"format": "rolora-graph-2", "nodes": [node], "aliases": {}, "meta": {}}
     save_file({"x": torch.ones(2)}, path, metadata={"graph": json.dumps(described)})
     with pytest.raises(GraphFormatError, match=r"aten\.of_the_future"):
         load_graph(path)

@@ -1,0 +1,114 @@
+"""Branches beside quantized weights: LoftQ by bits and rank, and RILQ at 2 bits.
+
+python benchmarks/branches.py --text wikitext2_valid.txt --calibration c4.jsonl -o results.json
+
+LoftQ (NormalFloat, groups of 64): the error of all weights and perplexity, beside quantization alone, and
+beside PEFT's own LoftQ where PEFT has one (4 bits; its weights are fake-quantized by bitsandbytes' table in
+blocks along rows). RILQ: 2 bits in groups of 64 with zero points, to nearest, at ranks 16, 32 and 64; and the
+best 2-bit model, rotation, GPTQ and RILQ. Rows that are in the results file already are not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from torch import fx
+
+from rolora_passes import (
+    RILQ,
+    AddLoRA,
+    FoldConstants,
+    LoftQ,
+    Pass,
+    QuantizeWeights,
+    apply_passes,
+    history,
+)
+from rolora_passes.data import calibration_tokens, load_text, token_stream
+from rolora_passes.evaluation.perplexity import perplexity
+from rolora_passes.evaluation.scorers import GraphScorer
+from rolora_passes.graphs.files import writing
+from rolora_passes.passes import Calibration
+from rolora_passes.recipes import load_recipe
+
+BITS, RANKS = (4, 3, 2.5, 2), (8, 16, 32, 64)
+
+
+class Bench:
+    """The model, the texts, and the results so far."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+        self.graph, self.tokenizer = common.captured(options.model)
+        self.stream = token_stream(load_text(str(options.text)), self.tokenizer)
+        self.found = json.loads(options.output.read_text()) if options.output.is_file() else {}
+
+    def loftq(self) -> None:
+        for bits in BITS:
+            for rank in RANKS:
+                self.row(f"loftq | {bits} | {rank}", [LoftQ(bits, 64, rank=rank), FoldConstants()], "loftq")
+            if bits == int(bits):
+                plain = QuantizeWeights(int(bits), 64, method="nf", head=None)
+                self.row(f"nf | {bits}", [plain, FoldConstants()])
+
+    def rilq(self) -> None:
+        rtn: list[Pass] = [
+            QuantizeWeights(2, 64, symmetric=False, clip_search=True, head=None),
+            FoldConstants(),
+        ]
+        rotated = list(load_recipe("quarot:W2A16"))
+        for name, base in (("rtn", rtn), ("rotated gptq", rotated)):
+            self.row(f"{name} | 2", base)
+            for rank in (16, 32, 64) if name == "rtn" else (64,):
+                self.row(f"rilq on {name} | 2 | {rank}", [*base, AddLoRA(rank=rank), self.tuning()], "rilq")
+
+    def tuning(self) -> RILQ:
+        o = self.options
+        return RILQ(steps=o.steps, batch=o.batch, lr=o.lr, bfloat16=True, evaluate_every=max(1, o.steps // 8))
+
+    def row(self, key: str, passes: list[Pass], noted: str | None = None) -> None:
+        o = self.options
+        if key in self.found or (o.rows and not all(part in key for part in o.rows.split(","))):
+            return
+        tokens = calibration_tokens(o.calibration, self.tokenizer, o.samples, o.length)
+        graph = apply_passes(self.graph, passes, verify=False, calibration=Calibration(tokens, o.work))
+        row: dict[str, Any] = {"ppl": self.perplexity(graph)}
+        for record in history(graph):
+            if record.name == noted:
+                notes = dict(record.report.notes)
+                losses = notes.pop("losses", None)
+                row |= notes | ({"losses": [losses[0], losses[-1]]} if losses else {})
+        self.found[key] = row
+        print(key, row, flush=True)
+        o.output.parent.mkdir(parents=True, exist_ok=True)
+        with writing(o.output) as temporary:
+            temporary.write_text(json.dumps(self.found, indent=1))
+
+    def perplexity(self, graph: fx.GraphModule) -> float:
+        with torch.no_grad():
+            return perplexity(GraphScorer(graph), self.stream, 2048, self.options.windows).value
+
+
+def main() -> None:
+    parser = common.options(__doc__ or "")
+    parser.add_argument("--calibration", required=True, help="text that GPTQ and RILQ look at")
+    parser.add_argument("--samples", type=int, default=320, help="windows")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a window")
+    parser.add_argument("--windows", type=int, default=8, help="windows of 2048 tokens of the text")
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=4, help="windows a step")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--rows", help="only rows whose name has all of these in it, comma-separated")
+    parser.add_argument("--work", type=Path, help="keep what was trained there, to go on if interrupted")
+    parser.add_argument("-o", "--output", type=Path, default=Path("build/branches.json"))
+    bench = Bench(parser.parse_args())
+    bench.loftq()
+    bench.rilq()
+
+
+if __name__ == "__main__":
+    main()
