@@ -30,7 +30,7 @@ def test_computes_what_the_graph_does(name: str) -> None:
     graph = captured(name)
     layered, tokens = LayeredGraph(graph), tokens_for(graph)
     assert len(layered.layers) == 2
-    assert torch.equal(layered(inputs_for(graph, tokens), {}), run(graph, tokens))
+    assert torch.equal(layered(inputs_for(graph, tokens), {})["result"], run(graph, tokens))
 
 
 def test_with_quantizers_and_variables() -> None:
@@ -39,9 +39,9 @@ def test_with_quantizers_and_variables() -> None:
     given = {name: dense(get_tensor(graph, name)).float() for name in names}
     layered, tokens = LayeredGraph(graph, names), tokens_for(graph)
     inputs = inputs_for(graph, tokens)
-    torch.testing.assert_close(layered(inputs, given), run(graph, tokens), rtol=0.2, atol=0.05)
+    torch.testing.assert_close(layered(inputs, given)["result"], run(graph, tokens), rtol=0.2, atol=0.05)
     other = {**given, "rotations.R1": -given["rotations.R1"].flip(0)}
-    assert not torch.equal(layered(inputs, other), layered(inputs, given))
+    assert not torch.equal(layered(inputs, other)["result"], layered(inputs, given)["result"])
 
 
 def test_gradients_are_the_same_if_layers_are_computed_again() -> None:
@@ -51,7 +51,7 @@ def test_gradients_are_the_same_if_layers_are_computed_again() -> None:
     inputs, found = inputs_for(graph, tokens), []
     for recompute in (False, True):
         given = {n: dense(get_tensor(graph, n)).float().requires_grad_() for n in names}
-        layered(inputs, given, recompute).logsumexp(-1).mean().backward()
+        layered(inputs, given, recompute)["result"].logsumexp(-1).mean().backward()
         found.append([value.grad for value in given.values()])
     for plain, again in zip(*found, strict=True):
         assert plain is not None and float(plain.abs().max()) > 0
