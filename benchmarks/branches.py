@@ -2,10 +2,9 @@
 
 python benchmarks/branches.py --text wikitext2_valid.txt --calibration c4.jsonl -o results.json
 
-LoftQ (NormalFloat, groups of 64): the error of all weights and perplexity, beside quantization alone, and
-beside PEFT's own LoftQ where PEFT has one (4 bits; its weights are fake-quantized by bitsandbytes' table in
-blocks along rows). RILQ: 2 bits in groups of 64 with zero points, to nearest, at ranks 16, 32 and 64; and the
-best 2-bit model, rotation, GPTQ and RILQ. Rows that are in the results file already are not computed again.
+LoftQ (NormalFloat, groups of 64): the error of all weights and perplexity, beside quantization alone. RILQ: 2
+bits in groups of 64 with zero points, to nearest, at ranks 16, 32 and 64; and the best 2-bit model, rotation,
+GPTQ and RILQ. Rows that are in the results file already are not computed again.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from rolora_passes.graphs.graph import (
 )
 from rolora_passes.graphs.lora import add_branch, find_branches, low_rank
 from rolora_passes.graphs.shapes import infer_shapes
-from rolora_passes.graphs.sites import is_head, matches
+from rolora_passes.graphs.sites import attention_roles, is_head, matches
 from rolora_passes.graphs.transport import LowRank, forth, ways
 from rolora_passes.passes import Pass, Report
 
@@ -44,7 +44,8 @@ class AddLoRA(Pass):
     computes what is deployed.
 
     Options:
-        targets: "all-linear" (every linear but the head), or patterns over site names: the last part
+        targets: "all-linear" (every linear but the head); "queries", "keys", "values", what makes those of
+            attention; or patterns over site names: the last part
             ("q_proj"), or a regular expression ("re:.*layers\\.[0-9]+\\.mlp.*").
         rank, alpha: of the branch; its scale is alpha / rank.
         rslora: scale by alpha / sqrt(rank) (rank-stabilised; Kalajdzievski, 2023).
@@ -119,10 +120,16 @@ class AddLoRA(Pass):
         """The linears that are meant, with their names and their weights' sizes."""
         names, shapes = site_names(graph), _weight_shapes(graph)
         others = {n for branch in find_branches(graph) for n in (branch.low, branch.high)}
+        roles, wanted = (
+            attention_roles(graph),
+            {self.targets} if isinstance(self.targets, str) else self.targets,
+        )
         chosen = {
             n: (name, shapes[n])
             for n, name in names.items()
-            if matches(name, self.targets) and not is_head(n) and n not in others
+            if (matches(name, self.targets) or roles.get(n, set()) & wanted)
+            and not is_head(n)
+            and n not in others
         }
         if not chosen:
             some = ", ".join(list(names.values())[:4])

@@ -48,8 +48,7 @@ class LoftQ(Pass):
 
     Raises:
         PassError: no linear matches a target, rank exceeds a matched linear's size, groups that do not divide
-        an
-            input, a method or width that there is no table of.
+            an input, a method or width that there is no table of.
     """
 
     kind: ClassVar[Literal["exact", "lossy"]] = "lossy"

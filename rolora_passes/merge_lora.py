@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -43,6 +43,8 @@ class MergeLoRA(Pass):
             scales are chosen anew; otherwise branches beside quantized weights are kept. It is what QLoRA's
             users do to have one weight, and it loses part of what the branch gave.
     """
+
+    forbids: ClassVar[tuple[str, ...]] = ("activations quantized",)
 
     requantize: bool = False
 

@@ -136,7 +136,7 @@ def _lora(setting: Setting, method: str, order: str) -> list[Pass]:
     training.
     """
     tune = make_pass({"tune-lora": {"validation": 0.1, "bfloat16": True}})
-    train = [AddLoRA(targets=("q_proj", "v_proj")), tune, MergeLoRA()]
+    train = [AddLoRA(targets=("queries", "values")), tune, MergeLoRA()]
     turn = [FuseNorm(), Rotate(heads=None), InsertHadamard(r3=False), FoldConstants()]
     steps = {"after": [*turn, *train], "before": [*train, *turn], "without": train}[order]
     return [*steps, FoldConstants(), *quantizers(setting, method)]

@@ -66,6 +66,12 @@ def test_targets(targets: str | tuple[str, ...], expected: int) -> None:
     assert len(history(graph)[-1].report.changed) == expected
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_queries_and_values_are_found_by_structure(name: str) -> None:
+    graph = apply_passes(captured(name), [AddLoRA(targets=("queries", "values"), rank=2)])
+    assert len(history(graph)[-1].report.changed) == 4  # of two layers
+
+
 def test_a_split_projection_is_meant_by_its_whole_name() -> None:
     graph = check_exact(captured("phi3"), [AddLoRA(targets="qkv_proj", rank=2)])
     assert len(history(graph)[-1].report.changed) == 6

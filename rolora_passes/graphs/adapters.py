@@ -96,8 +96,8 @@ def save_adapter(
 
     Raises:
         PassError: no branches, or they cannot be carried back: a weight that is no longer the model's (init
-        svd,
-            a merged branch), a gain of zero, an operator that no adapter can be carried over.
+            svd, a merged branch), a branch that was added after a LayerNorm's centring was folded and writes
+            a mean, a gain of zero, an operator that no adapter can be carried over.
     """
     branches = find_branches(graph)
     if not branches:

@@ -43,6 +43,23 @@ def _ends(name: str, pattern: str) -> bool:
     return any(n == pattern or n.endswith("." + pattern) for n in (name, stem))
 
 
+def attention_roles(graph: fx.GraphModule) -> dict[fx.Node, set[str]]:
+    """Linears that make the "queries", "keys" and "values" of attention, through nothing that is linear."""
+    found: dict[fx.Node, set[str]] = {}
+    for node in graph.graph.nodes:
+        operands = node.args[:3] if is_op(node, "attention") else ()
+        for role, operand in zip(("queries", "keys", "values"), operands, strict=False):
+            stack, seen = [operand], set()
+            while stack:
+                value = stack.pop()
+                if is_op(value, "linear"):
+                    found.setdefault(value, set()).add(role)
+                elif value not in seen:
+                    seen.add(value)
+                    stack.extend(value.all_input_nodes)
+    return found
+
+
 def is_head(node: fx.Node) -> bool:
     """Whether a linear's result reaches the output through nothing that mixes channels."""
     return any(

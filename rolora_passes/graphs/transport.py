@@ -245,6 +245,7 @@ def keep_ways(graph: fx.GraphModule, known: Mapping[fx.Node, Way]) -> None:
 
 
 def plain(step: Step) -> list[Any]:
+    """A step as JSON has it."""
     return [step.kind, step.side, step.place, list(step.numbers), list(step.tensors)]
 
 
@@ -264,7 +265,8 @@ class _Reader:
         try:
             return self._way(linear)
         except _NoMap as found:
-            return Way(root_names(linear.args[1])[0], (), {}, str(found))
+            root = root_names(linear.args[1])[0]
+            return Way(self.kept.get(root, {}).get("root", root), (), {}, str(found))
 
     def _way(self, linear: fx.Node) -> Way:
         chain: list[fx.Node] = []

@@ -27,7 +27,6 @@ from rolora_passes.learning.stiefel import Variables
 if TYPE_CHECKING:
     from rolora_passes.learning.training import Training
 
-
 _SAVE_SECONDS = 60.0
 _log = logging.getLogger(__name__)
 
@@ -122,13 +121,13 @@ class _Run:
         options: Training,
         file: Path | None,
     ) -> None:
+        from transformers.optimization import get_scheduler
+
         self.student, self.teacher, self.variables = student, teacher, variables
         self.windows, self.options, self.file = windows, options, file
         self.shared = processes.synchronised(variables)
         self.optimizers = options.optimizers(variables)
         warm, steps = math.ceil(options.warmup * options.steps), options.steps
-        from transformers.optimization import get_scheduler
-
         self.schedules = [get_scheduler(options.schedule, o, warm, steps) for o in self.optimizers]
         self.step, self.trace, self._saved = 0, Trace(), time.perf_counter()
         self._best: dict[str, Any] | None = None

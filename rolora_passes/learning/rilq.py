@@ -14,11 +14,10 @@ class RILQ(TuneLoRA):
     2024).
 
     One loss of the model's end, in place of one for every linear, lets branches make up for each other's
-    sites,
-    so that little rank is enough: half the mean squared error of what the head reads from what it reads in
-        the
-    graph before rounding, half the cross-entropy of the next token. The branches may start at zero (add-lora
-    after quantize-weights) or as LoftQ left them; it stands in one list with what rounded the weights.
+    sites, so that little rank is enough: half the mean squared error of what the head reads from what it
+    reads in the graph before rounding, half the cross-entropy of the next token. The branches may start at
+    zero (add-lora after quantize-weights) or as LoftQ left them; it stands in one list with what rounded the
+    weights.
 
     Before:                                                After:
         y = linear(x, dequantize(q, s))                        the same, A and B other numbers

@@ -91,8 +91,7 @@ def tune_adapter(
 
     Raises:
         PassError: a recipe without tune-lora or rilq, or with two, or without the add-lora that makes its
-        branches;
-            weights that branches were taken from, beside which an adapter means nothing (init svd, loftq).
+            branches; weights that branches were taken from, beside which an adapter means nothing (init svd).
         Also what `learn_rotations` raises.
     """
     training = _Training(source, recipe, folder, TuneLoRA, **how)

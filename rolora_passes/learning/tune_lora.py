@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.nn import functional
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.graph import aten, finish, get_tensor, insert, root_names, set_tensor, site_names
+from rolora_passes.graphs.graph import finish, get_tensor, insert, root_names, set_tensor, site_names
 from rolora_passes.graphs.lora import find_branches
+from rolora_passes.learning.losses import LOSSES
 from rolora_passes.learning.stiefel import Variables
 from rolora_passes.learning.training import Training
 from rolora_passes.passes import Calibration, Report
@@ -18,7 +20,8 @@ from rolora_passes.passes import Calibration, Report
 
 @dataclass(frozen=True)
 class TuneLoRA(Training):
-    """Train A and B of every branch, say on instructions (`rolora_passes.data.instruction_windows`).
+    """Train A and B of every branch, on text or on instructions
+    (`rolora_passes.instructions.instruction_windows`).
 
     Before:                                  After:
         y = y' + linear(linear(x, A), B) * s     the same, A and B other numbers
@@ -42,14 +45,15 @@ class TuneLoRA(Training):
 
     Raises:
         PassError: no branches, no graph to distil, windows that do not divide among processes, or a loss that
-        is
-            not finite.
+            is not finite.
     """
 
     kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
     forbids: ClassVar[tuple[str, ...]] = ("activations quantized", "cache quantized")
 
     under: str | tuple[Any, ...] = "W16A16"
+    losses: ClassVar[tuple[str, ...]] = ("cross-entropy", *LOSSES)
+
     loss: str = "cross-entropy"
     warmup: float = 0.01
     lr: float = 1e-4
@@ -85,8 +89,12 @@ class TuneLoRA(Training):
         """Dropout before every branch; such a graph is for training."""
         if self.dropout:
             for branch in find_branches(student):
-                dropped = insert(
-                    student, branch.low, aten.dropout.default, branch.low.args[0], self.dropout, True
+                branch.low.update_arg(
+                    0, insert(student, branch.low, _dropped, branch.low.args[0], self.dropout)
                 )
-                branch.low.update_arg(0, dropped)
             finish(student)
+
+
+def _dropped(x: Tensor, part: float) -> Tensor:
+    """Dropout where there is a gradient: what is held out is computed as it will be deployed."""
+    return functional.dropout(x, part, training=torch.is_grad_enabled())

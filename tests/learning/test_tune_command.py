@@ -120,10 +120,7 @@ def test_compile_takes_the_adapter_along(tune: Run, rolora: Run, checkpoint: Pat
     assert "adapter: adapter" in text and str(tmp_path) not in text
     assert (tmp_path / "model" / "adapter" / "adapter_config.json").is_file()
     table = json.loads((tmp_path / "model" / "manifest.json").read_text())["parity"]
-    assert (
-        all(row["kl"] < 1e-2 for row in table if "against" in str(row) and "graph" in str(row).lower())
-        or table
-    )
+    assert "executorch" in str(table) and "onnx" in str(table)
 
 
 @pytest.mark.parametrize(
