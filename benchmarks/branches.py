@@ -9,13 +9,10 @@ GPTQ and RILQ. Rows that are in the results file already are not computed again.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import common
-import torch
-from torch import fx
 
 from rolora_passes import (
     RILQ,
@@ -27,24 +24,15 @@ from rolora_passes import (
     apply_passes,
     history,
 )
-from rolora_passes.data import calibration_tokens, load_text, token_stream
-from rolora_passes.evaluation.perplexity import perplexity
-from rolora_passes.evaluation.scorers import GraphScorer
-from rolora_passes.graphs.files import writing
+from rolora_passes.data import calibration_tokens
 from rolora_passes.passes import Calibration
 from rolora_passes.recipes import load_recipe
 
 BITS, RANKS = (4, 3, 2.5, 2), (8, 16, 32, 64)
 
 
-class Bench:
-    """The model, the texts, and the results so far."""
-
-    def __init__(self, options: Any) -> None:
-        self.options = options
-        self.graph, self.tokenizer = common.captured(options.model)
-        self.stream = token_stream(load_text(str(options.text)), self.tokenizer)
-        self.found = json.loads(options.output.read_text()) if options.output.is_file() else {}
+class Branches(common.Bench):
+    """Rows of LoftQ, and of RILQ."""
 
     def loftq(self) -> None:
         for bits in BITS:
@@ -71,7 +59,7 @@ class Bench:
 
     def row(self, key: str, passes: list[Pass], noted: str | None = None) -> None:
         o = self.options
-        if key in self.found or (o.rows and not all(part in key for part in o.rows.split(","))):
+        if key in self.found or not self.wanted(key):
             return
         tokens = calibration_tokens(o.calibration, self.tokenizer, o.samples, o.length)
         graph = apply_passes(self.graph, passes, verify=False, calibration=Calibration(tokens, o.work))
@@ -81,15 +69,7 @@ class Bench:
                 notes = dict(record.report.notes)
                 losses = notes.pop("losses", None)
                 row |= notes | ({"losses": [losses[0], losses[-1]]} if losses else {})
-        self.found[key] = row
-        print(key, row, flush=True)
-        o.output.parent.mkdir(parents=True, exist_ok=True)
-        with writing(o.output) as temporary:
-            temporary.write_text(json.dumps(self.found, indent=1))
-
-    def perplexity(self, graph: fx.GraphModule) -> float:
-        with torch.no_grad():
-            return perplexity(GraphScorer(graph), self.stream, 2048, self.options.windows).value
+        self.keep(key, row)
 
 
 def main() -> None:
@@ -104,7 +84,7 @@ def main() -> None:
     parser.add_argument("--rows", help="only rows whose name has all of these in it, comma-separated")
     parser.add_argument("--work", type=Path, help="keep what was trained there, to go on if interrupted")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/branches.json"))
-    bench = Bench(parser.parse_args())
+    bench = Branches(parser.parse_args())
     bench.loftq()
     bench.rilq()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import subprocess
 import sys
@@ -15,8 +16,12 @@ from torch import Tensor, fx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+from rolora_passes.data import load_text, token_stream
 from rolora_passes.evaluation.parity import SAMPLE
+from rolora_passes.evaluation.perplexity import perplexity
+from rolora_passes.evaluation.scorers import GraphScorer
 from rolora_passes.graphs import capture
+from rolora_passes.graphs.files import writing
 from rolora_passes.models import load_model
 
 
@@ -44,6 +49,39 @@ def tokens_of(tokenizer: Any, text: Path, length: int) -> Tensor:
     """The first tokens of a text, int64 [1, length]."""
     found: Tensor = tokenizer(text.read_text(), return_tensors="pt").input_ids[:, :length]
     return found
+
+
+class Bench:
+    """A model, a text to measure perplexity on, and rows by name that are kept in a file as they come.
+
+    A row that is there already need not be computed again, so a run that was stopped goes on.
+    """
+
+    def __init__(self, options: Any) -> None:
+        """Args:
+        options: with `model`, `text`, `windows` (of 2048 tokens of the text) and `output`.
+        """
+        self.options = options
+        self.graph, self.tokenizer = captured(options.model)
+        self.stream = token_stream(load_text(str(options.text)), self.tokenizer)
+        self.found = json.loads(options.output.read_text()) if options.output.is_file() else {}
+
+    def perplexity(self, graph: fx.GraphModule) -> float:
+        """Of the text, in windows of 2048 tokens."""
+        with torch.no_grad():
+            return perplexity(GraphScorer(graph), self.stream, 2048, self.options.windows).value
+
+    def keep(self, key: str, row: dict[str, Any]) -> None:
+        """Print a row and write it to the file."""
+        self.found[key] = row
+        print(key, row, flush=True)
+        self.options.output.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.options.output) as temporary:
+            temporary.write_text(json.dumps(self.found, indent=1))
+
+    def wanted(self, row: str) -> bool:
+        """Whether `rows` has no part, separated by commas, that is not in a row's name."""
+        return self.options.rows is None or all(part in row for part in self.options.rows.split(","))
 
 
 def compare(found: Tensor, expected: Tensor) -> tuple[float, float]:

@@ -11,7 +11,6 @@ the results file already are not computed again; --work keeps what was trained.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,9 @@ from torch import fx
 from torch.nn import functional as F
 
 from rolora_passes import TuneLoRA, apply_passes, history
-from rolora_passes.data import calibration_tokens, load_text, token_stream
-from rolora_passes.evaluation.perplexity import perplexity
+from rolora_passes.data import calibration_tokens
 from rolora_passes.evaluation.scorers import GraphScorer
 from rolora_passes.evaluation.tasks import evaluate_tasks
-from rolora_passes.graphs.files import writing
 from rolora_passes.graphs.graph import run
 from rolora_passes.instructions import IGNORED, instruction_windows
 from rolora_passes.passes import Calibration
@@ -36,15 +33,12 @@ METHODS = {"LoRA": "lora", "RoLoRA": "rolora", "LoRA before rotation": "rolora-l
 SETTINGS = ("W4A4", "W6A6")
 
 
-class Bench:
-    """The model, the texts, and the results so far."""
+class Tuned(common.Bench):
+    """Rows of what LoRA trains, rounded."""
 
     def __init__(self, options: Any) -> None:
-        self.options = options
-        self.graph, self.tokenizer = common.captured(options.model)
-        self.stream = token_stream(load_text(str(options.text)), self.tokenizer)
+        super().__init__(options)
         self.tokens, self.labels = instruction_windows(options.data, self.tokenizer, options.length)
-        self.found = json.loads(options.output.read_text()) if options.output.is_file() else {}
 
     def tuned(self, method: str) -> fx.GraphModule:
         """The model with what the method trained merged, in floating point."""
@@ -89,17 +83,12 @@ class Bench:
         if key in self.found:
             return
         scorer, o = GraphScorer(graph), self.options
-        with torch.no_grad():
-            row: dict[str, Any] = {"held_out": self.held_out(graph)}
-            row["ppl"] = perplexity(scorer, self.stream, 2048, o.windows).value
-            if o.tasks:
+        row: dict[str, Any] = {"held_out": self.held_out(graph), "ppl": self.perplexity(graph)}
+        if o.tasks:
+            with torch.no_grad():
                 found = evaluate_tasks(scorer, self.tokenizer, o.tasks.split(","), o.task_limit, 0)["tasks"]
                 row["tasks"] = {k: (v["acc"], v["acc_stderr"]) for k, v in found.items()}
-        self.found[key] = row
-        print(key, row, flush=True)
-        o.output.parent.mkdir(parents=True, exist_ok=True)
-        with writing(o.output) as temporary:
-            temporary.write_text(json.dumps(self.found, indent=1))
+        self.keep(key, row)
 
     def held_out(self, graph: fx.GraphModule) -> float:
         """Cross-entropy of the answers in the windows that were not trained on, nats per token."""
@@ -111,9 +100,6 @@ class Bench:
             total += float(F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum"))
             tokens += int((wanted != IGNORED).sum())
         return total / tokens
-
-    def wanted(self, row: str) -> bool:
-        return self.options.rows is None or row in self.options.rows.split(",")
 
 
 def table(found: dict[str, Any]) -> str:
@@ -140,10 +126,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="windows of 2048 tokens of the text")
     parser.add_argument("--tasks", help="task files or names, comma-separated")
     parser.add_argument("--task-limit", type=int, default=200)
-    parser.add_argument("--rows", help=f"only these of {', '.join(METHODS)}, comma-separated")
+    parser.add_argument("--rows", help="only methods whose name has all of these in it, comma-separated")
     parser.add_argument("--work", type=Path, help="keep what was trained there, to go on if interrupted")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/rolora.json"))
-    bench = Bench(parser.parse_args())
+    bench = Tuned(parser.parse_args())
     bench.rows()
     print(table(bench.found))
 

@@ -12,20 +12,15 @@ not computed again; --work keeps what was learned.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import common
-import torch
 from torch import fx
 
 from rolora_passes import LearnRotation, LearnScales, QuantizeWeights, apply_passes, history
-from rolora_passes.data import calibration_tokens, load_text, token_stream
-from rolora_passes.evaluation.perplexity import perplexity
-from rolora_passes.evaluation.scorers import GraphScorer
-from rolora_passes.graphs.files import writing
+from rolora_passes.data import calibration_tokens
 from rolora_passes.passes import Calibration, Pass
 from rolora_passes.recipes import load_recipe
 from rolora_passes.settings import Setting, quantizers
@@ -35,14 +30,8 @@ ROUNDING = ("rtn", "gptq")
 SEEDS = 8
 
 
-class Bench:
-    """The model, the texts, and the results so far."""
-
-    def __init__(self, options: Any) -> None:
-        self.options = options
-        self.graph, self.tokenizer = common.captured(options.model)
-        self.stream = token_stream(load_text(str(options.text)), self.tokenizer)
-        self.found = json.loads(options.output.read_text()) if options.output.is_file() else {}
+class Rotations(common.Bench):
+    """Rows of random rotations, and of learned ones."""
 
     def windows(self, samples: int, length: int, seed: int) -> Calibration:
         found = calibration_tokens(self.options.calibration, self.tokenizer, samples, length, seed)
@@ -114,17 +103,8 @@ class Bench:
 
     def measure(self, key: str, graph: fx.GraphModule, rest: list[Pass], notes: list[dict[str, Any]]) -> None:
         rounded = apply_passes(graph, rest, verify=False, calibration=self.gptq_windows())
-        with torch.no_grad():
-            result = perplexity(GraphScorer(rounded), self.stream, 2048, self.options.windows)
         about = [{**n, "losses": [n["losses"][0], n["losses"][-1]]} for n in notes]
-        self.found[key] = {"ppl": result.value, "learning": about}
-        print(key, self.found[key], flush=True)
-        self.options.output.parent.mkdir(parents=True, exist_ok=True)
-        with writing(self.options.output) as temporary:
-            temporary.write_text(json.dumps(self.found, indent=1))
-
-    def wanted(self, row: str) -> bool:
-        return self.options.rows is None or all(part in row for part in self.options.rows.split(","))
+        self.keep(key, {"ppl": self.perplexity(rounded), "learning": about})
 
 
 def table(found: dict[str, Any]) -> str:
@@ -165,7 +145,7 @@ def main() -> None:
     parser.add_argument("--rows", help="only rows whose name has all of these in it, comma-separated")
     parser.add_argument("--work", type=Path, help="keep what was learned there, to go on if interrupted")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/rotations.json"))
-    bench = Bench(parser.parse_args())
+    bench = Rotations(parser.parse_args())
     for rounding in ROUNDING:
         bench.random(rounding)
         for method in ("random 0, clips and scales", "spinquant", "learned"):

@@ -22,7 +22,7 @@ from rolora_passes.graphs.graph import (
     is_op,
     site_names,
 )
-from rolora_passes.graphs.lora import add_branch, find_branches, low_rank
+from rolora_passes.graphs.lora import add_branch, find_branches, low_rank, require_rank
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import attention_roles, is_head, matches
 from rolora_passes.graphs.transport import LowRank, forth, ways
@@ -105,8 +105,7 @@ class AddLoRA(Pass):
         generator = torch.Generator().manual_seed(self.seed)
         found = {}
         for node, (name, (out, width)) in self._chosen(graph).items():
-            if self.rank > min(out, width):
-                raise PassError(f"add-lora: rank {self.rank} exceeds {name}, which is {out} x {width}")
+            require_rank(self.rank, name, (out, width), self.name)
             if self.init in ("svd", "loftq"):
                 found[node] = self._from_weight(graph, node, name)
                 continue
@@ -120,10 +119,8 @@ class AddLoRA(Pass):
         """The linears that are meant, with their names and their weights' sizes."""
         names, shapes = site_names(graph), _weight_shapes(graph)
         others = {n for branch in find_branches(graph) for n in (branch.low, branch.high)}
-        roles, wanted = (
-            attention_roles(graph),
-            {self.targets} if isinstance(self.targets, str) else self.targets,
-        )
+        roles = attention_roles(graph)
+        wanted = {self.targets} if isinstance(self.targets, str) else set(self.targets)
         chosen = {
             n: (name, shapes[n])
             for n, name in names.items()

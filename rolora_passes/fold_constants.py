@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,7 +28,7 @@ from rolora_passes.graphs.graph import (
     root_names,
     set_tensor,
 )
-from rolora_passes.graphs.transport import keep_ways, ways
+from rolora_passes.graphs.transport import Way, keep_ways, ways
 from rolora_passes.passes import Pass, Report
 
 
@@ -50,7 +51,7 @@ class FoldConstants(Pass):
 
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
-        traced = ways(graph)
+        traced = _lasting(ways(graph), constants(graph))
         merge_equal(graph, constants(graph))  # a table that two readers quantize alike is one table
         dtype = dtype_of(graph)
         groups: dict[str, list[fx.Node]] = {}  # a quantizer's integers and scales come from one value
@@ -80,6 +81,20 @@ class FoldConstants(Pass):
         if any(is_op(n, "quantize", "encode") for n in before.graph.nodes):
             return None
         return super().verify(before, after, report)
+
+
+def _lasting(traced: dict[fx.Node, Way], known: set[fx.Node]) -> dict[fx.Node, Way]:
+    """The ways of the linears that stay.
+
+    A weight that is multiplied into a table too (keys of relative positions) takes no adapter after that.
+    """
+    tables = {way.root for node, way in traced.items() if node in known}
+    reason = "its product with a table was folded: add the adapter before fold-constants"
+    return {
+        node: dataclasses.replace(way, reason=reason) if way.root in tables else way
+        for node, way in traced.items()
+        if node not in known
+    }
 
 
 def _require_finite(value: Tensor, node: fx.Node, root: str) -> None:

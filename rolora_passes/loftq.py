@@ -13,7 +13,7 @@ from rolora_passes.graphs.affine import Grid, absmax, codebook, decode, encode, 
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import add_parameter, aten, constants, finish, insert, site_names
 from rolora_passes.graphs.layers import find_layers
-from rolora_passes.graphs.lora import add_branch, low_rank
+from rolora_passes.graphs.lora import add_branch, low_rank, require_rank
 from rolora_passes.graphs.quantizers import encode_weight, quantize_weight, require_float32, require_group
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import is_head, matches, require_match
@@ -98,8 +98,7 @@ class LoftQ(Pass):
             else:
                 out, width = shapes[weight].shape
                 require_group(self.name, name, width, self.group_size)
-                if self.rank > min(out, width):
-                    raise PassError(f"{self.name}: rank {self.rank} exceeds {name}, which is {out} x {width}")
+                require_rank(self.rank, name, (out, width), self.name)
                 yield node, name, bits.get(node, min(bits.values(), default=int(self.bits)))
 
     def _bits_by_layer(self, graph: fx.GraphModule) -> dict[fx.Node, int]:

@@ -83,6 +83,22 @@ def test_a_peft_adapter_on_a_rotated_graph_and_back(name: str, tmp_path: Path) -
     assert relative_error(logits(again, tokens), logits(model, tokens)) < 1e-9
 
 
+def test_a_weight_that_two_linears_read(tmp_path: Path) -> None:
+    """DeBERTa's keys, of tokens and of relative positions: the model has one branch, the graph two."""
+    model = trained("deberta", tmp_path / "there")
+    tokens = tokens_for(captured("deberta"))
+    graph = apply_passes(captured("deberta"), [AddLoRA(adapter=tmp_path / "there")])
+    assert relative_error(run(graph, tokens), logits(model, tokens)) < 1e-9
+    save_adapter(graph, tmp_path / "back")
+    again = apply_passes(captured("deberta"), [AddLoRA(adapter=tmp_path / "back")])
+    assert difference(again, graph) < 1e-9
+    other = randomized(apply_passes(captured("deberta"), [AddLoRA(rank=2)]), "lora_")
+    with pytest.raises(PassError, match=r"2 linears share the weight of .* their branches differ"):
+        save_adapter(other, tmp_path / "other")
+    with pytest.raises(PassError, match="its product with a table was folded: add the adapter before"):
+        apply_passes(captured("deberta"), [FoldConstants(), AddLoRA(adapter=tmp_path / "there")])
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
 def test_a_trained_branch_comes_back_from_a_rotated_graph(name: str, tmp_path: Path) -> None:
     scaled = [FuseNorm(), InsertScaling(), Rotate(), InsertHadamard(factors=True), FoldConstants()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -11,6 +12,15 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("passes", help="list the passes and recipes, or explain one")
     parser.add_argument("name", nargs="?")
     parser.set_defaults(run=run)
+
+
+def documents(cls: type[Any]) -> Iterator[str]:
+    """What a pass says of itself, and what the classes say whose options it has too."""
+    from rolora_passes.passes import Pass
+
+    for each in cls.__mro__[: cls.__mro__.index(Pass)]:
+        if each.__doc__:
+            yield inspect.cleandoc(each.__doc__)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -22,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
         print(dump_recipe(load_recipe(options.name)), end="")
         return
     if options.name:
-        print(inspect.getdoc(pass_class(options.name)))
+        print("\n\n".join(documents(pass_class(options.name))))
         return
     for name in PASSES:
         cls = pass_class(name)

@@ -103,15 +103,15 @@ def save_adapter(
     if not branches:
         raise PassError("expected a graph with low-rank branches, found none: run add-lora first")
     names, traced = site_names(graph), ways(graph)
-    pieces: dict[str, list[LowRank]] = {}
+    pieces: dict[str, dict[fx.Node, list[LowRank]]] = {}
     for branch in branches:
-        way, own = traced[branch.linear], _values(graph, branch)
-        if basis == "graph":
-            pieces.setdefault(names[branch.linear], []).append(own)
-        else:
-            _require_way(way, names[branch.linear])
-            pieces.setdefault(way.module, []).append(_carried_back(way, own, names[branch.linear]))
-    modules = {name: _joined(parts).to(dtype_of(graph)) for name, parts in pieces.items()}
+        linear, own = branch.linear, _values(graph, branch)
+        if basis == "model":
+            _require_way(traced[linear], names[linear])
+            own = _carried_back(traced[linear], own, names[linear])
+        module = names[linear] if basis == "graph" else traced[linear].module
+        pieces.setdefault(module, {}).setdefault(linear, []).append(own)
+    modules = {m: _of_module(m, parts, traced).to(dtype_of(graph)) for m, parts in pieces.items()}
     about = {"base": base_hash(graph), "basis": basis_hash(graph) if basis == "graph" else None}
     with writing_folder(folder) as temporary:
         _write(temporary, modules, base)
@@ -252,6 +252,24 @@ def _carried_back(way: Way, own: LowRank, site: str) -> LowRank:
             "fuse-norm, or save it with basis='graph'"
         )
     return found
+
+
+def _of_module(module: str, parts: Mapping[fx.Node, list[LowRank]], traced: Mapping[fx.Node, Way]) -> LowRank:
+    """The branch of a module: of the parts of a fused projection, or what all linears of its weight have.
+
+    Raises:
+        PassError: linears that share a weight have branches that differ.
+    """
+    whole = [_joined(own) for own in parts.values()]
+    if any(step.kind == "slice" for linear in parts for step in traced[linear].steps):
+        return _joined(whole)
+    first = whole[0].scale * whole[0].b @ whole[0].a
+    if any(not torch.allclose(p.scale * p.b @ p.a, first, rtol=1e-6, atol=1e-9) for p in whole[1:]):
+        raise PassError(
+            f"{len(whole)} linears share the weight of {module}, and their branches differ: the model has "
+            "one; save them with basis='graph'"
+        )
+    return whole[0]
 
 
 def _joined(parts: list[LowRank]) -> LowRank:

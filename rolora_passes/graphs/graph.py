@@ -187,14 +187,11 @@ def argument(node: Any, name: str, default: Any = None) -> Any:
 def linears(graph: fx.GraphModule) -> list[fx.Node]:
     """The linear nodes whose weight is a constant expression, or the dequantized half of one.
 
-    One that is part of an expression itself (a norm's bias, pushed through a weight) is not meant.
+    One that makes another's bias (a norm's, pushed through a weight) is not meant.
     """
-    known = constants(graph)
-    return [
-        n
-        for n in graph.graph.nodes
-        if is_op(n, "linear") and n not in known and (n.args[1] in known or op_name(n.args[1]) in KEPT)
-    ]
+    known, every = constants(graph), [n for n in graph.graph.nodes if is_op(n, "linear")]
+    biases = upstream(n.args[2] for n in every if len(n.args) > 2 and isinstance(n.args[2], fx.Node))
+    return [n for n in every if n not in biases and (n.args[1] in known or op_name(n.args[1]) in KEPT)]
 
 
 def site_names(graph: fx.GraphModule) -> dict[fx.Node, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import (
     KEPT,
     add_parameter,
@@ -37,6 +38,16 @@ class Branch:
     high: fx.Node
     total: fx.Node
     scale: float
+
+
+def require_rank(rank: int, name: str, shape: tuple[int, int], step: str) -> None:
+    """Refuse a rank that is more than a weight [out, in] can have.
+
+    Raises:
+        PassError: says which weight, of which size.
+    """
+    if rank > min(shape):
+        raise PassError(f"{step}: rank {rank} exceeds {name}, which is {shape[0]} x {shape[1]}")
 
 
 def find_branches(graph: fx.GraphModule) -> list[Branch]:

@@ -314,7 +314,9 @@ class _Reader:
             return [CHANGED]
         if name == "slice":
             size = self.shapes[source].shape[dim]
-            start, end = argument(node, "start") or 0, min(argument(node, "end"), size)
+            if argument(node, "step", 1) != 1:
+                raise _NoMap(f"{node.format_node()} takes every other of a weight's channels")
+            start, end, _ = slice(argument(node, "start"), argument(node, "end")).indices(size)
             return [self._at(sides, dim, name, (start, end, size))]
         if name == "unflatten":
             sizes = tuple(self.shapes[node].shape[dim : dim + len(node.args[2])])

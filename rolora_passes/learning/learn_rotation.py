@@ -31,24 +31,15 @@ class LearnRotation(Training):
     quantizers, with gradients straight through them, and the loss of that copy on the calibration tokens is
     made less (SpinQuant, Liu et al., 2024). It stands before fold-constants: after that no rotation is left.
 
-    Options:
-        under: the quantizers while training: a setting ("W16A4KV4", where GPTQ will see to the weights), or
-            a list of passes. GPTQ is taken as rounding to nearest; a clip search is coarser.
+    Options, beside those of every pass that trains:
+        under: where GPTQ will see to the weights, a setting that leaves them ("W16A4KV4").
         train: "all", or patterns over the keys of the manifest: "R1", "R2", "R3", "R4", "scale", "re:…".
         method: "cayley-adam": Adam on the skew-symmetric matrix of a Cayley transform; "cayley-sgd":
             SpinQuant's.
-        loss: "cross-entropy" of the next token, or "distillation": KL from what the graph computes in float.
-        steps, batch: batches of that many windows, in their order.
-        accumulate: parts of a batch that are computed one after another, to need less memory.
-        lr, scale_lr: of matrices (None: 2e-3 for Adam, 1.5 for SGD) and of scales' logarithms; both fall to
-            zero along a cosine.
-        clip: the largest norm of the gradient.
-        bfloat16: compute in bfloat16 where torch's autocast does; matrices stay float32.
-        recompute: keep what passes between layers, and compute the rest again (activation checkpointing).
-        shard: divide the layers' weights between the processes of torchrun.
+        lr, scale_lr: of matrices (None: 2e-3 for Adam, 1.5 for SGD) and of scales' logarithms.
 
     Raises:
-        PassError: nothing to train, windows that do not divide among processes, or a loss that is not finite.
+        PassError: nothing to train; what every pass that trains raises.
     """
 
     requires: ClassVar[tuple[str, ...]] = ("canonical",)

@@ -28,20 +28,11 @@ class LearnScales(Training):
     EfficientQAT, Chen et al., 2024). It costs nothing at run time. It stands after fold-constants has stored
     the weights, and before activations are quantized, in one list with what rounded the weights.
 
-    Options:
-        under: the quantizers to come: a setting ("W16A8"), or a list of passes.
-        lr: of the logarithms of the scales, by Adam; it falls to zero along a cosine.
-        loss: "cross-entropy" of the next token, or "distillation": KL from what the float graph computes.
-        steps, batch: batches of that many windows, in their order.
-        accumulate: parts of a batch that are computed one after another, to need less memory.
-        clip: the largest norm of the gradient.
-        bfloat16: compute in bfloat16 where torch's autocast does; scales stay float32.
-        recompute: keep what passes between layers, and compute the rest again (activation checkpointing).
-        shard: divide the layers' weights between the processes of torchrun.
+    Options, beside those of every pass that trains:
+        lr: of the logarithms of the scales, by Adam.
 
     Raises:
-        PassError: no stored scales, no graph to distil, windows that do not divide among processes, or a loss
-            that is not finite.
+        PassError: no stored scales; what every pass that trains raises.
     """
 
     kind: ClassVar[Literal["exact", "lossy"]] = "lossy"

@@ -135,18 +135,12 @@ class _Run:
     def advance(self) -> None:
         """One step of every optimiser."""
         start = time.perf_counter()
-        torch.manual_seed(self.step)
         values = self.shared()
         leaves = [value.detach().requires_grad_() for value in values]
-        loss = torch.zeros(())
-        batch, own = self._batch()
-        for rows in own:
-            # Of the mean over all tokens of the batch; gradients of several processes are averaged.
-            part = self._loss(rows, leaves) * (rows.predicted * processes.count() / max(1, batch.predicted))
-            part.backward()
-            loss += part.detach().cpu()
+        loss = self._backward(leaves)
         torch.autograd.backward(values, [leaf.grad for leaf in leaves])
-        norm = clip_grad_norm_(self.variables.parameters(), self.options.clip)
+        clip = math.inf if self.options.clip is None else self.options.clip
+        norm = clip_grad_norm_(self.variables.parameters(), clip)
         self._require_finite(mean := processes.mean(loss), float(norm))
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
@@ -158,6 +152,19 @@ class _Run:
         _log.info("step %d: loss %.4f, gradient norm %.2f", self.step, mean, float(norm))
         if time.perf_counter() - self._saved > _SAVE_SECONDS:
             self.save()
+
+    def _backward(self, leaves: list[Tensor]) -> Tensor:
+        """Gradients of the loss of the step's windows, of which it returns this process's part."""
+        batch, own = self._batch()
+        loss, wanted = torch.zeros(()), max(1, batch.predicted)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.step)
+            for rows in own:
+                # Of the mean over all tokens of the batch; gradients of several processes are averaged.
+                part = self._loss(rows, leaves) * (rows.predicted * processes.count() / wanted)
+                part.backward()
+                loss += part.detach().cpu()
+        return loss
 
     def _batch(self) -> tuple[Windows, list[Windows]]:
         """The windows of the step, and this process's, in the parts that are computed one after another.

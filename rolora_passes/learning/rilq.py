@@ -23,8 +23,8 @@ class RILQ(TuneLoRA):
         y = linear(x, dequantize(q, s))                        the same, A and B other numbers
         y = y + linear(linear(x, A), B) * scale
 
-    Options: those of tune-lora, with RILQ's as defaults. `steps` counts updates, as `evaluate_every` and
-    `patience` do: RILQ's script counts steps in parts of a batch and looks every 25 updates.
+    Options: those of tune-lora, with RILQ's as defaults; its script counts steps in parts of a batch, and
+    looks every 25 updates.
     """
 
     requires: ClassVar[tuple[str, ...]] = ("canonical", "weights quantized")
@@ -33,6 +33,6 @@ class RILQ(TuneLoRA):
     steps: int = 1250
     schedule: str = "constant"
     warmup: float = 0.0
-    clip: float = 1e9
+    clip: float | None = None
     validation: float = 0.2
     patience: int | None = 5

@@ -32,28 +32,37 @@ from rolora_passes.quantize_weights import QuantizeWeights
 from rolora_passes.registry import make_pass
 from rolora_passes.settings import Setting, quantizers
 
-_SCHEDULES = (
-    "cosine",
-    "linear",
-    "constant",
-    "constant_with_warmup",
-)  # those of transformers that need no more
+# Those of transformers that need no options of their own.
+_SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True)
 class Training(Pass):
-    """Base of passes that train parameters of a graph; they document these options.
+    """Passes that train parameters of a graph have one loop, and these options in common.
 
     A copy of the graph is given the quantizers to come, with gradients straight through them (Bengio et al.,
     2013), and the loss of that copy on the calibration tokens is made less.
 
-    Options of all of them, beside what each documents:
-        schedule, warmup: of the rates ("cosine", "linear", "constant", "constant_with_warmup"),
-            and the part of the steps in which they rise.
+    Options:
+        under: the quantizers to come: a setting ("W16A8"), or a list of passes. GPTQ is taken as rounding to
+            nearest.
+        loss: "cross-entropy" of the next token, where the calibration's labels have one, or "distillation":
+            KL from what the graph computes in floating point.
+        steps, batch: updates, and the windows of each, in their order.
+        accumulate: parts of a batch that are computed one after another, to need less memory.
+        clip: the largest norm of the gradient; None: any.
+        bfloat16: compute in bfloat16 where torch's autocast does; what is trained stays float32.
+        recompute: keep what passes between layers, and compute the rest again (activation checkpointing).
+        shard: divide the layers' weights between the processes of torchrun.
+        schedule, warmup: of the rates ("cosine", "linear", "constant", "constant_with_warmup"), and the part
+            of the steps in which they rise.
         validation: the part of the windows, the last of them, that is held out; what is trained is then as it
             was when their loss was least.
         evaluate_every: steps from one look at them to the next.
         patience: looks without a new least loss after which to stop; None: never.
+
+    Raises:
+        PassError: windows that do not divide among processes, no graph to distil, a loss that is not finite.
     """
 
     # What a head reads is compared only where training leaves its basis alone.
@@ -64,7 +73,7 @@ class Training(Pass):
     steps: int = 100
     batch: int = 8
     accumulate: int = 1
-    clip: float = 1.0
+    clip: float | None = 1.0
     bfloat16: bool = False
     recompute: bool = False
     shard: bool = False

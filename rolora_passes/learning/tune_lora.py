@@ -30,22 +30,13 @@ class TuneLoRA(Training):
     defaults), before it (a branch that rotate has written on is trained through what it wrote), or quantized
     (QLoRA).
 
-    Options:
-        under: quantizers to train under: a setting ("W16A8"), or a list of passes; none as RoLoRA has it.
+    Options, beside those of every pass that trains:
         lr, weight_decay: of AdamW.
         dropout: the part of a branch's inputs that a step leaves out.
-        loss: "cross-entropy" of the next token, where the calibration's labels have one; "distillation": KL
-            from what the graph before rounding computes; "hidden" or "logits": see rilq.
-        steps, batch: batches of that many windows, in their order.
-        accumulate: parts of a batch that are computed one after another, to need less memory.
-        clip: the largest norm of the gradient.
-        bfloat16: compute in bfloat16 where torch's autocast does; branches stay float32.
-        recompute: keep what passes between layers, and compute the rest again (activation checkpointing).
-        shard: divide the layers' weights between the processes of torchrun.
+        loss: also "hidden" or "logits": see rilq.
 
     Raises:
-        PassError: no branches, no graph to distil, windows that do not divide among processes, or a loss that
-            is not finite.
+        PassError: no branches; what every pass that trains raises.
     """
 
     kind: ClassVar[Literal["exact", "lossy"]] = "lossy"

@@ -120,7 +120,8 @@ def test_compile_takes_the_adapter_along(tune: Run, rolora: Run, checkpoint: Pat
     assert "adapter: adapter" in text and str(tmp_path) not in text
     assert (tmp_path / "model" / "adapter" / "adapter_config.json").is_file()
     table = json.loads((tmp_path / "model" / "manifest.json").read_text())["parity"]
-    assert "executorch" in str(table) and "onnx" in str(table)
+    assert {"executorch", "onnx"} <= {row["name"] for row in table}
+    assert all(row["kl_graph"] < 0.05 for row in table)
 
 
 @pytest.mark.parametrize(
