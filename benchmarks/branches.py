@@ -9,7 +9,6 @@ GPTQ and RILQ. Rows that are in the results file already are not computed again.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import common
@@ -73,17 +72,12 @@ class Branches(common.Bench):
 
 
 def main() -> None:
-    parser = common.options(__doc__ or "")
-    parser.add_argument("--calibration", required=True, help="text that GPTQ and RILQ look at")
+    parser = common.bench_options(__doc__ or "", "build/branches.json")
     parser.add_argument("--samples", type=int, default=320, help="windows")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
-    parser.add_argument("--windows", type=int, default=8, help="windows of 2048 tokens of the text")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=4, help="windows a step")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--rows", help="only rows whose name has all of these in it, comma-separated")
-    parser.add_argument("--work", type=Path, help="keep what was trained there, to go on if interrupted")
-    parser.add_argument("-o", "--output", type=Path, default=Path("build/branches.json"))
     bench = Branches(parser.parse_args())
     bench.loftq()
     bench.rilq()

@@ -8,6 +8,8 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,18 @@ def options(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def bench_options(description: str, output: str) -> argparse.ArgumentParser:
+    """A parser with the options of a `Bench`."""
+    parser = options(description)
+    parser.add_argument("--calibration", required=True, help="text that passes look at and learn from")
+    parser.add_argument("--windows", type=int, default=8, help="windows of 2048 tokens of the text")
+    parser.add_argument("--bfloat16", action="store_true", help="evaluate in bfloat16, by torch's autocast")
+    parser.add_argument("--rows", help="only rows whose name has all of these in it, comma-separated")
+    parser.add_argument("--work", type=Path, help="keep what was learned there, to go on if interrupted")
+    parser.add_argument("-o", "--output", type=Path, default=Path(output))
+    return parser
+
+
 def captured(source: str | None) -> tuple[fx.GraphModule, Any]:
     """The model as a graph, and its tokenizer."""
     if source is None:
@@ -59,16 +73,22 @@ class Bench:
 
     def __init__(self, options: Any) -> None:
         """Args:
-        options: with `model`, `text`, `windows` (of 2048 tokens of the text) and `output`.
+        options: of `bench_options`.
         """
         self.options = options
         self.graph, self.tokenizer = captured(options.model)
         self.stream = token_stream(load_text(str(options.text)), self.tokenizer)
         self.found = json.loads(options.output.read_text()) if options.output.is_file() else {}
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients, in the precision of the options."""
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.options.bfloat16):
+            yield
+
     def perplexity(self, graph: fx.GraphModule) -> float:
         """Of the text, in windows of 2048 tokens."""
-        with torch.no_grad():
+        with self.evaluating():
             return perplexity(GraphScorer(graph), self.stream, 2048, self.options.windows).value
 
     def keep(self, key: str, row: dict[str, Any]) -> None:

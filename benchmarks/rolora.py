@@ -11,11 +11,9 @@ the results file already are not computed again; --work keeps what was trained.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import common
-import torch
 from torch import fx
 from torch.nn import functional as F
 
@@ -85,7 +83,7 @@ class Tuned(common.Bench):
         scorer, o = GraphScorer(graph), self.options
         row: dict[str, Any] = {"held_out": self.held_out(graph), "ppl": self.perplexity(graph)}
         if o.tasks:
-            with torch.no_grad():
+            with self.evaluating():
                 found = evaluate_tasks(scorer, self.tokenizer, o.tasks.split(","), o.task_limit, 0)["tasks"]
                 row["tasks"] = {k: (v["acc"], v["acc_stderr"]) for k, v in found.items()}
         self.keep(key, row)
@@ -95,7 +93,8 @@ class Tuned(common.Bench):
         count = -(-len(self.tokens) // 10)
         total, tokens = 0.0, 0
         for rows, labels in zip(self.tokens[-count:].split(4), self.labels[-count:].split(4), strict=True):
-            logits = run(graph, rows)[:, :-1].flatten(0, 1).float()
+            with self.evaluating():
+                logits = run(graph, rows)[:, :-1].flatten(0, 1).float()
             wanted = labels[:, 1:].flatten()
             total += float(F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum"))
             tokens += int((wanted != IGNORED).sum())
@@ -116,19 +115,14 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = common.options(__doc__ or "")
+    parser = common.bench_options(__doc__ or "", "build/rolora.json")
     parser.add_argument("--data", required=True, help="instructions, .jsonl in Alpaca's format")
-    parser.add_argument("--calibration", required=True, help="text that GPTQ looks at")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=4, help="windows a step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--windows", type=int, default=8, help="windows of 2048 tokens of the text")
     parser.add_argument("--tasks", help="task files or names, comma-separated")
     parser.add_argument("--task-limit", type=int, default=200)
-    parser.add_argument("--rows", help="only methods whose name has all of these in it, comma-separated")
-    parser.add_argument("--work", type=Path, help="keep what was trained there, to go on if interrupted")
-    parser.add_argument("-o", "--output", type=Path, default=Path("build/rolora.json"))
     bench = Tuned(parser.parse_args())
     bench.rows()
     print(table(bench.found))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from pathlib import Path
 from typing import Any
 
 import common
@@ -132,19 +131,12 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = common.options(__doc__ or "")
-    parser.add_argument(
-        "--calibration", required=True, help="text that GPTQ looks at and rotations learn from"
-    )
+    parser = common.bench_options(__doc__ or "", "build/rotations.json")
     parser.add_argument("--samples", type=int, default=64, help="windows that GPTQ sees")
-    parser.add_argument("--windows", type=int, default=8, help="windows of 2048 tokens of the text")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=4, help="windows a step")
     parser.add_argument("--scale-steps", type=int, default=24)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window to learn from")
-    parser.add_argument("--rows", help="only rows whose name has all of these in it, comma-separated")
-    parser.add_argument("--work", type=Path, help="keep what was learned there, to go on if interrupted")
-    parser.add_argument("-o", "--output", type=Path, default=Path("build/rotations.json"))
     bench = Rotations(parser.parse_args())
     for rounding in ROUNDING:
         bench.random(rounding)

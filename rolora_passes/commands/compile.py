@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rolora_passes.commands.options import (
+    assignment,
     at_least,
     calibration_of,
     print_options,
@@ -46,6 +47,14 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--fast-prefill", action="store_true", help="attend in XNNPACK in calls from position 0"
     )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=assignment,
+        metavar="NAME=FOLDER",
+        help="a PEFT adapter that is to be a method of the .pte, beside forward; more than once for several",
+    )
     recipe_options(parser)
     print_options(parser)
     parser.set_defaults(run=run)
@@ -65,6 +74,7 @@ def run(options: argparse.Namespace) -> None:
             flavor=options.flavor,
             accuracy_level=options.accuracy_level,
             fast_prefill=options.fast_prefill,
+            adapters=dict(options.adapter),
             verify=not options.no_verify,
             calibration=calibration_of(options, display),
             seed=options.seed,

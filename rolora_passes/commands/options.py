@@ -28,6 +28,14 @@ def at_least(low: float, kind: type[int] | type[float]) -> Callable[[str], float
     return number
 
 
+def assignment(text: str) -> tuple[str, str]:
+    """NAME=VALUE, as argparse converts an argument."""
+    name, _, value = text.partition("=")
+    if not (name and value):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found {text!r}")
+    return name, value
+
+
 def recipe_options(parser: argparse.ArgumentParser) -> None:
     """What the passes of a recipe are given."""
     parser.add_argument(

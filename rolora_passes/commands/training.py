@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rolora_passes.commands.options import recipe_options
+from rolora_passes.commands.options import assignment, recipe_options
 from rolora_passes.display import Display, console, pass_line
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder, hub name, or .gguf file")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="OPTION=VALUE", type=_assignment,
+        "--set", action="append", default=[], metavar="NAME=VALUE", type=_assignment,
         help="an option of the pass that trains, in place of the recipe's: steps=50",
     )  # fmt: skip
     recipe_options(parser)
@@ -27,9 +27,7 @@ def training_options(parser: argparse.ArgumentParser) -> None:
 def _assignment(text: str) -> tuple[str, Any]:
     import yaml
 
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"expected OPTION=VALUE, found {text!r}")
+    name, value = assignment(text)
     return name, yaml.safe_load(value)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -64,6 +64,7 @@ def compile_model(
     accuracy_level: int | None = None,
     verify: bool = True,
     seed: int | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     calibration: Callable[[Any], Calibration] | None = None,
     on_stage: Callable[[str], None] | None = None,
     on_pass: Callable[[Record], None] | None = None,
@@ -85,20 +86,23 @@ def compile_model(
         fast_prefill: see `to_executorch`.
         flavor, accuracy_level: see `to_onnx`.
         seed: see `load_recipe`.
+        adapters: folders of PEFT adapters by name: methods of the `.pte`, beside `forward`, which have what
+            the recipe made and this adapter; copies go into `adapters`.
         calibration: makes the calibration data of passes that look at data, given the model's tokenizer.
         on_stage, on_pass: called as the work goes on, for progress.
         printing: what `apply_passes` is to print and to keep of failures: its arguments by name.
         check: called with the finished programs, to compare them; its rows go into the manifest.
 
     Raises:
-        LoweringError: an unknown target, a length below 16, or a graph that cannot be lowered.
+        LoweringError: an unknown target, a length below 16, adapters for ONNX alone, or a graph that cannot
+            be lowered.
         FileExistsError: `folder` is something else than a compiled folder.
         MissingExtraError: what writes a target's programs is not installed.
         Also what `load_model`, `load_recipe`, `capture` and `apply_passes` raise. All that can be known
         before the model is loaded is checked before.
     """
     require_context(max_length)
-    _require_targets(targets)
+    _require_targets(targets, adapters or {})
     passes = load_recipe(recipe, seed)
     check_order(passes, ["canonical"])
     if calibration is None:
@@ -122,10 +126,18 @@ def compile_model(
             graph = apply_passes(
                 captured, passes, verify=verify, calibration=data, on_pass=on_pass, **(printing or {})
             )
+            methods = {
+                name: apply_passes(graph, [AddLoRA(adapter=adapter)], verify=verify, on_pass=on_pass)
+                for name, adapter in (adapters or {}).items()
+            }
         lowerings: dict[str, LoweringReport | OnnxReport] = {}
         lower: dict[Target, Callable[[], LoweringReport | OnnxReport]] = {
             "executorch": lambda: to_executorch(
-                graph, temporary / "model.pte", max_length=max_length, fast_prefill=fast_prefill
+                graph,
+                temporary / "model.pte",
+                max_length=max_length,
+                fast_prefill=fast_prefill,
+                methods=methods,
             ),
             "onnx": lambda: write_onnx(
                 graph, temporary, flavor, max_length=max_length, accuracy_level=accuracy_level
@@ -134,6 +146,8 @@ def compile_model(
         for target in dict.fromkeys(targets):
             with stage(f"lower to {target}"):
                 lowerings[target] = lower[target]()
+        for name, adapter in (adapters or {}).items():
+            shutil.copytree(adapter, temporary / "adapters" / name)
         tokenizer.save_pretrained(temporary)
         kept = _with_adapters(settled(passes, "rotations.json"), temporary)
         (temporary / "recipe.yaml").write_text(dump_recipe(kept))
@@ -162,12 +176,14 @@ def _with_adapters(passes: Sequence[Pass], folder: Path) -> list[Pass]:
     return found
 
 
-def _require_targets(targets: Sequence[str]) -> None:
+def _require_targets(targets: Sequence[str], adapters: Collection[str]) -> None:
     unknown = [t for t in targets if t not in get_args(Target)]
     if unknown or not targets:
         raise LoweringError(
             f"expected targets of {', '.join(get_args(Target))}, found {', '.join(unknown) or 'none'}"
         )
+    if adapters and "executorch" not in targets:
+        raise LoweringError(f"expected target executorch, whose methods adapters are, found {targets}")
     for target in targets:
         require(_NEEDS[target], target)
 

@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +37,11 @@ class LoweringReport:
     path: Path
     bytes: int
     delegates: int
+    """Of all methods."""
     operators: dict[str, int]
-    """Instructions that are not delegate calls, by operator."""
+    """Instructions of forward that are not delegate calls, by operator."""
     cache_bytes: int
-    """What the caches of keys and values take in memory."""
+    """What the caches of keys and values take in memory, for each method that is loaded."""
     seconds: dict[str, float]
     """CPU seconds by stage."""
 
@@ -64,7 +65,7 @@ class _Stages:
     def stage(self, name: str) -> Iterator[None]:
         start = time.process_time()
         yield
-        self.seconds[name] = round(time.process_time() - start, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.process_time() - start, 3)
 
 
 def to_executorch(
@@ -74,6 +75,7 @@ def to_executorch(
     max_length: int = 512,
     last_token: bool = True,
     fast_prefill: bool = False,
+    methods: Mapping[str, fx.GraphModule] | None = None,
 ) -> LoweringReport:
     """Lower a canonical graph to `path` and say what became of it.
 
@@ -87,49 +89,76 @@ def to_executorch(
         fast_prefill: let calls that start at position 0 attend in XNNPACK, over their own keys and values
             instead of the caches. A third more prefill speed, for a second delegate in every layer and
             longer lowering.
+        methods: other graphs, which the program has beside `forward` under these names: one base with one
+            adapter or another. What they have in common with it is in the file once; each has caches of its
+            own. The heads' projections are then not joined, for those with a branch cannot be.
 
     Raises:
         MissingExtraError: ExecuTorch is not installed.
-        LoweringError: the graph is not in float32, attends in a way no kernel does, or quantizes as no
-            kernel or cache holds it.
+        LoweringError: a graph is not in float32, attends in a way no kernel does, or quantizes as no kernel
+            or cache holds it; a method's name is no identifier, or taken.
     """
     _require_executorch()
-    if dtype_of(graph) != torch.float32:
-        raise LoweringError(
-            f"expected a graph in torch.float32, which the kernels compute in, found {dtype_of(graph)}; "
-            "convert it first: rolora_passes.graphs.convert(graph, torch.float32)"
-        )
-    from rolora_passes.export.last_token import keep_last_token
-    from rolora_passes.export.xnnpack import delegate_to_xnnpack
-
-    stages = _Stages()
-    with stages.stage("prepare"):
-        prepared = _prepare(graph, max_length)
-        if last_token:
-            keep_last_token(prepared)
-        length = prepared.meta["max_length"]
-    with stages.stage("delegate"):
-        delegated, count = delegate_to_xnnpack(prepared, CACHED, fast_prefill)
+    graphs = {"forward": graph, **(methods or {})}
+    stages, lowered, count = _Stages(), dict[str, fx.GraphModule](), 0
+    for name, each in graphs.items():
+        _require_float32(each)
+        with stages.stage("prepare"):
+            prepared = _prepare(each, max_length, last_token, fused=len(graphs) == 1)
+        with stages.stage("delegate"):
+            lowered[name], delegates = _delegate(prepared, fast_prefill)
+        count += delegates
+    length = prepared.meta["max_length"]
     caches = {name: t for name, t in parameters(prepared).items() if name.startswith("cache.")}
     metadata = _metadata(caches, graph.meta.get("config", {}), length)
-    program = _program(delegated, length, metadata, stages)
+    _require_names(methods or {}, metadata)
+    program = _program(lowered, length, metadata, stages)
     with stages.stage("write"):
         size = _write(program, Path(path))
     held = sum(t.nbytes for t in caches.values())
     return LoweringReport(Path(path), size, count, _operators(program), held, stages.seconds)
 
 
-def _prepare(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
+def _require_float32(graph: fx.GraphModule) -> None:
+    if dtype_of(graph) != torch.float32:
+        raise LoweringError(
+            f"expected a graph in torch.float32, which the kernels compute in, found {dtype_of(graph)}; "
+            "convert it first: rolora_passes.graphs.convert(graph, torch.float32)"
+        )
+
+
+def _require_names(methods: Iterable[str], metadata: Mapping[str, Any]) -> None:
+    for name in methods:
+        if not name.isidentifier() or name == "forward" or name in metadata:
+            raise LoweringError(
+                f"expected names of methods that are identifiers, and not forward, {', '.join(metadata)}, "
+                f"found {name!r}"
+            )
+
+
+def _delegate(graph: fx.GraphModule, fast_prefill: bool) -> tuple[fx.GraphModule, int]:
+    from rolora_passes.export.xnnpack import delegate_to_xnnpack
+
+    return delegate_to_xnnpack(graph, CACHED, fast_prefill)
+
+
+def _prepare(graph: fx.GraphModule, max_length: int, last_token: bool, fused: bool) -> fx.GraphModule:
     """A copy with caches, in the operators and the grouping that suit the kernels."""
+    from rolora_passes.export.last_token import keep_last_token
+
     cached = "max_length" in graph.meta
     if not cached:
         require_decoder(graph, "ExecuTorch's runner")
     result = copy_graph(graph)
-    fuse_heads(result)
+    if fused:
+        fuse_heads(result)
     shapes = infer_shapes(result, CACHED if cached else CANONICAL)
     expand_rotary(result, {node: shape[-1] for node, (shape, _) in shapes.items() if shape and shape[-1]})
     fuse_embeddings(result)
-    return result if cached else add_kv_cache(result, max_length)
+    result = result if cached else add_kv_cache(result, max_length)
+    if last_token:
+        keep_last_token(result)
+    return result
 
 
 def _require_executorch() -> None:
@@ -142,8 +171,10 @@ def _require_executorch() -> None:
         require(module, "executorch")
 
 
-def _program(graph: fx.GraphModule, length: int, metadata: dict[str, Any], stages: _Stages) -> Any:
-    """The serialised program of a graph whose delegates are made."""
+def _program(
+    graphs: Mapping[str, fx.GraphModule], length: int, metadata: dict[str, Any], stages: _Stages
+) -> Any:
+    """The serialised program of graphs, by method, whose delegates are made."""
     from executorch import exir
     from executorch.exir.passes import MemoryPlanningPass
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
@@ -151,7 +182,10 @@ def _program(graph: fx.GraphModule, length: int, metadata: dict[str, Any], stage
     example = (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     dynamic = ({1: torch.export.Dim("length", min=1, max=length)}, None)
     with stages.stage("export"), torch.no_grad():
-        exported = torch.export.export(graph, example, dynamic_shapes=dynamic, strict=False)
+        exported = {
+            name: torch.export.export(graph, example, dynamic_shapes=dynamic, strict=False)
+            for name, graph in graphs.items()
+        }
     with stages.stage("edge"):
         config = exir.EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
         edge = exir.to_edge(exported, compile_config=config, constant_methods=metadata)

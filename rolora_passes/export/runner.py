@@ -66,13 +66,13 @@ def _put_aside_output() -> Iterator[None]:
                 os.close(original)
 
 
-def load_pte(pte: str | os.PathLike[str]) -> Forward:
-    """The program's `forward(tokens, input_pos) -> logits`, with its own caches."""
+def load_pte(pte: str | os.PathLike[str], method: str = "forward") -> Forward:
+    """The program's `forward(tokens, input_pos) -> logits`, or another method, with its own caches."""
     bindings = _load_kernels()
     module = bindings._load_for_executorch(os.fspath(pte))
 
     def forward(tokens: Tensor, input_pos: Tensor) -> Tensor:
-        logits: Tensor = module.forward((tokens, input_pos))[0]
+        logits: Tensor = module.run_method(method, (tokens, input_pos))[0]
         return logits.clone()  # the runtime reuses the memory
 
     return forward

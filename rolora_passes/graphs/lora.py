@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -81,22 +82,22 @@ def _branch(node: fx.Node, known: set[fx.Node], totals: dict[fx.Node, fx.Node]) 
     return None
 
 
-def _read(linear: fx.Node) -> object:
+def _read(linear: fx.Node) -> Any:
     """What a linear reads, before a quantizer rounds it."""
-    value = linear.args[0]
+    value: Any = linear.args[0]
     return value.args[0] if is_op(value, "fake_quantize", "fake_quantize_static") else value
 
 
 def add_branch(graph: fx.GraphModule, linear: fx.Node, name: str, branch: LowRank) -> None:
     """Write a branch beside a linear: parameters `{name}.lora_A.weight` [rank, in], `{name}.lora_B.weight`
-    [out, rank], and `.bias` of either where it has one."""
+    [out, rank], and `.bias` of either where it has one. It reads what the linear does, before a quantizer."""
     nodes = {}
     for part, tensor in (
         ("lora_A.weight", branch.a), ("lora_A.bias", branch.inner),
         ("lora_B.weight", branch.b), ("lora_B.bias", branch.outer),
     ):  # fmt: skip
         nodes[part] = None if tensor is None else add_parameter(graph, f"{name}.{part}", tensor)
-    low = insert_after(graph, linear, aten.linear.default, linear.args[0], *_of(nodes, "lora_A"))
+    low = insert_after(graph, linear, aten.linear.default, _read(linear), *_of(nodes, "lora_A"))
     high = insert_after(graph, low, aten.linear.default, low, *_of(nodes, "lora_B"))
     scaled = insert_after(graph, high, aten.mul.Tensor, high, branch.scale)
     total = insert_after(graph, scaled, aten.add.Tensor, linear, scaled)

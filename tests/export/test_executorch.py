@@ -50,13 +50,19 @@ PLAIN = {
 
 
 def steps(
-    graph: fx.GraphModule, pte: Path, seed: int = 1, prefill: int = 8, length: int = 12
+    graph: fx.GraphModule,
+    pte: Path,
+    seed: int = 1,
+    prefill: int = 8,
+    length: int = 12,
+    method: str = "forward",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(program's, graph's) logits of the last token, after a prefill and after each decoded token."""
-    tokens = torch.randint(0, 99, (1, length), generator=torch.Generator().manual_seed(seed))
+    vocabulary = graph.meta["config"]["vocab_size"]
+    tokens = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         expected = graph(tokens, torch.arange(length)[None])
-    forward, start = load_pte(pte), 0
+    forward, start = load_pte(pte, method), 0
     for end in range(prefill, length + 1):
         yield forward(tokens[:, start:end], torch.tensor([start]))[:, -1], expected[:, end - 1]
         start = end

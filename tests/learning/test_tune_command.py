@@ -15,6 +15,7 @@ from tiny_checkpoint import TEXT, save_checkpoint
 from transformers import AutoModelForCausalLM
 
 from rolora_passes import apply_passes
+from rolora_passes.export.runner import load_pte
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import run
 from rolora_passes.graphs.verify import relative_error
@@ -114,11 +115,16 @@ def test_compile_takes_the_adapter_along(tune: Run, rolora: Run, checkpoint: Pat
     status, _, said = rolora(
         "compile", checkpoint, "--recipe", tmp_path / "out" / "recipe.yaml", "-o", tmp_path / "model",
         "--max-length", 32, "--target", "executorch", "--target", "onnx",
+        "--adapter", f"twice={tmp_path / 'out' / 'adapter'}",
     )  # fmt: skip
     assert status == 0, said
     text = (tmp_path / "model" / "recipe.yaml").read_text()
     assert "adapter: adapter" in text and str(tmp_path) not in text
-    assert (tmp_path / "model" / "adapter" / "adapter_config.json").is_file()
+    for name in ("adapter", "adapters/twice"):
+        assert (tmp_path / "model" / name / "adapter_config.json").is_file()
+    call = torch.tensor([[3, 1, 4]]), torch.tensor([0])
+    once, twice = (load_pte(tmp_path / "model" / "model.pte", name)(*call) for name in ("forward", "twice"))
+    assert 0 < (once - twice).abs().max() < 1
     table = json.loads((tmp_path / "model" / "manifest.json").read_text())["parity"]
     assert {"executorch", "onnx"} <= {row["name"] for row in table}
     assert all(row["kl_graph"] < 0.05 for row in table)
