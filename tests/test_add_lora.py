@@ -12,7 +12,7 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import linears, parameters
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral", "gemma2", "gpt_neox"])
 def test_zero_branches_keep_the_function(name: str) -> None:
     graph = check_exact(captured(name), [AddLoRA(rank=2)], tolerance=0.0)
     assert count(graph, "linear") == 3 * count(captured(name), "linear") - 2  # all but the head

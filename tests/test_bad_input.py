@@ -201,9 +201,9 @@ ORDERS: dict[str, tuple[list[Any], str]] = {
         ["smooth-quant", "observe-activations"],
         "smooth-quant requires .*'activations observed', .*: run observe-activations first",
     ),
-    "merge into quantized weights": (
-        ["add-lora", "quantize-weights", "merge-lora"],
-        r"merge-lora cannot run .* 'weights quantized' \(by quantize-weights\)",
+    "merge after activations are quantized": (
+        ["add-lora", "quantize-activations", "merge-lora"],
+        r"merge-lora cannot run .* 'activations quantized' \(by quantize-activations\)",
     ),
 }
 
@@ -559,11 +559,7 @@ def test_full_disk_while_compiling(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), OSError(28, "No space left on device"), MemoryError()]
-)
 def test_a_compile_cut_short_leaves_what_was_there(
-    error: BaseException,
     checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -572,16 +568,21 @@ def test_a_compile_cut_short_leaves_what_was_there(
     arguments = ("compile", checkpoint, "-o", tmp_path / "out", "--recipe", "float", "--max-length", 16)
     assert rolora(*arguments)[0] == 0
     before = contents(tmp_path)
+    stops: list[tuple[BaseException, int, str]] = [
+        (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (MemoryError(), 2, "error: not enough memory"),
+    ]
+    for error, expected, message in stops:
 
-    def fail(*_: object) -> None:
-        raise error
+        def stop(graph: object, path: Path, error: BaseException = error, **_: object) -> None:
+            path.write_bytes(b"half of a program")
+            raise error
 
-    monkeypatch.setattr("rolora_passes.export.compile.dump_recipe", fail)  # after model.pte has been written
-    status, said = rolora(*arguments)
-    assert status == (130 if isinstance(error, KeyboardInterrupt) else 2)
-    expected = ("interrupted; nothing was written", "No space left on device", "error: not enough memory")
-    assert any(message in said for message in expected)
-    assert contents(tmp_path) == before
+        monkeypatch.setattr("rolora_passes.export.compile.to_executorch", stop)
+        status, said = rolora(*arguments)
+        assert status == expected and message in said
+        assert contents(tmp_path) == before
 
 
 def test_a_folder_that_is_not_ours_is_not_replaced(checkpoint: Path, tmp_path: Path) -> None:

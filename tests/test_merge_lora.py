@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from architectures import CONFIGS
 from helpers import captured, check_exact, check_idempotent, count, randomized
 
 from rolora_passes import (
@@ -27,7 +26,7 @@ BETWEEN: dict[str, list[Pass]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral", "gemma2", "gpt_neox"])
 def test_keeps_the_function(name: str) -> None:
     graph = randomized(apply_passes(captured(name), [AddLoRA(rank=2)]), "lora_")
     merged = check_exact(graph, [MergeLoRA(), FoldConstants()])
