@@ -27,7 +27,8 @@ from rolora_passes.passes import Calibration
 from rolora_passes.recipes import load_recipe
 from rolora_passes.settings import Setting, quantizers
 
-METHODS = {"LoRA": "lora", "RoLoRA": "rolora", "LoRA before rotation": "rolora-lbr"}
+# No name is a part of another, so that --rows can choose each.
+METHODS = {"LoRA without rotation": "lora", "RoLoRA": "rolora", "LoRA before rotation": "rolora-lbr"}
 SETTINGS = ("W4A4", "W6A6")
 
 

@@ -61,9 +61,14 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from rolora_passes.errors import LoweringError
     from rolora_passes.evaluation.parity import compare_programs
     from rolora_passes.export.compile import compile_model
 
+    adapters = dict(options.adapter)
+    if len(adapters) < len(options.adapter):
+        names = ", ".join(name for name, _ in options.adapter)
+        raise LoweringError(f"expected adapters of different names, found {names}")
     with Display() as display:
         compiled = compile_model(
             options.model,
@@ -74,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
             flavor=options.flavor,
             accuracy_level=options.accuracy_level,
             fast_prefill=options.fast_prefill,
-            adapters=dict(options.adapter),
+            adapters=adapters,
             verify=not options.no_verify,
             calibration=calibration_of(options, display),
             seed=options.seed,

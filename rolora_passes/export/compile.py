@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,11 +15,12 @@ from torch import fx
 
 from rolora_passes.add_lora import AddLoRA
 from rolora_passes.errors import LoweringError
-from rolora_passes.export.executorch import LoweringReport, to_executorch
+from rolora_passes.export.executorch import LoweringReport, require_methods, to_executorch
 from rolora_passes.export.extras import require
 from rolora_passes.export.kv_cache import require_context
 from rolora_passes.export.onnx import Flavor, OnnxReport, write_onnx
 from rolora_passes.graphs.accounting import Weights, weigh
+from rolora_passes.graphs.adapters import load_adapter
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.files import writing_folder
 from rolora_passes.graphs.rotations import save_rotations
@@ -94,15 +95,16 @@ def compile_model(
         check: called with the finished programs, to compare them; its rows go into the manifest.
 
     Raises:
-        LoweringError: an unknown target, a length below 16, adapters for ONNX alone, or a graph that cannot
-            be lowered.
+        LoweringError: an unknown target, a length below 16, adapters for ONNX alone or named as no method
+            can be, or a graph that cannot be lowered.
         FileExistsError: `folder` is something else than a compiled folder.
         MissingExtraError: what writes a target's programs is not installed.
         Also what `load_model`, `load_recipe`, `capture` and `apply_passes` raise. All that can be known
         before the model is loaded is checked before.
     """
     require_context(max_length)
-    _require_targets(targets, adapters or {})
+    _require_targets(targets)
+    _require_adapters(adapters := adapters or {}, targets)
     passes = load_recipe(recipe, seed)
     check_order(passes, ["canonical"])
     if calibration is None:
@@ -128,7 +130,7 @@ def compile_model(
             )
             methods = {
                 name: apply_passes(graph, [AddLoRA(adapter=adapter)], verify=verify, on_pass=on_pass)
-                for name, adapter in (adapters or {}).items()
+                for name, adapter in adapters.items()
             }
         lowerings: dict[str, LoweringReport | OnnxReport] = {}
         lower: dict[Target, Callable[[], LoweringReport | OnnxReport]] = {
@@ -146,13 +148,8 @@ def compile_model(
         for target in dict.fromkeys(targets):
             with stage(f"lower to {target}"):
                 lowerings[target] = lower[target]()
-        for name, adapter in (adapters or {}).items():
-            shutil.copytree(adapter, temporary / "adapters" / name)
         tokenizer.save_pretrained(temporary)
-        kept = _with_adapters(settled(passes, "rotations.json"), temporary)
-        (temporary / "recipe.yaml").write_text(dump_recipe(kept))
-        if graph.meta.get("rotations"):
-            save_rotations(graph, temporary)
+        _keep_inputs(temporary, graph, passes, adapters)
         compiled = Compiled(Path(folder), weigh(graph), history(graph), lowerings, [], seconds)
         manifest = temporary / "manifest.json"
         known = _manifest(source, graph.meta.get("config", {}), compiled, max_length)
@@ -162,6 +159,18 @@ def compile_model(
                 compiled.parity.extend(check(captured, graph, temporary, tokenizer))
             manifest.write_text(json.dumps(known | {"parity": compiled.parity}, indent=1))
     return compiled
+
+
+def _keep_inputs(
+    folder: Path, graph: fx.GraphModule, passes: Sequence[Pass], adapters: Mapping[str, str | Path]
+) -> None:
+    """Put beside the programs what they were made of: the recipe, adapters, rotations."""
+    for name, adapter in adapters.items():
+        shutil.copytree(adapter, folder / "adapters" / name)
+    kept = _with_adapters(settled(passes, "rotations.json"), folder)
+    (folder / "recipe.yaml").write_text(dump_recipe(kept))
+    if graph.meta.get("rotations"):
+        save_rotations(graph, folder)
 
 
 def _with_adapters(passes: Sequence[Pass], folder: Path) -> list[Pass]:
@@ -176,16 +185,24 @@ def _with_adapters(passes: Sequence[Pass], folder: Path) -> list[Pass]:
     return found
 
 
-def _require_targets(targets: Sequence[str], adapters: Collection[str]) -> None:
+def _require_targets(targets: Sequence[str]) -> None:
     unknown = [t for t in targets if t not in get_args(Target)]
     if unknown or not targets:
         raise LoweringError(
             f"expected targets of {', '.join(get_args(Target))}, found {', '.join(unknown) or 'none'}"
         )
-    if adapters and "executorch" not in targets:
-        raise LoweringError(f"expected target executorch, whose methods adapters are, found {targets}")
     for target in targets:
         require(_NEEDS[target], target)
+
+
+def _require_adapters(adapters: Mapping[str, str | Path], targets: Sequence[str]) -> None:
+    if adapters and "executorch" not in targets:
+        raise LoweringError(
+            f"expected target executorch, whose methods adapters are, found {', '.join(targets)}"
+        )
+    require_methods(adapters)
+    for folder in adapters.values():
+        load_adapter(folder)
 
 
 def _require_replaceable(folder: Path) -> None:

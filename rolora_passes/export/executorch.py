@@ -28,6 +28,8 @@ from rolora_passes.graphs.inputs import require_decoder
 
 CANONICAL: dict[str, Shape] = {"tokens": (1, None), "positions": (1, None)}
 CACHED: dict[str, Shape] = {"tokens": (1, None), "input_pos": (1,)}
+# How the names of the methods begin that the runner reads its metadata from.
+_RUNNERS = ("get_", "use_", "enable_")
 
 
 @dataclass(frozen=True)
@@ -99,19 +101,22 @@ def to_executorch(
             or cache holds it; a method's name is no identifier, or taken.
     """
     _require_executorch()
+    require_methods(methods or {})
     graphs = {"forward": graph, **(methods or {})}
-    stages, lowered, count = _Stages(), dict[str, fx.GraphModule](), 0
+    stages, lowered, lengths, count = _Stages(), dict[str, fx.GraphModule](), dict[str, int](), 0
     for name, each in graphs.items():
         _require_float32(each)
         with stages.stage("prepare"):
             prepared = _prepare(each, max_length, last_token, fused=len(graphs) == 1)
         with stages.stage("delegate"):
             lowered[name], delegates = _delegate(prepared, fast_prefill)
+        lengths[name] = prepared.meta["max_length"]
         count += delegates
-    length = prepared.meta["max_length"]
+    if len({*lengths.values()}) > 1:
+        raise LoweringError(f"expected methods whose caches hold equally many tokens, found {lengths}")
+    length = lengths["forward"]
     caches = {name: t for name, t in parameters(prepared).items() if name.startswith("cache.")}
     metadata = _metadata(caches, graph.meta.get("config", {}), length)
-    _require_names(methods or {}, metadata)
     program = _program(lowered, length, metadata, stages)
     with stages.stage("write"):
         size = _write(program, Path(path))
@@ -127,12 +132,17 @@ def _require_float32(graph: fx.GraphModule) -> None:
         )
 
 
-def _require_names(methods: Iterable[str], metadata: Mapping[str, Any]) -> None:
-    for name in methods:
-        if not name.isidentifier() or name == "forward" or name in metadata:
+def require_methods(names: Iterable[str]) -> None:
+    """Refuse names that methods beside `forward` cannot have.
+
+    Raises:
+        LoweringError: no identifier, or one that the runner's own methods have.
+    """
+    for name in names:
+        if not name.isidentifier() or name == "forward" or name.startswith(_RUNNERS):
             raise LoweringError(
-                f"expected names of methods that are identifiers, and not forward, {', '.join(metadata)}, "
-                f"found {name!r}"
+                "expected names of methods that are identifiers, not forward, and do not begin with "
+                f"{' or '.join(_RUNNERS)}, found {name!r}"
             )
 
 

@@ -261,7 +261,7 @@ def _of_module(module: str, parts: Mapping[fx.Node, list[LowRank]], traced: Mapp
         PassError: linears that share a weight have branches that differ.
     """
     whole = [_joined(own) for own in parts.values()]
-    if any(step.kind == "slice" for linear in parts for step in traced[linear].steps):
+    if len(whole) == 1 or any(step.kind == "slice" for linear in parts for step in traced[linear].steps):
         return _joined(whole)
     first = whole[0].scale * whole[0].b @ whole[0].a
     if any(not torch.allclose(p.scale * p.b @ p.a, first, rtol=1e-6, atol=1e-9) for p in whole[1:]):

@@ -190,7 +190,7 @@ def linears(graph: fx.GraphModule) -> list[fx.Node]:
     One that makes another's bias (a norm's, pushed through a weight) is not meant.
     """
     known, every = constants(graph), [n for n in graph.graph.nodes if is_op(n, "linear")]
-    biases = upstream(n.args[2] for n in every if len(n.args) > 2 and isinstance(n.args[2], fx.Node))
+    biases = upstream(bias for n in every if (bias := argument(n, "bias")) is not None)
     return [n for n in every if n not in biases and (n.args[1] in known or op_name(n.args[1]) in KEPT)]
 
 

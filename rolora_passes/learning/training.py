@@ -45,7 +45,7 @@ class Training(Pass):
 
     Options:
         under: the quantizers to come: a setting ("W16A8"), or a list of passes. GPTQ is taken as rounding to
-            nearest.
+            nearest; a clip search tries fewer clips.
         loss: "cross-entropy" of the next token, where the calibration's labels have one, or "distillation":
             KL from what the graph computes in floating point.
         steps, batch: updates, and the windows of each, in their order.

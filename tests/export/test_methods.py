@@ -66,7 +66,7 @@ def test_methods_compute_their_graphs_and_share_weights(
     assert all(relative_error(a, b) > 0.05 for a, b in itertools.pairwise(found))
 
 
-@pytest.mark.parametrize("name", ["forward", "two words", "get_bos_id", "get_max_seq_len"])
+@pytest.mark.parametrize("name", ["forward", "two words", "get_bos_id", "use_kv_cache"])
 def test_names_that_are_refused(name: str, graphs: dict[str, fx.GraphModule], tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match="expected names of methods that are identifiers"):
         to_executorch(graphs["forward"], tmp_path / "model.pte", methods={name: graphs["all"]})

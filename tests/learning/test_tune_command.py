@@ -133,6 +133,23 @@ def test_compile_takes_the_adapter_along(tune: Run, rolora: Run, checkpoint: Pat
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (("--adapter", "fr=none"), r"expected an adapter in none, found no adapter_config.json"),
+        (("--adapter", "two words=none"), "expected names of methods that are identifiers"),
+        (("--adapter", "a=x", "--adapter", "a=y"), "expected adapters of different names, found a, a"),
+        (("--adapter", "a"), "expected NAME=VALUE, found 'a'"),
+        (("--adapter", "a=x", "--target", "onnx"), "expected target executorch, whose methods adapters are"),
+    ],
+)
+def test_bad_adapters(more: tuple[str, ...], message: str, rolora: Run, tmp_path: Path) -> None:
+    """Found out before the model is looked for."""
+    status, _, said = rolora("compile", "./no-such-model", "-o", tmp_path / "out", *more)
+    assert status == 2 and message in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
         (("--recipe", "quarot:W4A4"), "a recipe with one tune-lora, found 0"),
         (("--recipe", "rolora:W4A4", "--set", "stepz=3"), "stepz"),
         (("--recipe", "rolora:W4A4", "--window", 40000), "expected 40000 tokens or more"),
