@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 	$(BIN)/rolora run $(DEMO) --prompt "What is the capital of France?" --max-new-tokens 48 --target onnx
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=20
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

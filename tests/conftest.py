@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from architectures import CONFIGS, OTHERS
+from transformers import PreTrainedModel
 
 from rolora_passes.cli import main
 
 torch.set_num_threads(1)
 Run = Callable[..., tuple[int, str, str]]
+_TRACED: dict[str, Any] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process has all tests of an architecture, which it captures once, and those of a file.
+
+    Tests that lower take longest and share little: they stay single, and fill what time is left at the end.
+    """
+    known = CONFIGS.keys() | OTHERS.keys()
+    for item in items:
+        spec = getattr(item, "callspec", None)
+        given = [value for value in spec.params.values() if isinstance(value, str)] if spec else []
+        names = [value for value in given if value in known]
+        if names or item.path.parent.name != "export":
+            item.add_marker(pytest.mark.xdist_group(names[0] if names else item.path.stem))
+
+
+def _identity(model: PreTrainedModel) -> str:
+    """The same for models that nothing tells apart."""
+    found = hashlib.sha256(f"{type(model)} {model.config.to_json_string()}".encode())
+    for name, value in model.state_dict().items():
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        found.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Equal models are traced once, but for tests of capture: most of what a command does to a tiny model."""
+    capturing = sys.modules["rolora_passes.graphs.capture"]  # its package has a function of this name
+    trace = capturing._export
+
+    def remembered(model: PreTrainedModel, kind: Any) -> Any:
+        key = _identity(model)
+        if key not in _TRACED:
+            _TRACED[key] = trace(model, kind)
+        return _TRACED[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "test_capture" not in request.module.__name__:
+            patch.setattr(capturing, "_export", remembered)
+        yield
 
 
 @pytest.fixture

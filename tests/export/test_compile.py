@@ -18,6 +18,7 @@ from rolora_passes.export import compile_model
 from rolora_passes.reporting.artefact import artefact_text
 
 PROMPT = "The quick brown fox"
+pytestmark = pytest.mark.xdist_group("compile")  # they share two programs
 
 
 @pytest.fixture(scope="module")

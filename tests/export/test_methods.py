@@ -32,6 +32,7 @@ from rolora_passes.graphs.verify import relative_error
 ROUNDED = [
     FuseNorm(), QuantizeWeights(), QuantizeActivations(), QuantizeEmbedding(), FoldConstants(),
 ]  # fmt: skip
+pytestmark = pytest.mark.xdist_group("methods")  # they share graphs
 
 
 @pytest.fixture(scope="module")
