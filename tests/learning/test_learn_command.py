@@ -90,7 +90,7 @@ def test_compile_after_learning_points_into_its_own_folder(
     [
         ("quarot:W4A4KV4", (), "a recipe with one learn-rotation, found 0"),
         ("spinquant:W4A4KV4", ("--set", "stepz=3"), "stepz"),
-        ("spinquant:W4A4KV4", ("--set", "steps"), "OPTION=VALUE"),
+        ("spinquant:W4A4KV4", ("--set", "steps"), "NAME=VALUE, found"),
         ("spinquant:W4A4KV4", ("--set", "steps=0"), "steps must be 1 or more"),
     ],
 )

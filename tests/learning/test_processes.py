@@ -12,7 +12,16 @@ import pytest
 import torch
 from sharp import opened, sharp, windows
 
-from rolora_passes import FoldConstants, LearnRotation, LearnScales, QuantizeWeights, apply_passes
+from rolora_passes import (
+    AddLoRA,
+    Calibration,
+    FoldConstants,
+    LearnRotation,
+    LearnScales,
+    QuantizeWeights,
+    TuneLoRA,
+    apply_passes,
+)
 from rolora_passes.graphs.graph import parameters
 
 # Adam makes much of gradients that are nearly nothing, and of their rounding; SGD does not.
@@ -22,7 +31,7 @@ import sys
 OPTIONS = {OPTIONS}
 import torch
 from sharp import opened, windows
-from test_processes import scaled
+from test_processes import scaled, tuned
 from rolora_passes import LearnRotation, apply_passes
 from rolora_passes.learning import processes
 
@@ -41,8 +50,8 @@ LearnRotation._layered = spy
 step = LearnRotation(**OPTIONS, shard=shard)
 graph = apply_passes(opened(), [step], calibration=windows())
 assert processes.count() == 2
-learned = {{"rotations": graph.meta["rotation_tensors"], "scales": scaled(shard=shard), "held": held}}
-torch.save(learned, f"{{path}}.{{processes.rank()}}")
+learned = {{"rotations": graph.meta["rotation_tensors"], "scales": scaled(shard=shard)}}
+torch.save(learned | {{"branches": tuned(shard=shard), "held": held}}, f"{{path}}.{{processes.rank()}}")
 """
 
 
@@ -51,6 +60,15 @@ def scaled(**options: Any) -> dict[str, torch.Tensor]:
     steps = [QuantizeWeights(3, None), FoldConstants(), LearnScales(steps=2, batch=4, **options)]
     found = parameters(apply_passes(sharp(), steps, calibration=windows()))
     return {name: value.detach() for name, value in found.items() if name.endswith("_scale")}
+
+
+def tuned(**options: Any) -> dict[str, torch.Tensor]:
+    """Branches trained on windows of which some have few labels, so that means of means would be others."""
+    labels = windows().clone()
+    labels[::2, :18] = -100
+    steps = [AddLoRA(rank=2), TuneLoRA(steps=2, batch=4, **options)]
+    graph = apply_passes(sharp(), steps, calibration=Calibration(windows(), labels=labels))
+    return {name: value.detach() for name, value in parameters(graph).items() if "lora_" in name}
 
 
 @pytest.mark.parametrize("shard", [False, True])
@@ -62,7 +80,7 @@ def test_two_are_as_one(shard: bool, tmp_path: Path) -> None:
     path = os.pathsep.join([str(here), str(here.parent)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [*launch, str(script), str(shard), str(result)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     step = LearnRotation(**OPTIONS, accumulate=2)  # type: ignore[arg-type]  # the same rows together
     alone = apply_passes(opened(), [step], calibration=windows()).meta["rotation_tensors"]
@@ -73,6 +91,9 @@ def test_two_are_as_one(shard: bool, tmp_path: Path) -> None:
     for key, expected in scaled(accumulate=2).items():
         assert torch.equal(both[0]["scales"][key], both[1]["scales"][key])
         torch.testing.assert_close(both[0]["scales"][key], expected, rtol=1e-4, atol=0)
+    for key, expected in tuned(accumulate=2).items():
+        assert torch.equal(both[0]["branches"][key], both[1]["branches"][key])
+        torch.testing.assert_close(both[0]["branches"][key], expected, rtol=0, atol=1e-5)
     for rank in (0, 1):
         for part, whole in both[rank]["held"]:
             assert part <= 0.6 * whole if shard else part == whole
