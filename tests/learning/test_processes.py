@@ -36,22 +36,25 @@ from rolora_passes import LearnRotation, apply_passes
 from rolora_passes.learning import processes
 
 torch.set_num_threads(1)
-shard, path = sys.argv[1] == "True", sys.argv[2]
 held, layered = [], LearnRotation._layered
 
 def spy(self, graph, variables):
     found = layered(self, graph, variables)
     for layer in found.layers:
-        parts = [p.to_local().numel() if shard else p.numel() for p in layer.parameters()]
+        parts = [p.to_local().numel() if self.shard else p.numel() for p in layer.parameters()]
         held.append((sum(parts), sum(p.numel() for p in layer.parameters())))
     return found
 
 LearnRotation._layered = spy
-step = LearnRotation(**OPTIONS, shard=shard)
-graph = apply_passes(opened(), [step], calibration=windows())
-assert processes.count() == 2
-learned = {{"rotations": graph.meta["rotation_tensors"], "scales": scaled(shard=shard)}}
-torch.save(learned | {{"branches": tuned(shard=shard), "held": held}}, f"{{path}}.{{processes.rank()}}")
+learned = {{}}
+for shard in (False, True):
+    step = LearnRotation(**OPTIONS, shard=shard)
+    turned = apply_passes(opened(), [step], calibration=windows()).meta["rotation_tensors"]
+    assert processes.count() == 2
+    others = {{"scales": scaled(shard=shard), "branches": tuned(shard=shard), "held": held.copy()}}
+    learned[shard] = {{"rotations": turned, **others}}
+    held.clear()
+torch.save(learned, f"{{sys.argv[1]}}.{{processes.rank()}}")
 """
 
 
@@ -71,29 +74,36 @@ def tuned(**options: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in parameters(graph).items() if "lora_" in name}
 
 
-@pytest.mark.parametrize("shard", [False, True])
-def test_two_are_as_one(shard: bool, tmp_path: Path) -> None:
-    script, result = tmp_path / "script.py", tmp_path / "result"
-    script.write_text(SCRIPT)
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What either of two processes learned, with whole layers (False) and with their parts (True)."""
+    folder = tmp_path_factory.mktemp("both")
+    (folder / "script.py").write_text(SCRIPT)
     here = Path(__file__).resolve().parent
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join([str(here), str(here.parent)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(script), str(shard), str(result)]
+    command = [*launch, str(folder / "script.py"), str(folder / "result")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    step = LearnRotation(**OPTIONS, accumulate=2)  # type: ignore[arg-type]  # the same rows together
-    alone = apply_passes(opened(), [step], calibration=windows()).meta["rotation_tensors"]
-    both = [torch.load(f"{result}.{rank}", weights_only=True) for rank in (0, 1)]
-    for key, expected in alone.items():
-        assert torch.equal(both[0]["rotations"][key], both[1]["rotations"][key])
-        torch.testing.assert_close(both[0]["rotations"][key], expected, rtol=0, atol=1e-5)
-    for key, expected in scaled(accumulate=2).items():
-        assert torch.equal(both[0]["scales"][key], both[1]["scales"][key])
-        torch.testing.assert_close(both[0]["scales"][key], expected, rtol=1e-4, atol=0)
-    for key, expected in tuned(accumulate=2).items():
-        assert torch.equal(both[0]["branches"][key], both[1]["branches"][key])
-        torch.testing.assert_close(both[0]["branches"][key], expected, rtol=0, atol=1e-5)
-    for rank in (0, 1):
-        for part, whole in both[rank]["held"]:
-            assert part <= 0.6 * whole if shard else part == whole
+    return [torch.load(folder / f"result.{rank}", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, torch.Tensor]]:
+    """What one process learns from the same rows together."""
+    step = LearnRotation(**OPTIONS, accumulate=2)  # type: ignore[arg-type]
+    rotations = apply_passes(opened(), [step], calibration=windows()).meta["rotation_tensors"]
+    return {"rotations": rotations, "scales": scaled(accumulate=2), "branches": tuned(accumulate=2)}
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_are_as_one(shard: bool, both: list[Any], alone: dict[str, dict[str, torch.Tensor]]) -> None:
+    first, second = (found[shard] for found in both)
+    tolerances = {"rotations": (0, 1e-5), "scales": (1e-4, 0), "branches": (0, 1e-5)}
+    for kind, (relative, absolute) in tolerances.items():
+        for key, expected in alone[kind].items():
+            assert torch.equal(first[kind][key], second[kind][key])
+            torch.testing.assert_close(first[kind][key], expected, rtol=relative, atol=absolute)
+    for part, whole in [*first["held"], *second["held"]]:
+        assert part <= 0.6 * whole if shard else part == whole
