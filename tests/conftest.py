@@ -1,4 +1,4 @@
-"""What tests of the command line share; and tiny models compute slower on several threads than on one."""
+"""How tests share what costs most, and what those of the command line have in common."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from rolora_passes.cli import main
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # tiny models compute slower on several
 Run = Callable[..., tuple[int, str, str]]
-_TRACED: dict[str, Any] = {}
+_TRACED: dict[str, tuple[PreTrainedModel, Any]] = {}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,9 +50,10 @@ def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
 
     def remembered(model: PreTrainedModel, kind: Any) -> Any:
         key = _identity(model)
-        if key not in _TRACED:
-            _TRACED[key] = trace(model, kind)
-        return _TRACED[key]
+        # A trace shares its model's weights, which a test may have changed since.
+        if key not in _TRACED or _identity(_TRACED[key][0]) != key:
+            _TRACED[key] = model, trace(model, kind)
+        return _TRACED[key][1]
 
     with pytest.MonkeyPatch.context() as patch:
         if "test_capture" not in request.module.__name__:

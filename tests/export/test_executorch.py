@@ -33,12 +33,13 @@ OUTSIDE = {
     "aten::le.Scalar_out",
 }
 
-# One layer where no other can see what is new in it; options together that compute different things.
+# One layer where a second would show nothing more; options that do not touch each other share a program.
 PLAIN = {
     "llama": {},
     "partial rotary": {"rotary_dim": 8, "layers": 1},
     "interleaved rotary, softcap": {"rotary_dim": 8, "interleaved": True, "softcap": 5.0, "layers": 1},
     "hadamard 16 and 96": {"hadamard": True, "layers": 1},
+    "hadamard 12 and 480": {"hadamard": True, "head_dim": 12, "mlp": 480, "layers": 1},
     "factors 12 and 480": {"hadamard": True, "factors": True, "head_dim": 12, "mlp": 480, "layers": 1},
     "window": {"window": 4},
     "window and softcap": {"window": 4, "softcap": 5.0, "layers": 1},
