@@ -19,6 +19,7 @@ Run = Callable[..., tuple[int, str, str]]
 _TRACED: dict[str, tuple[PreTrainedModel, Any]] = {}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One process has all tests of an architecture, which it captures once, and those of a file.
 
