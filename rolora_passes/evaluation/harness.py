@@ -15,16 +15,18 @@ from rolora_passes.errors import EvaluationError
 from rolora_passes.evaluation.scorers import Scorer, require_known
 
 Request = tuple[Any, list[int], list[int]]  # the texts, or None; tokens of the context; of the continuation
+Window = tuple[tuple[int, ...], int]  # tokens, and from which position on their logits are asked for
 
 _MAX_LENGTH = 2048  # lm-eval's own, for models that do not say
 _MAX_NEW_TOKENS = 256  # lm-eval's own
 
 
 class ScorerLM(TemplateLM):  # type: ignore[misc]
-    """Tokens, truncation and special tokens as lm-eval's `HFLM` has them; one request at a time.
+    """Tokens, truncation and special tokens as lm-eval's `HFLM` has them.
 
     Contexts are cut on the left to what the model holds. Requests that ask for the same logits (answers of
-    one token to one question) are computed once.
+    one token to one question) are computed once, and those of nearly one length together where the scorer
+    takes several rows.
     """
 
     def __init__(
@@ -34,7 +36,6 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
         self.scorer, self.tokenizer = scorer, tokenizer
         self.max_length = scorer.max_length or _MAX_LENGTH
         self._on_progress = on_progress or (lambda name, done, total: None)
-        self._last: tuple[list[int], int, Tensor] | None = None
 
     @property
     def eot_token_id(self) -> int:
@@ -64,15 +65,25 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
-        found = []
-        for texts, context, continuation in self._counted("answers", requests):
-            found.append(self._score(context, continuation))
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, found[-1])
-        return found
+        found: dict[int, tuple[float, bool]] = {}
+        for number, answer in self._answers([tokens for _, *tokens in requests]):
+            found[number] = answer
+            if requests[number][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
+            self._on_progress("answers", len(found), len(requests))
+        return [found[number] for number in range(len(requests))]
 
-    def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """(log-probability of a continuation in nats, whether greedy decoding would give it)."""
+    def _answers(self, requests: list[Any]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """For the tokens of each context and continuation, in any order: its number, and `_score`."""
+        asked: dict[Window, list[int]] = {}
+        for number, (context, continuation) in enumerate(requests):
+            asked.setdefault(self._window(context, continuation), []).append(number)
+        for batch in self._batches(list(asked)):
+            for window, logits in zip(batch, self._logits(batch), strict=True):
+                yield from ((number, _score(logits, requests[number][1])) for number in asked[window])
+
+    def _window(self, context: list[int], continuation: list[int]) -> Window:
+        """What the logits of a continuation are computed from."""
         count = len(continuation)
         if not 1 <= count <= self.max_length:
             raise EvaluationError(
@@ -80,17 +91,35 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
                 f"{self.tokenizer.decode(context)[-60:]!r}"
             )
         tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
-        logits, targets = self._logits(tokens, len(tokens) - count), torch.tensor(continuation)
-        picked = logits.log_softmax(-1).gather(-1, targets[:, None])
-        return float(picked.sum()), bool((logits.argmax(-1) == targets).all())
+        return tuple(tokens), len(tokens) - count
 
-    def _logits(self, tokens: list[int], start: int) -> Tensor:
-        """Logits [len(tokens) - start, V] from a position on."""
-        if self._last is None or self._last[:2] != (tokens, start):
-            row = torch.tensor([tokens])
-            require_known(self.scorer, row)
-            self._last = tokens, start, self.scorer.logits(row, start)[0].float()
-        return self._last[2]
+    def _batches(self, windows: list[Window]) -> Iterator[list[Window]]:
+        """Windows by the call: the longest first, for memory to run out at once if it does.
+
+        A scorer of one row has them in their order, in which the next often begins as the last did.
+        """
+        if not self.scorer.batch_tokens:
+            yield from ([window] for window in windows)
+            return
+        batch: list[Window] = []
+        for window in sorted(windows, key=lambda window: len(window[0]), reverse=True):
+            if batch and len(batch[0][0]) * (len(batch) + 1) > self.scorer.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(window)
+        if batch:
+            yield batch
+
+    def _logits(self, batch: list[Window]) -> list[Tensor]:
+        """Logits [len(tokens) - start, V] of each window; the model is causal: padding changes none."""
+        first, width = min(start for _, start in batch), max(len(tokens) for tokens, _ in batch)
+        rows = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens, _ in batch])
+        require_known(self.scorer, rows)
+        found = self.scorer.logits(rows, first)
+        return [
+            logits[start - first : len(tokens) - first].float()
+            for logits, (tokens, start) in zip(found, batch, strict=True)
+        ]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         found = []
@@ -101,7 +130,8 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            found.append(sum(self._score(*make_disjoint_window(window))[0] for window in windows))
+            answers = self._answers([make_disjoint_window(window) for window in windows])
+            found.append(sum(likelihood for _, (likelihood, _) in answers))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
         return found
 
@@ -127,7 +157,8 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
         new: list[int] = []
         text = ""
         while len(new) < room and not any(stop in text for stop in stops):
-            token = int(self._logits([*tokens, *new], len(tokens) + len(new) - 1).argmax())
+            (logits,) = self._logits([((*tokens, *new), len(tokens) + len(new) - 1)])
+            token = int(logits.argmax())
             if token == self.eot_token_id:
                 break
             new.append(token)
@@ -140,3 +171,10 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
         for number, item in enumerate(items):
             yield item
             self._on_progress(name, number + 1, len(items))
+
+
+def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
+    """(log-probability of a continuation in nats, whether greedy decoding would give it)."""
+    targets = torch.tensor(continuation)
+    picked = logits.log_softmax(-1).gather(-1, targets[:, None])
+    return float(picked.sum()), bool((logits.argmax(-1) == targets).all())

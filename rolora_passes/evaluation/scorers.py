@@ -34,14 +34,16 @@ class Scorer(ABC):
     Attributes:
         vocabulary: token ids are below this; None if unknown.
         max_length: the longest window it takes; None if unknown.
+        batch_tokens: how many tokens the rows of a call may have together; 0 if it takes one row.
     """
 
     vocabulary: int | None = None
     max_length: int | None = None
+    batch_tokens: int = 0
 
     @abstractmethod
     def logits(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """Logits [1, S - start, V] after each of the tokens int64 [1, S] from `start` on."""
+        """Logits [B, S - start, V] after each of the tokens int64 [B, S] from `start` on."""
 
 
 class GraphScorer(Scorer):
@@ -50,6 +52,8 @@ class GraphScorer(Scorer):
     Raises:
         GraphFormatError: it is not a decoder's.
     """
+
+    batch_tokens = 1024  # logits of a vocabulary of 250 000 take 1 GB
 
     def __init__(self, graph: fx.GraphModule) -> None:
         require_decoder(graph, "the next token's likelihood")

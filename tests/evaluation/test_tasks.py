@@ -36,9 +36,11 @@ class Torch(Scorer):
     def __init__(self, model: PreTrainedModel, max_length: int) -> None:
         self.model, self.max_length, self.vocabulary = model, max_length, model.config.vocab_size
         self.asked: list[tuple[list[int], int]] = []
+        self.shapes: list[tuple[int, ...]] = []
 
     def logits(self, tokens: Tensor, start: int = 0) -> Tensor:
         assert tokens.shape[1] <= self.max_length
+        self.shapes.append(tuple(tokens.shape))
         self.asked.append((tokens[0].tolist(), start))
         with torch.no_grad():
             return self.model(input_ids=tokens).logits[:, start:]
@@ -80,8 +82,11 @@ def likeliest(model: PreTrainedModel, context: list[int], count: int) -> list[in
     return context[-count:]
 
 
-def test_loglikelihood_is_that_of_the_model(model: PreTrainedModel) -> None:
-    tokenizer = character_tokenizer()
+@pytest.mark.parametrize("batch_tokens", [0, 64, 1024])
+def test_loglikelihood_is_that_of_the_model(model: PreTrainedModel, batch_tokens: int) -> None:
+    """One by one, and in rows of other lengths, padded."""
+    tokenizer, lm = character_tokenizer(), harness(model)
+    lm.scorer.batch_tokens = batch_tokens
     context = "Question: Why?\nAnswer:"
     greedy = tokenizer.decode(likeliest(model, tokenizer.encode(context), 5))
     pairs = [
@@ -92,7 +97,10 @@ def test_loglikelihood_is_that_of_the_model(model: PreTrainedModel) -> None:
         ("", "b c"),
     ]
     pairs += [("Ends in a space ", "word")]
-    found = ask(harness(model).loglikelihood, *pairs)
+    found = ask(lm.loglikelihood, *pairs)
+    rows = [rows for rows, _ in lm.scorer.shapes]
+    # Two answers differ in their last token alone, so their logits are the same.
+    assert rows == {0: [1] * 5, 64: [2, 2, 1], 1024: [5]}[batch_tokens]
     for (context, answer), (value, is_greedy) in zip(pairs, found, strict=True):
         before = tokenizer.encode(context) or [tokenizer.eos_token_id]
         expected, was_greedy = by_hand(model, before, tokenizer.encode(answer))
