@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import fx
 
-import rolora_passes.export.xnnpack_hadamard  # noqa: F401  (adds its emitter)
 from rolora_passes.export.shapes import Shape, constant_nodes, infer_shapes, is_written
 from rolora_passes.export.xnnpack_attention import attend_to_fresh
 from rolora_passes.export.xnnpack_emitter import Emitter, Typed, op_key

@@ -122,10 +122,10 @@ def _attention(d: Delegate, scale: float, q: int, k: int, v: int, ramp: int) -> 
     rows = d.permute(d.reshape(scaled, (None, groups, heads // groups, width)), (1, 2, 0, 3))
     keys = d.permute(d.reshape(k, (None, groups, 1, width)), (1, 2, 3, 0))
     values = d.permute(d.reshape(v, (None, groups, 1, width)), (1, 2, 0, 3))
-    scores = d.node("BatchMatrixMultiply", square, input1_id=rows, input2_id=keys)
+    scores = d.matmul(rows, keys, square)
     scores = d.node("Add", square, input1_id=scores, input2_id=_mask(d, ramp))
     weights = d.node("Softmax", square, input_id=scores)
-    mixed = d.node("BatchMatrixMultiply", (*square[:3], width), input1_id=weights, input2_id=values)
+    mixed = d.matmul(weights, values, (*square[:3], width))
     return d.reshape(d.permute(mixed, (2, 0, 1, 3)), whole)
 
 

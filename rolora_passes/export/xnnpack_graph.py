@@ -90,6 +90,10 @@ class Delegate:
             bias_id=XNN_INVALID_VALUE_ID if bias is None else bias,
         )
 
+    def matmul(self, left: int, right: int, shape: Shape) -> int:
+        """Products of the last two axes, batch by batch; `shape` is the result's."""
+        return self.node("BatchMatrixMultiply", shape, input1_id=left, input2_id=right)
+
     def constant(self, tensor: Tensor) -> int:
         """A float32 constant; equal constants are one value."""
         return self._constant(tensor.detach().float().contiguous(), tuple(tensor.shape))

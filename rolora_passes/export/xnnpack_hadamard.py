@@ -11,16 +11,15 @@ import math
 from torch import Tensor, fx
 
 from rolora_passes.export.xnnpack_emitter import Emitter
-from rolora_passes.export.xnnpack_ops import EMITTERS, matmul, reshape
 from rolora_passes.graphs.graph import argument
 from rolora_passes.graphs.hadamard import few_factors
 
 
-def _hadamard(e: Emitter, node: fx.Node) -> int:
+def hadamard(e: Emitter, node: fx.Node) -> int:
     return _transform(e, node, few_factors(int(argument(node, "order"))), int(argument(node, "inner")))
 
 
-def _kronecker(e: Emitter, node: fx.Node) -> int:
+def kronecker(e: Emitter, node: fx.Node) -> int:
     return _transform(e, node, [e.tensor(factor) for factor in node.args[1]], 1)  # type: ignore[union-attr, arg-type]
 
 
@@ -32,16 +31,12 @@ def _transform(e: Emitter, node: fx.Node, factors: list[Tensor], inner: int) -> 
     for factor in reversed(factors):
         x = _multiply(e, x, factor, right)
         right *= len(factor)
-    return reshape(e, x, shape)
+    return e.delegate.reshape(x, shape)
 
 
 def _multiply(e: Emitter, x: int, factor: Tensor, right: int) -> int:
     """x read as (left, k, right), its middle axis times a k x k matrix."""
-    k = len(factor)
+    d, k = e.delegate, len(factor)
     if right == 1:
-        return e.delegate.linear(reshape(e, x, (None, k)), e.delegate.constant(factor.T))
-    return matmul(e, e.delegate.constant(factor.T[None]), reshape(e, x, (None, k, right)), (None, k, right))
-
-
-EMITTERS["rolora.hadamard"] = _hadamard
-EMITTERS["rolora.kronecker"] = _kronecker
+        return d.linear(d.reshape(x, (None, k)), d.constant(factor.T))
+    return d.matmul(d.constant(factor.T[None]), d.reshape(x, (None, k, right)), (None, k, right))

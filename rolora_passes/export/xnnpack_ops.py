@@ -16,6 +16,7 @@ from torch import fx
 
 from rolora_passes.export.shapes import Shape
 from rolora_passes.export.xnnpack_emitter import Emitter, Typed, op_key
+from rolora_passes.export.xnnpack_hadamard import hadamard, kronecker
 from rolora_passes.export.xnnpack_linear import fake_quantize, linear
 from rolora_passes.graphs.graph import argument, is_op
 
@@ -116,11 +117,7 @@ def _layer_norm(e: Emitter, node: fx.Node) -> int:
 
 
 def _reshape(e: Emitter, node: fx.Node) -> int:
-    return reshape(e, e.value(node.args[0]), e.shape(node))
-
-
-def reshape(e: Emitter, x: int, shape: Shape) -> int:
-    return e.delegate.reshape(x, shape)
+    return e.delegate.reshape(e.value(node.args[0]), e.shape(node))
 
 
 def _permute(e: Emitter, node: fx.Node) -> int:
@@ -135,11 +132,7 @@ def _permute(e: Emitter, node: fx.Node) -> int:
 
 
 def _matmul(e: Emitter, node: fx.Node) -> int:
-    return matmul(e, e.value(node.args[0]), e.value(node.args[1]), e.shape(node))
-
-
-def matmul(e: Emitter, left: int, right: int, shape: Shape) -> int:
-    return e.delegate.node("BatchMatrixMultiply", shape, input1_id=left, input2_id=right)
+    return e.delegate.matmul(e.value(node.args[0]), e.value(node.args[1]), e.shape(node))
 
 
 def _cat(e: Emitter, node: fx.Node) -> int:
@@ -248,4 +241,6 @@ EMITTERS: dict[str, Callable[[Emitter, fx.Node], int]] = {
     "aten.transpose": _permute,
     **dict.fromkeys(_RESHAPES, _reshape),
     "rolora.fake_quantize": fake_quantize,
+    "rolora.hadamard": hadamard,
+    "rolora.kronecker": kronecker,
 }
