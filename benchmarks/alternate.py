@@ -47,12 +47,14 @@ def report(
 ) -> None:
     """One line of seconds [repeats][calls]: tokens a second, and how many times as many the second does."""
     rates = [tokens / median(s for calls in seconds for s in calls) for seconds in (base, other)]
+    best = [tokens * len(seconds[0]) / sum(map(min, zip(*seconds, strict=True))) for seconds in (base, other)]
     ratios = [[a / b for a, b in zip(*calls, strict=True)] for calls in zip(base, other, strict=True)]
     turned = zip(ratios[::2], ratios[1::2], strict=True)
     both = [math.sqrt(a * b) for first, second in turned for a, b in zip(first, second, strict=True)]
     low, middle, high = quantiles(both, n=4)
     print(
-        f"{label}: {names[0]} {rates[0]:.1f}, {names[1]} {rates[1]:.1f} tokens/s; {names[1]} is "
+        f"{label}: {names[0]} {rates[0]:.1f}, {names[1]} {rates[1]:.1f} tokens/s, at each call's best "
+        f"{best[0]:.1f} and {best[1]:.1f}; {names[1]} is "
         f"{middle:.3f}x {names[0]} (quartiles {low:.3f} to {high:.3f}, {2 * len(both)} calls of each)"
     )
 
