@@ -43,7 +43,8 @@ class Scorer(ABC):
 
     @abstractmethod
     def logits(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """Logits [B, S - start, V] after each of the tokens int64 [B, S] from `start` on."""
+        """Logits [B, S - start, V] after each of the tokens int64 [B, S] from `start` on; B is 1 without
+        `batch_tokens`."""
 
 
 class GraphScorer(Scorer):
