@@ -62,7 +62,7 @@ def test_the_targets_exist() -> None:
 
 
 def test_groups_of_tests_reach_the_scheduler(request: pytest.FixtureRequest) -> None:
-    """pytest-xdist loses them, and says nothing, with a pytest it does not know: all is then captured twice."""
+    """pytest-xdist loses them, and says nothing, with a pytest it does not know: all is captured twice."""
     if not getattr(request.config.option, "loadgroup", False):
         pytest.skip("run without --dist loadgroup")
     assert request.node.nodeid.endswith("@test_contributing")
