@@ -36,37 +36,44 @@ def compare_programs(
     manifest = read_manifest(folder)
     length = min(_TOKENS, manifest["max_length"])
     tokens = torch.tensor([tokenizer(SAMPLE.read_text("utf-8")).input_ids[:length]])
-    known: dict[str, Callable[[], Scorer]] = {
-        "model": lambda: GraphScorer(model),
-        "quantized graph": lambda: GraphScorer(graph),
-    }
-    known |= {name: (lambda n=name: open_program(folder, n)) for name in manifest["targets"]}
-    found: dict[str, tuple[Tensor, list[int]]] = {}
-    for number, (name, open_) in enumerate(known.items()):
-        scorer = open_()
-        found[name] = scorer.logits(tokens)[0], _greedy(scorer, tokens[:, : length // 2])
-        on_progress("compare", number + 1, len(known))
-    return [_row(name, found, tokens[0]) for name in known if name != "model"]
+    start, steps = length // 2, 2 + len(manifest["targets"])
+    expected, found = GraphScorer(model).logits(tokens)[0], GraphScorer(graph)
+    on_progress("compare", 1, steps)
+    quantized = found.logits(tokens)[0]
+    on_progress("compare", 2, steps)
+    new = min(_NEW, start)
+    rows = [_row("quantized graph", quantized, expected, quantized, tokens[0]) | {"greedy": new, "of": new}]
+    for number, name in enumerate(manifest["targets"]):
+        program = open_program(folder, name)
+        row = _row(name, program.logits(tokens)[0], expected, quantized, tokens[0])
+        written = _greedy(program, tokens[:, :start], new)
+        rows.append(row | {"greedy": _agreeing(found, written, start), "of": new})
+        on_progress("compare", number + 3, steps)
+    return rows
 
 
-def _greedy(scorer: Scorer, tokens: Tensor) -> list[int]:
-    """The tokens that follow, each the likeliest."""
-    start = tokens.shape[1]
-    for _ in range(min(_NEW, start)):
+def _greedy(scorer: Scorer, tokens: Tensor, new: int) -> Tensor:
+    """Tokens int64 [1, S] and the `new` ones that follow, each the likeliest."""
+    for _ in range(new):
         following = scorer.logits(tokens, tokens.shape[1] - 1)[:, -1].argmax(-1)
         tokens = torch.cat([tokens, following[None]], 1)
-    new: list[int] = tokens[0, start:].tolist()
-    return new
+    return tokens
 
 
-def _row(name: str, found: dict[str, tuple[Tensor, list[int]]], tokens: Tensor) -> dict[str, Any]:
-    logits, greedy = found[name]
+def _agreeing(graph: Scorer, written: Tensor, start: int) -> int:
+    """How many tokens from `start` on are what the graph would have written.
+
+    One call tells: up to the first that is not, the graph would have read the same text.
+    """
+    own = graph.logits(written[:, :-1], start - 1)[0].argmax(-1)
+    return int((own == written[0, start:]).cumprod(0).sum())
+
+
+def _row(name: str, logits: Tensor, expected: Tensor, quantized: Tensor, tokens: Tensor) -> dict[str, Any]:
     count = len(tokens)
-    kl, _, top1 = compare_logits(logits, found["model"][0], tokens)
-    kl_graph, _, top1_graph = compare_logits(logits, found["quantized graph"][0], tokens)
-    expected = found["quantized graph"][1]
-    same = next((i for i, (a, b) in enumerate(zip(greedy, expected, strict=True)) if a != b), len(expected))
+    kl, _, top1 = compare_logits(logits, expected, tokens)
+    kl_graph, _, top1_graph = compare_logits(logits, quantized, tokens)
     return {
-        "name": name, "tokens": count, "kl": kl / count, "top1": top1 / count, "kl_graph": kl_graph / count,
-        "top1_graph": top1_graph / count, "greedy": same, "of": len(expected),
+        "name": name, "tokens": count, "kl": kl / count, "top1": top1 / count,
+        "kl_graph": kl_graph / count, "top1_graph": top1_graph / count,
     }  # fmt: skip
