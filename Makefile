@@ -6,10 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 DEMO := build/smollm2
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=20
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/rolora compile "$$($(BIN)/python examples/packaged_model.py)" --recipe rotated-8da4w \
@@ -18,7 +19,10 @@ demo: $(VENV)/ready
 	$(BIN)/rolora run $(DEMO) --prompt "What is the capital of France?" --max-new-tokens 48 --target onnx
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=20
+	$(TESTS)
+
+test-all: $(VENV)/ready
+	ROLORA_TESTS=all $(TESTS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 
 import torch
 import transformers as t
@@ -43,6 +44,9 @@ CONFIGS: dict[str, Callable[[], t.PretrainedConfig]] = {
     "smollm3": lambda: t.SmolLM3Config(**UNTIED),
     "starcoder2": lambda: t.Starcoder2Config(**UNTIED),
 }  # fmt: skip
+# Of every kind of norm, projection, position and residual stream one, for what is built of rewrites that are
+# tested on all.
+SOME = ["llama", "llama-tied", "gemma2", "phi3", "opt", "gpt2", "mixtral", "cohere"]
 SMALL = {
     "vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
@@ -75,6 +79,13 @@ SEQ2SEQ: dict[str, Callable[[], t.PreTrainedModel]] = {
     "marian": lambda: t.MarianMTModel(t.MarianConfig(**BART)),
 }
 OTHERS = ENCODERS | SEQ2SEQ
+# Others have between them what these are made of: `make test-all` takes them too.
+MORE = {"qwen2", "gemma", "granite", "stablelm", "smollm3", "starcoder2", "bert-bare", "roberta", "mbart"}
+
+
+def tested(names: Iterable[str]) -> list[str]:
+    """The architectures that a test of them all runs on."""
+    return [name for name in names if name not in MORE or os.environ.get("ROLORA_TESTS") == "all"]
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> t.PreTrainedModel:

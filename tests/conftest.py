@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = [value for value in given if value in known]
         if names or item.path.parent.name != "export":
             item.add_marker(pytest.mark.xdist_group(names[0] if names else item.path.stem))
+
+
+def pytest_collection_finish() -> None:
+    """Python's collector leaves alone what was imported, half a million objects, which it would walk over and
+    over; and it walks the graphs that tests share less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def _identity(model: PreTrainedModel) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import CONFIGS
+from architectures import CONFIGS, SOME, tested
 from helpers import captured, check, check_exact, count, difference, randomized
 
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes, history
@@ -18,7 +18,7 @@ def test_zero_branches_keep_the_function(name: str) -> None:
     assert count(graph, "linear") == 3 * count(captured(name), "linear") - 2  # all but the head
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SOME)
 def test_trained_branches_are_fused_and_rotated_with_the_weights(name: str) -> None:
     graph = randomized(apply_passes(captured(name), [AddLoRA(rank=2)]), "lora_")
     assert difference(graph, captured(name)) > 1e-3
@@ -66,7 +66,7 @@ def test_targets(targets: str | tuple[str, ...], expected: int) -> None:
     assert len(history(graph)[-1].report.changed) == expected
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", tested(CONFIGS))
 def test_queries_and_values_are_found_by_structure(name: str) -> None:
     graph = apply_passes(captured(name), [AddLoRA(targets=("queries", "values"), rank=2)])
     assert len(history(graph)[-1].report.changed) == 4  # of two layers

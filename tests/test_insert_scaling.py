@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import CONFIGS
+from architectures import SOME
 from helpers import captured, check_exact
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def scales_for(name: str) -> dict[str, Tensor]:
     return {k: torch.rand(e["size"], generator=generator).double() * 3 + 0.2 for k, e in manifest.items()}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SOME)
 def test_keeps_the_function(name: str) -> None:
     steps = [InsertScaling(given=scales_for(name)), Rotate(), InsertHadamard(factors=True), FoldConstants()]
     check_exact(captured(name), [FuseNorm(), *steps])

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from architectures import CONFIGS, tiny
+from architectures import SOME, tiny
 from helpers import captured, check_exact, count, difference, tokens_for
 from test_observe_activations import tiny as two_linears
 from torch import Tensor, fx
@@ -55,7 +55,7 @@ def inputs(graph: fx.GraphModule, tokens: Tensor) -> dict[str, Tensor]:
 ENDS = [(name, alpha) for name in ("llama", "opt", "gemma", "mixtral") for alpha in (0.0, 1.0)]
 
 
-@pytest.mark.parametrize(("name", "alpha"), [*((name, 0.5) for name in CONFIGS), *ENDS])
+@pytest.mark.parametrize(("name", "alpha"), [*((name, 0.5) for name in SOME), *ENDS])
 def test_keeps_the_function(name: str, alpha: float) -> None:
     graph = check_exact(observed(name), [SmoothQuant(alpha=alpha)])
     assert len(sites(graph)) >= 4

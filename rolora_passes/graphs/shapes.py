@@ -29,9 +29,22 @@ def same_shape(first: fx.Node, second: fx.Node) -> bool:
 BATCH, SEQUENCE, DECODER_SEQUENCE = 1009, 2017, 3001
 
 
-# Transforms of a value's own shape and type; tracing their factors would be most of the work.
+# Operators whose result is told by an operand's shape and type; tracing what they are made of would be most
+# of the work.
 _ops_ = torch.ops.rolora
 _KEEPING = (_ops_.rotate.default, _ops_.hadamard.default, _ops_.kronecker.default)
+
+
+def _known(target: Any, args: tuple[Any, ...]) -> Any:
+    """A result of these operators, None for any other."""
+    if target in _KEEPING:
+        return args[0]
+    if target is _ops_.rotary_embedding.default and args[0].dtype == args[1].dtype:
+        return args[0]
+    if target is _ops_.attention.default:
+        query, value = args[0], args[2]
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+    return None
 
 
 class _Shapes(fx.Interpreter):
@@ -48,8 +61,9 @@ class _Shapes(fx.Interpreter):
             return None
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in _KEEPING and isinstance(args[0], torch.Tensor):
-            return args[0]
+        known = _known(target, args)
+        if known is not None:
+            return known
         meta = torch.device("meta")
         if "device" in kwargs:
             kwargs = {**kwargs, "device": meta}
