@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import CONFIGS, SOME, tested
+from architectures import CONFIGS, SOME, chosen
 from helpers import captured, check, check_exact, count, difference, randomized
 
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes, history
@@ -66,7 +66,7 @@ def test_targets(targets: str | tuple[str, ...], expected: int) -> None:
     assert len(history(graph)[-1].report.changed) == expected
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_queries_and_values_are_found_by_structure(name: str) -> None:
     graph = apply_passes(captured(name), [AddLoRA(targets=("queries", "values"), rank=2)])
     assert len(history(graph)[-1].report.changed) == 4  # of two layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from architectures import CONFIGS, tested
+from architectures import CONFIGS, chosen
 from helpers import captured, check_exact, check_idempotent, count
 from torch import fx
 
@@ -32,13 +32,13 @@ def gains(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 @pytest.mark.parametrize("tied", ["untie", "keep"])
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_keeps_the_function(name: str, tied: str) -> None:
     graph = check_exact(captured(name), [FuseNorm(tied=tied)])  # type: ignore[arg-type]
     check_exact(graph, [FoldConstants()])
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_leaves_the_gains_it_reports_and_no_other(name: str) -> None:
     graph = apply_passes(captured(name), [FuseNorm()])
     report = report_of(graph)
@@ -46,7 +46,7 @@ def test_leaves_the_gains_it_reports_and_no_other(name: str) -> None:
     assert all(reason for _, reason in report.left)
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_finds_nothing_left_to_do(name: str) -> None:
     check_idempotent(apply_passes(captured(name), [FuseNorm()]), FuseNorm())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import CONFIGS, tested
+from architectures import CONFIGS, chosen
 from helpers import captured, check_exact, count
 from torch import fx
 
@@ -14,7 +14,7 @@ from rolora_passes.graphs.bases import infer_bases
 from rolora_passes.graphs.graph import is_op, values
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_keeps_the_function(name: str) -> None:
     check_exact(captured(name), [InsertHadamard(), FoldConstants()])
 
@@ -42,7 +42,7 @@ def test_blocks(block: int) -> None:
     assert {n.args[1] for n in graph.graph.nodes if is_op(n, "hadamard")} == {block}
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_factors_keep_the_function(name: str) -> None:
     check_exact(captured(name), [InsertHadamard(factors=True), FoldConstants()])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import CONFIGS, tested
+from architectures import CONFIGS, chosen
 from helpers import captured, count, difference, tokens_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,7 +107,7 @@ def test_a_histograms_range_loses_less_than_the_whole() -> None:
     assert loss("histogram") < 0.9 * loss("minmax")
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_models_are_observed_and_keep_their_function(name: str) -> None:
     graph = captured(name)
     windows = tokens_for(graph, 3, 7)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import CONFIGS, tested
+from architectures import CONFIGS, chosen
 from helpers import captured, check_exact, check_idempotent, difference
 from torch import Tensor
 
@@ -25,7 +25,7 @@ def orthogonal(size: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("method", ["hadamard", "orthogonal"])
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_keeps_the_function(name: str, method: str) -> None:
     rotate = Rotate(residual=method, heads=method, others=method, seed=1)
     graph = check_exact(captured(name), [FuseNorm(), rotate, InsertHadamard(), FoldConstants()])
@@ -40,7 +40,7 @@ def test_given_matrices_keep_the_function(name: str) -> None:
     assert methods == dict.fromkeys(given, "given")
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_rotates_the_residual_and_every_head_or_says_why_not(name: str) -> None:
     graph = apply_passes(captured(name), [FuseNorm(), Rotate()])
     report = history(graph)[-1].report

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from architectures import CONFIGS, tested, tiny_wide
+from architectures import CONFIGS, chosen, tiny_wide
 from helpers import captured, difference, everything_in_float64, model_of, randomized, tokens_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_a_peft_adapter_on_a_rotated_graph_and_back(name: str, tmp_path: Path) -> None:
     model = trained(name, tmp_path / "there")
     tokens = tokens_for(captured(name))

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from architectures import CONFIGS, OTHERS, tested, tiny_wide
+from architectures import CONFIGS, OTHERS, chosen, tiny_wide
 from helpers import captured, randomized
 from tiny_llama import tiny_llama
 from torch import Tensor, fx
@@ -65,7 +65,7 @@ def check(graph: fx.GraphModule, folder: Path, flavor: str, **options: Any) -> O
     return report
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_every_architecture_in_both_flavours(name: str, tmp_path: Path) -> None:
     """Windows of 4 in a prompt of 7, soft caps, partial rotary, experts, learned positions."""
     graph = captured(name, torch.float32)
@@ -223,7 +223,7 @@ def encoded(folder: Path, **inputs: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, feed)[0])
 
 
-@pytest.mark.parametrize("name", tested(OTHERS))
+@pytest.mark.parametrize("name", chosen(OTHERS))
 def test_encoders_and_encoders_with_a_decoder(name: str, tmp_path: Path) -> None:
     """Without a cache; windows to both sides, relative positions, a convolution, cross attention."""
     graph = captured(name, torch.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as t
-from architectures import BASE, CONFIGS, tested, tiny
+from architectures import BASE, CONFIGS, chosen, tiny
 from helpers import captured, count, everything_in_float64, model_of, tokens_for
 from torch import fx
 
@@ -45,7 +45,7 @@ LAYER_NORMS = {"opt", "gpt2", "gpt_neox", "phi", "cohere", "starcoder2", "stable
 WITHOUT_ROTARY = {"opt": 2, "gpt2": 2}
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_float32_logits_equal_the_models(name: str) -> None:
     graph, model = captured(name, torch.float32), model_of(name, torch.float32)
     tokens = tokens_for(graph)
@@ -53,7 +53,7 @@ def test_float32_logits_equal_the_models(name: str) -> None:
         assert relative_error(run(graph, tokens), model(tokens, use_cache=False).logits) < 1e-6
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 @pytest.mark.parametrize(("batch", "length"), [(3, 9), (1, 1), (1, 23), (2, 2)])
 def test_float64_logits_equal_the_models_run_in_float64(name: str, batch: int, length: int) -> None:
     graph, model = captured(name), model_of(name)
@@ -64,7 +64,7 @@ def test_float64_logits_equal_the_models_run_in_float64(name: str, batch: int, l
     assert relative_error(run(graph, tokens), expected) < 1e-12
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_nothing_is_left_of_the_capture(name: str) -> None:
     graph = captured(name)
     left = ("_assert", "sym_constrain", "_guards", "dropout", "alias", "detach", "clone", "wrap_with")
@@ -78,7 +78,7 @@ def test_nothing_is_left_of_the_capture(name: str) -> None:
     assert all(not value.is_meta and value.dtype != torch.float32 for value in parameters(graph).values())
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_no_cast_to_the_type_a_value_has(name: str) -> None:
     graph = captured(name, torch.float32)
 
@@ -93,7 +93,7 @@ def test_no_cast_to_the_type_a_value_has(name: str) -> None:
     Casts(graph).run(tokens, torch.arange(9).expand(3, 9))
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_composites_are_one_node_each(name: str) -> None:
     graph = captured(name)
     norm = "layer_norm" if name in LAYER_NORMS else "rms_norm"

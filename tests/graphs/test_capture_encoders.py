@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from architectures import BART, ENCODERS, OTHERS, SEQ2SEQ, SMALL, tested, tiny
+from architectures import BART, ENCODERS, OTHERS, SEQ2SEQ, SMALL, chosen, tiny
 from helpers import captured, count, everything_in_float64, model_of, tokens_for
 from torch import Tensor, fx
 
@@ -48,7 +48,7 @@ def test_float32_equals_the_models(name: str, batch: int) -> None:
     assert relative_error(run(graph, *tokens), expected(model, *tokens)) < 1e-5
 
 
-@pytest.mark.parametrize("name", tested(OTHERS))
+@pytest.mark.parametrize("name", chosen(OTHERS))
 @pytest.mark.parametrize(
     ("batch", "lengths"), [(3, (9, 7)), (1, (1, 1)), (1, (23, 5)), (2, (2, 31)), (1, (7, 1)), (2, (1, 6))]
 )
@@ -61,13 +61,13 @@ def test_float64_equals_the_models_run_in_float64(name: str, batch: int, lengths
     assert relative_error(run(graph, *tokens), reference) < 1e-12
 
 
-@pytest.mark.parametrize("name", tested(OTHERS))
+@pytest.mark.parametrize("name", chosen(OTHERS))
 def test_inputs_are_named(name: str) -> None:
     second = ["decoder_tokens"] if name in SEQ2SEQ else []
     assert list(input_names(captured(name))) == ["tokens", *second]
 
 
-@pytest.mark.parametrize("name", tested(OTHERS))
+@pytest.mark.parametrize("name", chosen(OTHERS))
 def test_composites_are_one_node_each(name: str) -> None:
     graph = captured(name)
     norms = count(graph, "layer_norm", "rms_norm")
@@ -89,7 +89,7 @@ def test_composites_are_one_node_each(name: str) -> None:
     assert all(value.dtype != torch.float32 for value in parameters(graph).values())
 
 
-@pytest.mark.parametrize("name", tested(OTHERS))
+@pytest.mark.parametrize("name", chosen(OTHERS))
 def test_there_is_no_mask(name: str) -> None:
     assert not count(captured(name), "masked_fill", "ones", "bitwise_not")
 
@@ -108,7 +108,7 @@ def test_a_window_reaches_to_both_sides() -> None:
     assert first == (False,) and second == (False, 5)  # half of 8 on either side, and the position itself
 
 
-@pytest.mark.parametrize("name", tested(OTHERS))
+@pytest.mark.parametrize("name", chosen(OTHERS))
 def test_both_lengths_stay_symbols(name: str) -> None:
     graph = captured(name)
     shapes = infer_shapes(graph)
@@ -183,7 +183,7 @@ def test_capture_leaves_the_model_as_it_was(name: str) -> None:
     assert model.training and model.config._attn_implementation == before
 
 
-@pytest.mark.parametrize("name", tested(ENCODERS))
+@pytest.mark.parametrize("name", chosen(ENCODERS))
 def test_every_parameter_keeps_its_name(name: str) -> None:
     known = dict(model_of(name).named_parameters(remove_duplicate=False))
     found = parameters(captured(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import tested
+from architectures import chosen
 from helpers import captured, check, check_exact, check_idempotent, count, difference, randomized, tokens_for
 from torch import Tensor, fx
 
@@ -41,7 +41,7 @@ def windows(graph: fx.GraphModule) -> Tensor:
     return tokens_for(graph, 4, 16)
 
 
-@pytest.mark.parametrize("name", tested(FREE))
+@pytest.mark.parametrize("name", chosen(FREE))
 def test_norms_are_fused_where_they_can(name: str) -> None:
     graph = check_exact(captured(name), [FuseNorm()])
     report = history(graph)[-1].report
@@ -50,7 +50,7 @@ def test_norms_are_fused_where_they_can(name: str) -> None:
     check_exact(graph, [FoldConstants()])
 
 
-@pytest.mark.parametrize("name", tested(FREE))
+@pytest.mark.parametrize("name", chosen(FREE))
 def test_every_free_class_rotates(name: str) -> None:
     fused = apply_passes(captured(name), [FuseNorm()])
     kinds = [cls.kind for cls in infer_bases(fused).classes if cls.free]
@@ -60,7 +60,7 @@ def test_every_free_class_rotates(name: str) -> None:
     check_exact(rotated, [FoldConstants()])
 
 
-@pytest.mark.parametrize("name", tested(FREE))
+@pytest.mark.parametrize("name", chosen(FREE))
 def test_adapters_before_and_after_rotation(name: str) -> None:
     adapted = randomized(check_exact(captured(name), [LORA]), "lora_B")
     assert len(history(adapted)[-1].report.changed) >= len(linears(captured(name))) - 1
@@ -69,7 +69,7 @@ def test_adapters_before_and_after_rotation(name: str) -> None:
     check_exact(captured(name), [FuseNorm(), ALL, LORA, FoldConstants()])
 
 
-@pytest.mark.parametrize("name", tested(FREE))
+@pytest.mark.parametrize("name", chosen(FREE))
 def test_hadamards_before_down_projections(name: str) -> None:
     graph = check_exact(captured(name), [FuseNorm(), InsertHadamard()])
     assert count(graph, "hadamard") >= 2

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 import torch
-from architectures import CONFIGS, tested
+from architectures import CONFIGS, chosen
 from helpers import captured, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -339,7 +339,7 @@ def found(name: str, graph: fx.GraphModule | None = None) -> dict[str, str | Non
     return result
 
 
-@pytest.mark.parametrize("name", tested(CONFIGS))
+@pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_scalings_keep_the_function_of_models(name: str) -> None:
     graph = captured(name)
     numbers = admissible(graph)
