@@ -26,7 +26,9 @@ from rolora_passes.graphs.graph import (
     op_name,
     parameters,
     run,
+    values,
 )
+from rolora_passes.graphs.shapes import BATCH, SEQUENCE, infer_shapes
 from rolora_passes.graphs.verify import relative_error
 
 # Per layer: linears, and norms; at the end: one head, one norm.
@@ -202,3 +204,13 @@ def test_the_name_of_a_model_is_not_where_it_lay(tmp_path: Path) -> None:
     assert capture(model, check=False).meta["config"]["name"] == "my-model"
     model.config._name_or_path = "somebody/their-model"
     assert capture(model, check=False).meta["config"]["name"] == "somebody/their-model"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi", "opt"])
+def test_inferred_shapes_are_those_of_the_values(name: str) -> None:
+    graph = captured(name)
+    shapes, sizes = infer_shapes(graph), {BATCH: 3, SEQUENCE: 9, BATCH * SEQUENCE: 27}
+    for node, value in values(graph, tokens_for(graph)):
+        if isinstance(value, torch.Tensor):
+            found = shapes[node]
+            assert ([sizes.get(n, n) for n in found.shape], found.dtype) == ([*value.shape], value.dtype)
