@@ -45,7 +45,7 @@ class Tuned(common.Bench):
         passes = load_recipe(f"{METHODS[method]}:W16A16")
         steps = round(o.epochs * len(self.tokens) * 0.9 / o.batch)
         passes = [
-            dataclasses.replace(p, steps=steps, batch=o.batch, lr=o.lr, evaluate_every=max(1, steps // 2))
+            dataclasses.replace(p, steps=steps, batch=o.batch, lr=o.lr, evaluate_every=-(-steps // 2))
             if isinstance(p, TuneLoRA)
             else p
             for p in passes
