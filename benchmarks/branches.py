@@ -54,7 +54,7 @@ class Branches(common.Bench):
 
     def tuning(self) -> RILQ:
         o = self.options
-        return RILQ(steps=o.steps, batch=o.batch, lr=o.lr, bfloat16=True, evaluate_every=max(1, o.steps // 4))
+        return RILQ(steps=o.steps, batch=o.batch, lr=o.lr, bfloat16=True, evaluate_every=-(-o.steps // 4))
 
     def row(self, key: str, passes: list[Pass], noted: str | None = None) -> None:
         o = self.options
