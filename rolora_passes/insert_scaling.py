@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -21,13 +21,19 @@ from rolora_passes.graphs.graph import (
     site_names,
 )
 from rolora_passes.graphs.rotations import load_rotations, only
-from rolora_passes.graphs.scalings import Scaling, apply_scaling, find_scalings
-from rolora_passes.passes import Pass, Report
+from rolora_passes.graphs.scalings import (
+    Scaling,
+    apply_scaling,
+    energy,
+    find_scalings,
+    relative_energies,
+)
+from rolora_passes.passes import Calibration, Pass, Report
 
 
 @dataclass(frozen=True)
 class InsertScaling(Pass):
-    """Divide what linears read by s = exp(t), and multiply their weights by s; t is a parameter, 0 at first.
+    """Divide what linears read by s = exp(t), and multiply their weights by s; t is a parameter.
 
     Before:                                 After:
         m = mul(silu(gate), linear(x, U))       s = exp(t)
@@ -41,7 +47,13 @@ class InsertScaling(Pass):
     leaves it. learn-rotation trains t.
 
     Options:
-        given: scales s to start from, a mapping or a file from `save_rotations`, keys "{site}.scale".
+        balance: start from s_j² = rms(x_j / ‖x‖) / ‖D_j‖, on the calibration tokens, times what makes log s
+            zero in the mean; s_j = 1 where a channel is always zero. Once a rotation has spread them, the
+            error of rounding x/s as D·s reads it, and that of rounding D·s as x/s meets it, are both in
+            proportion to ‖x/s‖² ‖D·s‖², which is least there (Cauchy-Schwarz). GPTQ's own error is not: it is
+            in proportion to ‖D·s‖² det(E[(x/s)(x/s)ᵀ])^(1/n), and s_j = 1 / ‖D_j‖ would be best.
+        given: scales s to start from, a mapping or a file from `save_rotations`, keys "{site}.scale"; they
+            take precedence.
 
     Raises:
         PassError: given scales that fit no site, have the wrong size, or are not positive.
@@ -51,33 +63,66 @@ class InsertScaling(Pass):
     ensures: ClassVar[tuple[str, ...]] = ("scalings inserted",)
     forbids: ClassVar[tuple[str, ...]] = ("scalings inserted", "hadamards inserted", "weights quantized")
 
+    balance: bool = False
     given: str | Path | Mapping[str, Tensor] | None = None
 
+    @property
+    def needs_calibration(self) -> bool:
+        return self.balance and self.given is None
+
+    def calibrate(self, graph: fx.GraphModule, calibration: Calibration) -> Report:
+        scalings = [s for s in find_scalings(graph) if s.reason is None]
+        wanted = {reading.value for s in scalings for reading in s.inputs}
+        seen: dict[fx.Node, Tensor] = {}
+        for number, window in enumerate(calibration.tokens.split(1)):
+            for node, energies in relative_energies(graph, wanted, window).items():
+                seen[node] = energies + seen.get(node, 0)
+            calibration.on_progress(self.name, number + 1, len(calibration.tokens))
+        names = site_names(graph)
+        found = {_key(s, names): _balanced(graph, s, seen) for s in scalings}
+        return self._insert(graph, found, "balanced")
+
     def run(self, graph: fx.GraphModule) -> Report:
+        given = {} if self.given is None else dict(only("scale", load_rotations(self.given)))
+        return self._insert(graph, given, "given")
+
+    def _insert(self, graph: fx.GraphModule, start: dict[str, Tensor], method: str) -> Report:
+        """Scales at every site that takes them: these by key, made by this method, and ones."""
         report, expressions, names = Report(), Expressions(graph), site_names(graph)
-        given = {} if self.given is None else only("scale", load_rotations(self.given))
         for scaling in find_scalings(graph):
             site = ", ".join(names[n] for n in scaling.linears)
             if scaling.reason is not None:
                 report.left.append((site, scaling.reason))
                 continue
-            key = f"{names[scaling.linears[0]]}.scale"
-            scale = self._scale(graph, scaling, key, given.pop(key, None))
-            apply_scaling(graph, expressions, scaling, scale)
+            key = _key(scaling, names)
+            about = {"size": scaling.size, "method": method if key in start else "ones"}
+            value = start.pop(key, torch.ones(scaling.size, dtype=torch.float64))
+            apply_scaling(graph, expressions, scaling, self._scale(graph, key, value.double(), about))
             report.changed.append(f"{site}: {scaling.size} scales")
             report.moved |= scaling.moved
-        if given:
-            raise PassError(f"{self.name}: given {sorted(given)[:3]} fit no scaling of this graph")
+        if start:
+            raise PassError(f"{self.name}: given {sorted(start)[:3]} fit no scaling of this graph")
         finish(graph)
         return report
 
-    def _scale(self, graph: fx.GraphModule, scaling: Scaling, key: str, given: Tensor | None) -> fx.Node:
+    def _scale(self, graph: fx.GraphModule, key: str, scale: Tensor, about: dict[str, Any]) -> fx.Node:
         """s [n] as exp of a parameter, and its entry in the manifest."""
-        scale = torch.ones(scaling.size, dtype=torch.float64) if given is None else given.double()
-        if list(scale.shape) != [scaling.size] or not bool((scale > 0).all() & scale.isfinite().all()):
-            raise PassError(f"{self.name}: expected {key} to be {scaling.size} positive numbers")
+        if list(scale.shape) != [about["size"]] or not bool((scale > 0).all() & scale.isfinite().all()):
+            raise PassError(f"{self.name}: expected {key} to be {about['size']} positive numbers")
         node = add_parameter(graph, f"rotations.{key.replace('.', '_')}", scale.log().to(dtype_of(graph)))
-        about = {"size": scaling.size, "method": "ones" if given is None else "given", "tensor": node.target}
-        graph.meta.setdefault("rotations", {})[key] = about
+        graph.meta.setdefault("rotations", {})[key] = {**about, "tensor": node.target}
         graph.meta.setdefault("rotation_tensors", {})[key] = scale
         return insert_after(graph, node, aten.exp.default, node)
+
+
+def _key(scaling: Scaling, names: Mapping[fx.Node, str]) -> str:
+    return f"{names[scaling.linears[0]]}.scale"
+
+
+def _balanced(graph: fx.GraphModule, scaling: Scaling, seen: Mapping[fx.Node, Tensor]) -> Tensor:
+    """s [n] that makes as much of every channel of x/s as of D·s, x by its readings, D all that read it."""
+    parts = [seen[r.value].reshape(r.outer, scaling.size, r.inner).sum((0, 2)) for r in scaling.inputs]
+    inputs, weights = sum(parts), sum(energy(graph, axis) for axis in scaling.weights)
+    log = (torch.as_tensor(inputs).log() - torch.as_tensor(weights).log()) / 4
+    usable = log.isfinite()
+    return torch.where(usable, log - log[usable].mean(), 0.0).exp()

@@ -101,14 +101,15 @@ def _learned(setting: Setting, method: str) -> list[Pass]:
     """Rotations, the factors of online transforms and scales, learned together by distillation.
 
     Rotations learn under weights in float where GPTQ will round them. Scales trade what activations cost
-    against what weights do: where weights are in float and 8-bit activations cost nothing, they are left out.
+    against what weights do, from where the two are balanced: where weights are in float and 8-bit activations
+    cost nothing, they are left out.
     Clips of 4-bit activations are searched; and when weights are rounded, their own scales are learned too.
     """
     rounding = [_searching(step) for step in quantizers(setting, method)]
     weights = [step for step in rounding if _of_weights(step)]
     rest = [step for step in rounding if not _of_weights(step)]
     under = (rest if method == "gptq" else []) or rounding
-    scaling = [InsertScaling()] if under is rounding or setting.activations < 8 else []
+    scaling = [InsertScaling(balance=True)] if under is rounding or setting.activations < 8 else []
     insert = InsertHadamard(r3=setting.cache < 16, factors=True)
     steps = [FuseNorm(), *scaling, Rotate(), insert]
     steps += [_learning("learn-rotation", under, method="cayley-sgd"), FoldConstants(), *weights]

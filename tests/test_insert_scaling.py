@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import SOME
-from helpers import captured, check_exact
-from torch import Tensor
+from helpers import captured, check_exact, difference, tokens_for
+from torch import Tensor, fx
 
 from rolora_passes import (
     FoldConstants,
@@ -18,6 +18,7 @@ from rolora_passes import (
     history,
 )
 from rolora_passes.errors import PassError, PassOrderError
+from rolora_passes.graphs.graph import copy_graph, parameters, site_names, values
 from rolora_passes.graphs.rotations import load_rotations, save_rotations
 
 DOWN = "model.layers.0.mlp.down_proj.scale"
@@ -76,3 +77,52 @@ def test_order() -> None:
         apply_passes(captured("llama"), [FuseNorm(), InsertScaling(), InsertScaling()])
     with pytest.raises(PassOrderError, match="fuse-norm first"):
         apply_passes(captured("llama"), [InsertScaling()])
+
+
+def balanced(name: str, tokens: Tensor, zero: bool = False) -> fx.GraphModule:
+    graph = copy_graph(captured(name))
+    if zero:
+        parameters(graph)["model.layers.0.mlp.up_proj.weight"].data[3] = 0
+        parameters(graph)["model.layers.0.mlp.down_proj.weight"].data[:, 5] = 0
+    return apply_passes(graph, [FuseNorm(), InsertScaling(balance=True)], calibration=tokens)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_balance_keeps_the_function(name: str) -> None:
+    graph = captured(name)
+    steps = [FuseNorm(), InsertScaling(balance=True), Rotate(), InsertHadamard(factors=True), FoldConstants()]
+    found = apply_passes(graph, steps, calibration=tokens_for(graph))
+    assert difference(found, graph) < 1e-10
+
+
+@pytest.mark.parametrize("site", ["self_attn.o_proj", "mlp.down_proj"])
+def test_balance_makes_the_error_least(site: str) -> None:
+    """No other s makes ‖x/s‖² ‖D·s‖² less, every token counting alike."""
+    tokens = tokens_for(captured("llama"), 4, 8)
+    graph = balanced("llama", tokens)
+    start = graph.meta["rotation_tensors"][f"model.layers.0.{site}.scale"]
+    assert abs(float(start.log().mean())) < 1e-9
+    before = apply_passes(captured("llama"), [FuseNorm()])
+    (read,) = (n for n, name in site_names(before).items() if name == f"model.layers.0.{site}")
+    x = next(v for n, v in values(before, tokens) if n is read.args[0]).flatten(0, -2)
+    x = (x / x.norm(dim=-1, keepdim=True)).unflatten(-1, (-1, len(start)))
+    weight = parameters(before)[f"model.layers.0.{site}.weight"].unflatten(-1, (-1, len(start)))
+    log = start.log().requires_grad_()
+    error = (x / log.exp()).square().sum().log() + (weight.detach() * log.exp()).square().sum().log()
+    (slope,) = torch.autograd.grad(error, log)
+    assert slope.abs().max() < 1e-9  # it is convex in log s: where it is level it is least
+
+
+def test_balance_leaves_channels_that_are_zero() -> None:
+    graph = balanced("llama", tokens_for(captured("llama")), zero=True)
+    scale = graph.meta["rotation_tensors"][DOWN]
+    assert scale[3] == scale[5] == 1
+    assert (scale != 1).sum() == len(scale) - 2
+
+
+def test_given_scales_need_no_calibration() -> None:
+    given = scales_for("llama")
+    graph = apply_passes(captured("llama"), [FuseNorm(), InsertScaling(balance=True, given=given)])
+    torch.testing.assert_close(graph.meta["rotation_tensors"][DOWN], given[DOWN])
+    with pytest.raises(PassError, match="calibration"):
+        apply_passes(captured("llama"), [FuseNorm(), InsertScaling(balance=True)])

@@ -67,6 +67,7 @@ def test_a_pipeline_has_the_quantizers_of_its_setting() -> None:
 def test_what_is_learned_and_under_what(name: str, scaling: bool, under: list[str]) -> None:
     steps = {step.name: step for step in method_passes(name)}
     assert ("insert-scaling" in steps) == scaling
+    assert not scaling or steps["insert-scaling"].balance  # type: ignore[attr-defined]
     rotation, scales = steps["learn-rotation"], steps["learn-scales"]
     assert [next(iter(spec)) for spec in rotation.under] == under  # type: ignore[attr-defined]
     assert all("quantize-weights" not in spec for spec in scales.under)  # type: ignore[attr-defined]

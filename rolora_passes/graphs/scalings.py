@@ -32,10 +32,12 @@ from rolora_passes.graphs.graph import (
     is_op,
     linears,
     root_names,
+    values,
 )
 from rolora_passes.graphs.shapes import infer_shapes
 
 _HOMOGENEOUS = {aten.relu.default, aten.leaky_relu.default, aten.abs.default}
+_TINY = torch.finfo(torch.float64).tiny
 _NORMS = {aten.rms_norm.default, aten.layer_norm.default}
 
 # The power of s that a class's written axes are multiplied by; 0 where it is not listed.
@@ -99,8 +101,34 @@ def apply_scaling(graph: fx.GraphModule, expressions: Expressions, scaling: Scal
 
 def largest(graph: fx.GraphModule, axis: ParameterAxis) -> Tensor:
     """The greatest magnitude along everything but a parameter's axis: float64 [size]."""
-    value = evaluate(graph, [axis.node])[0].movedim(axis.dim, 0).abs()
-    return value.reshape(axis.outer, axis.size, axis.inner, -1).amax((0, 2, 3))
+    return _by_channel(graph, axis).abs().amax((0, 2, 3))
+
+
+def energy(graph: fx.GraphModule, axis: ParameterAxis) -> Tensor:
+    """The sum of squares along everything but a parameter's axis: float64 [size]."""
+    return _by_channel(graph, axis).square().sum((0, 2, 3))
+
+
+def _by_channel(graph: fx.GraphModule, axis: ParameterAxis) -> Tensor:
+    """A parameter as [outer, size, inner, everything else]."""
+    value = evaluate(graph, [axis.node])[0].movedim(axis.dim, 0)
+    return value.reshape(axis.outer, axis.size, axis.inner, -1)
+
+
+def relative_energies(graph: fx.GraphModule, wanted: set[fx.Node], window: Tensor) -> dict[fx.Node, Tensor]:
+    """x_j² / ‖x‖² of every channel j of these values, summed over a window's tokens: float64 [channels].
+
+    Every token counts alike, as it does where each is rounded on a scale of its own; the few that are a
+    thousand times larger than the others would be all that is seen of x_j² itself.
+    """
+    found: dict[fx.Node, Tensor] = {}
+    for node, value in values(graph, window):
+        if node in wanted:
+            rows = value.reshape(-1, value.shape[-1]).double().square()
+            found[node] = (rows / rows.sum(-1, keepdim=True).clamp_min(_TINY)).sum(0)
+            if len(found) == len(wanted):  # what comes after the last is not computed
+                break
+    return found
 
 
 def _along(graph: fx.GraphModule, scale: fx.Node, axis: ParameterAxis, rank: int) -> fx.Node:
