@@ -24,6 +24,7 @@ from rolora_passes import (
     history,
 )
 from rolora_passes.data import calibration_tokens
+from rolora_passes.graphs.layers import find_layers
 from rolora_passes.passes import Calibration
 from rolora_passes.recipes import load_recipe
 
@@ -37,9 +38,19 @@ class Branches(common.Bench):
         for bits in BITS:
             for rank in RANKS:
                 self.row(f"loftq | {bits} | {rank}", [LoftQ(bits, 64, rank=rank), FoldConstants()], "loftq")
-            if bits == int(bits):
-                plain = QuantizeWeights(int(bits), 64, method="nf", head=None)
-                self.row(f"nf | {bits}", [plain, FoldConstants()])
+            self.row(f"nf | {bits}", self.plain(bits))
+
+    def plain(self, bits: float) -> list[Pass]:
+        """Quantization alone, with LoftQ's mixture of widths."""
+
+        def rounded(width: int, targets: str | tuple[str, ...] = "all-linear") -> Pass:
+            return QuantizeWeights(width, 64, method="nf", head=None, targets=targets)
+
+        if bits == int(bits):
+            return [rounded(int(bits)), FoldConstants()]
+        wide = int(len(find_layers(self.graph).layers) * (bits - 2) / 2)
+        first = tuple(rf"re:model\.layers\.{i}\..*" for i in range(wide))
+        return [rounded(4, first), rounded(2), FoldConstants()]
 
     def rilq(self) -> None:
         rtn: list[Pass] = [

@@ -67,6 +67,23 @@ def test_methods_compute_their_graphs_and_share_weights(
     assert all(relative_error(a, b) > 0.05 for a, b in itertools.pairwise(found))
 
 
+def test_branches_in_8_bits_beside_weights_in_4(tmp_path: Path) -> None:
+    base = apply_passes(capture(tiny_wide()), [FuseNorm(), QuantizeWeights(), FoldConstants()], verify=False)
+    tuned = randomized(apply_passes(base, [AddLoRA(rank=8)], verify=False), "lora_")
+    rest = [QuantizeActivations(), QuantizeEmbedding(), FoldConstants()]
+    branches = QuantizeWeights(8, None, targets=("lora_A", "lora_B"))
+    sizes = {}
+    for name, passes in {"float": rest, "8 bits": [branches, FoldConstants(), *rest]}.items():
+        graph = apply_passes(tuned, passes, verify=False)
+        sizes[name] = to_executorch(graph, tmp_path / "model.pte", max_length=32).bytes
+        pairs = [p for seed in range(4) for p in steps(graph, tmp_path / "model.pte", seed, 2, 3)]
+        errors = sorted(relative_error(found, wanted) for found, wanted in pairs)
+        assert errors[len(errors) // 4] < 1e-5 and errors[-1] < 0.1, name
+    assert sizes["8 bits"] < sizes["float"] - 2 * sum(
+        t.numel() for n, t in parameters(tuned).items() if "lora_" in n
+    )
+
+
 @pytest.mark.parametrize("name", ["forward", "two words", "get_bos_id", "use_kv_cache"])
 def test_names_that_are_refused(name: str, graphs: dict[str, fx.GraphModule], tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match="expected names of methods that are identifiers"):

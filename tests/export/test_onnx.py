@@ -182,12 +182,21 @@ def test_keys_and_values_are_rounded_but_held_in_float(
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
-@pytest.mark.parametrize("merged", [False, True])
-def test_adapters_kept_or_merged(merged: bool, flavor: str, wide: fx.GraphModule, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "then",
+    [
+        [],
+        ["merge-lora", "fold-constants"],
+        [
+            {"quantize-weights": {"bits": 8, "group_size": None, "targets": ["lora_A", "lora_B"]}},
+            "fold-constants",
+        ],
+    ],
+    ids=["kept", "merged", "8 bits"],
+)
+def test_adapters_kept_or_merged(then: list[Any], flavor: str, wide: fx.GraphModule, tmp_path: Path) -> None:
     graph = randomized(apply_passes(wide, [{"add-lora": {"rank": 4}}]), "lora")
-    if merged:
-        graph = apply_passes(graph, ["merge-lora", "fold-constants"])
-    check(graph, tmp_path / "model", flavor)
+    check(apply_passes(graph, then), tmp_path / "model", flavor)
 
 
 def test_one_table_for_embedding_and_head_is_written_once(tmp_path: Path) -> None:
