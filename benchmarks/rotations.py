@@ -5,8 +5,8 @@ python benchmarks/rotations.py --text wikitext2_valid.txt --calibration c4.jsonl
 Rows are eight seeds of QuaRot's randomised Hadamards, and what learning makes of seed 0, at one budget of
 steps and tokens: SpinQuant (R1 and R2, Cayley SGD, cross-entropy), and the library's own (`learned:…`). That
 also balances scalings, searches clips and learns the scales of rounded weights: "learned, rounded" is before
-this last step, and "random 0, all else" has everything but the learned rotation. A row that is in the results
-file already is not computed again; --work keeps what was learned.
+this last step, and "scaled" (`scaled:…`) has everything but the learned rotation. A row that is in the
+results file already is not computed again; --work keeps what was learned.
 """
 
 from __future__ import annotations
@@ -66,11 +66,9 @@ class Rotations(common.Bench):
         self.rounded_and_measured(graph, passes[end:], method, f" | {rounding} | {setting}", notes)
 
     def recipe(self, method: str, rounding: str, setting: str) -> list[Pass]:
-        """A method's passes; of "random 0, all else", those of `learned` but for its learn-rotation."""
-        name = "learned" if method.startswith("random") else method
-        recipe = f"{name}-rtn:{setting}" if rounding == "rtn" else f"{name}:{setting}"
-        passes = [self.budgeted(p) for p in load_recipe(recipe)]
-        return passes if name == method else [p for p in passes if not isinstance(p, LearnRotation)]
+        """A method's passes, with the budgets of the options."""
+        name = f"{method}-rtn" if rounding == "rtn" else method
+        return [self.budgeted(p) for p in load_recipe(f"{name}:{setting}")]
 
     def rounded_and_measured(
         self, exact: fx.GraphModule, passes: list[Pass], method: str, cell: str, notes: list[dict[str, Any]]
@@ -136,7 +134,7 @@ def main() -> None:
     bench = Rotations(parser.parse_args())
     for rounding in ROUNDING:
         bench.random(rounding)
-        for method in ("random 0, all else", "spinquant", "learned"):
+        for method in ("scaled", "spinquant", "learned"):
             for setting in SETTINGS:
                 bench.learned(method, rounding, setting)
     print(table(bench.found))

@@ -97,13 +97,14 @@ def _spinquant(setting: Setting, method: str) -> list[Pass]:
     return [fuse, rotate, insert, make_pass({"learn-rotation": learn}), fold, *quantizers(setting, method)]
 
 
-def _learned(setting: Setting, method: str) -> list[Pass]:
-    """Rotations, the factors of online transforms and scales, learned together by distillation.
+def _learned(setting: Setting, method: str, rotations: bool = True) -> list[Pass]:
+    """Rotations, the factors of online transforms and scales, learned together by distillation; or without
+    that, rotations at random and scales where they are balanced.
 
     Rotations learn under weights in float where GPTQ will round them. Scales trade what activations cost
     against what weights do, from where the two are balanced: where weights are in float and 8-bit activations
-    cost nothing, they are left out.
-    Clips of 4-bit activations are searched; and when weights are rounded, their own scales are learned too.
+    cost nothing, they are left out. Clips of 4-bit activations are searched; and when weights are rounded,
+    their own scales are learned too.
     """
     rounding = [_searching(step) for step in quantizers(setting, method)]
     weights = [step for step in rounding if _of_weights(step)]
@@ -112,8 +113,8 @@ def _learned(setting: Setting, method: str) -> list[Pass]:
     scaling = [InsertScaling(balance=True)] if under is rounding or setting.activations < 8 else []
     insert = InsertHadamard(r3=setting.cache < 16, factors=True)
     steps = [FuseNorm(), *scaling, Rotate(), insert]
-    steps += [_learning("learn-rotation", under, method="cayley-sgd"), FoldConstants(), *weights]
-    return [*steps, *([_learning("learn-scales", rest)] if weights else []), *rest]
+    steps += [_learning("learn-rotation", under, method="cayley-sgd")] if rotations else []
+    return [*steps, FoldConstants(), *weights, *([_learning("learn-scales", rest)] if weights else []), *rest]
 
 
 def _searching(step: Pass) -> Pass:
@@ -153,6 +154,8 @@ METHODS: dict[str, Callable[[Setting], Iterable[Pass]]] = {
     "spinquant": lambda s: _spinquant(s, "gptq"),
     "learned-rtn": lambda s: _learned(s, "rtn"),
     "learned": lambda s: _learned(s, "gptq"),
+    "scaled-rtn": lambda s: _learned(s, "rtn", rotations=False),
+    "scaled": lambda s: _learned(s, "gptq", rotations=False),
     "lora-rtn": lambda s: _lora(s, "rtn", "without"),
     "lora": lambda s: _lora(s, "gptq", "without"),
     "rolora-rtn": lambda s: _lora(s, "rtn", "after"),
@@ -166,8 +169,8 @@ rtn: nothing, to nearest. gptq (Frantar et al., 2023). smoothquant (Xiao et al.,
 quarot (Ashkboos et al., 2024): randomised Hadamards, GPTQ; its heads' matrices are folded, as SpinQuant's
 R2, where QuaRot has one more Hadamard at run time. quarot-rtn: the same, rounded to nearest. spinquant
 (Liu et al., 2024): R1 and R2 learned. learned: also scales (OSTQuant), online factors and clips (FlatQuant),
-and the scales of rounded weights (EfficientQAT). lora (Hu et al., 2021): branches tuned and merged. rolora
-(Huang et al., 2024): the same after rotation; rolora-lbr: before it.
+and the scales of rounded weights (EfficientQAT). scaled: the same, rotations at random. lora (Hu et al.,
+2021): branches tuned and merged. rolora (Huang et al., 2024): the same after rotation; rolora-lbr: before it.
 """
 
 
