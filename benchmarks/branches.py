@@ -24,7 +24,8 @@ from rolora_passes import (
     history,
 )
 from rolora_passes.data import calibration_tokens
-from rolora_passes.graphs.layers import find_layers
+from rolora_passes.graphs.graph import site_names
+from rolora_passes.loftq import bits_by_layer
 from rolora_passes.passes import Calibration
 from rolora_passes.recipes import load_recipe
 
@@ -41,16 +42,13 @@ class Branches(common.Bench):
             self.row(f"nf | {bits}", self.plain(bits))
 
     def plain(self, bits: float) -> list[Pass]:
-        """Quantization alone, with LoftQ's mixture of widths."""
-
-        def rounded(width: int, targets: str | tuple[str, ...] = "all-linear") -> Pass:
-            return QuantizeWeights(width, 64, method="nf", head=None, targets=targets)
-
-        if bits == int(bits):
-            return [rounded(int(bits)), FoldConstants()]
-        wide = int(len(find_layers(self.graph).layers) * (bits - 2) / 2)
-        first = tuple(rf"re:model\.layers\.{i}\..*" for i in range(wide))
-        return [rounded(4, first), rounded(2), FoldConstants()]
+        """Quantization alone, every layer at the width that LoftQ gives it."""
+        names, widths = site_names(self.graph), bits_by_layer(self.graph, bits)
+        steps: list[Pass] = []
+        for width in sorted(set(widths.values())):
+            targets = tuple(name for node, name in names.items() if widths.get(node) == width)
+            steps.append(QuantizeWeights(width, 64, method="nf", head=None, targets=targets))
+        return [*steps, FoldConstants()]
 
     def rilq(self) -> None:
         rtn: list[Pass] = [

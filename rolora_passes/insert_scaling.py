@@ -20,6 +20,7 @@ from rolora_passes.graphs.graph import (
     insert_after,
     site_names,
 )
+from rolora_passes.graphs.observers import watch
 from rolora_passes.graphs.rotations import load_rotations, only
 from rolora_passes.graphs.scalings import (
     Scaling,
@@ -56,7 +57,8 @@ class InsertScaling(Pass):
             take precedence.
 
     Raises:
-        PassError: given scales that fit no site, have the wrong size, or are not positive.
+        PassError: given scales that fit no site, have the wrong size, or are not positive; a value on the
+            calibration tokens that is NaN or infinite, which names the site.
     """
 
     requires: ClassVar[tuple[str, ...]] = ("canonical", "norms fused")
@@ -71,25 +73,28 @@ class InsertScaling(Pass):
         return self.balance and self.given is None
 
     def calibrate(self, graph: fx.GraphModule, calibration: Calibration) -> Report:
-        scalings = [s for s in find_scalings(graph) if s.reason is None]
-        wanted = {reading.value for s in scalings for reading in s.inputs}
-        seen: dict[fx.Node, Tensor] = {}
-        for number, window in enumerate(calibration.tokens.split(1)):
-            for node, energies in relative_energies(graph, wanted, window).items():
-                seen[node] = energies + seen.get(node, 0)
-            calibration.on_progress(self.name, number + 1, len(calibration.tokens))
-        names = site_names(graph)
-        found = {_key(s, names): _balanced(graph, s, seen) for s in scalings}
-        return self._insert(graph, found, "balanced")
+        scalings, names = find_scalings(graph), site_names(graph)
+        free = [s for s in scalings if s.reason is None]
+        sites = {reading.value: names[s.linears[0]] for s in free for reading in s.inputs}
+        seen = {node: torch.zeros((), dtype=torch.float64) for node in sites}
+
+        def see(node: fx.Node, value: Tensor) -> None:
+            seen[node] = seen[node] + relative_energies(value)
+
+        watch(graph, self.name, calibration.tokens, sites, see, calibration.on_progress)
+        start = {_key(s, names): _balanced(graph, s, seen) for s in free}
+        return self._insert(graph, scalings, start, "balanced")
 
     def run(self, graph: fx.GraphModule) -> Report:
         given = {} if self.given is None else dict(only("scale", load_rotations(self.given)))
-        return self._insert(graph, given, "given")
+        return self._insert(graph, find_scalings(graph), given, "given")
 
-    def _insert(self, graph: fx.GraphModule, start: dict[str, Tensor], method: str) -> Report:
+    def _insert(
+        self, graph: fx.GraphModule, scalings: list[Scaling], start: dict[str, Tensor], method: str
+    ) -> Report:
         """Scales at every site that takes them: these by key, made by this method, and ones."""
         report, expressions, names = Report(), Expressions(graph), site_names(graph)
-        for scaling in find_scalings(graph):
+        for scaling in scalings:
             site = ", ".join(names[n] for n in scaling.linears)
             if scaling.reason is not None:
                 report.left.append((site, scaling.reason))
@@ -121,8 +126,8 @@ def _key(scaling: Scaling, names: Mapping[fx.Node, str]) -> str:
 
 def _balanced(graph: fx.GraphModule, scaling: Scaling, seen: Mapping[fx.Node, Tensor]) -> Tensor:
     """s [n] that makes as much of every channel of x/s as of D·s, x by its readings, D all that read it."""
-    parts = [seen[r.value].reshape(r.outer, scaling.size, r.inner).sum((0, 2)) for r in scaling.inputs]
-    inputs, weights = sum(parts), sum(energy(graph, axis) for axis in scaling.weights)
-    log = (torch.as_tensor(inputs).log() - torch.as_tensor(weights).log()) / 4
+    read = [seen[r.value].reshape(r.outer, scaling.size, r.inner).sum((0, 2)) for r in scaling.inputs]
+    weights = [energy(graph, axis) for axis in scaling.weights]
+    log = (torch.stack(read).sum(0).log() - torch.stack(weights).sum(0).log()) / 4
     usable = log.isfinite()
     return torch.where(usable, log - log[usable].mean(), 0.0).exp()

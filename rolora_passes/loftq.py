@@ -87,7 +87,7 @@ class LoftQ(Pass):
         require_float32(graph, self.name)
         known, names = constants(graph), site_names(graph)
         shapes = infer_shapes(graph, only=known)
-        bits = self._bits_by_layer(graph)
+        bits = bits_by_layer(graph, self.bits)
         require_match(self.name, self.targets, names.values())
         for node, name in names.items():
             weight: Any = node.args[1]
@@ -100,13 +100,6 @@ class LoftQ(Pass):
                 require_group(self.name, name, width, self.group_size)
                 require_rank(self.rank, name, (out, width), self.name)
                 yield node, name, bits.get(node, min(bits.values(), default=int(self.bits)))
-
-    def _bits_by_layer(self, graph: fx.GraphModule) -> dict[fx.Node, int]:
-        """The width of every linear of a layer."""
-        layers = find_layers(graph).layers
-        wide = len(layers) if self.bits == int(self.bits) else int(len(layers) * (self.bits - 2) / 2)
-        high, low = (int(self.bits),) * 2 if self.bits == int(self.bits) else (4, 2)
-        return {node: high if i < wide else low for i, layer in enumerate(layers) for node in layer}
 
     def _split(self, graph: fx.GraphModule, node: Any, name: str, bits: int) -> tuple[float, float]:
         """Quantize a linear's weight and add its branch; the Frobenius errors without and with it."""
@@ -136,3 +129,11 @@ class LoftQ(Pass):
         if self.method == "rtn":
             return quantize_weight(graph, before, weight, Grid(bits, self.group_size, True, False))
         return encode_weight(graph, before, weight, self.method, bits, self.group_size)
+
+
+def bits_by_layer(graph: fx.GraphModule, bits: float) -> dict[fx.Node, int]:
+    """The width of every node of a layer, for `bits` of `LoftQ`: between 2 and 4, first layers have 4."""
+    layers = find_layers(graph).layers
+    wide = len(layers) if bits == int(bits) else int(len(layers) * (bits - 2) / 2)
+    high, low = (int(bits),) * 2 if bits == int(bits) else (4, 2)
+    return {node: high if i < wide else low for i, layer in enumerate(layers) for node in layer}

@@ -17,9 +17,8 @@ from rolora_passes.graphs.graph import (
     is_op,
     parameter_names,
     site_names,
-    values,
 )
-from rolora_passes.graphs.observers import Histogram, MinMax, Observer, Percentile
+from rolora_passes.graphs.observers import Histogram, MinMax, Observer, Percentile, watch
 from rolora_passes.graphs.sites import matches, require_match
 from rolora_passes.passes import Calibration, Pass, Report
 
@@ -82,7 +81,11 @@ class ObserveActivations(Pass):
         windows = len(calibration.tokens)
         observers = {value: self._observer(windows) for value in sites}
         names = {value: next(iter(readers.values())) for value, readers in sites.items()}
-        self._watch(graph, calibration, observers, names)
+
+        def see(node: fx.Node, value: Tensor) -> None:
+            observers[node].see(value.reshape(-1, value.shape[-1] if self.per == "channel" else 1))
+
+        watch(graph, self.name, calibration.tokens, names, see, calibration.on_progress)
         for value, readers in sites.items():
             found = observers[value].range()
             if found is None:
@@ -116,35 +119,6 @@ class ObserveActivations(Pass):
         if self.method == "histogram":
             return Histogram()
         return MinMax() if self.method == "minmax" else Percentile(self.percentile, windows)
-
-    def _watch(
-        self,
-        graph: fx.GraphModule,
-        calibration: Calibration,
-        observers: dict[fx.Node, Observer],
-        names: dict[fx.Node, str],
-    ) -> None:
-        """Show the observers their values, window by window; what comes after the last is not computed."""
-        if not observers:
-            return
-        last, total = max(observers), len(calibration.tokens)
-        for number, window in enumerate(calibration.tokens.split(1)):
-            for node, value in values(graph, window):
-                if node in observers and value.numel():
-                    self._require_finite(value, names[node], number)
-                    observers[node].see(value.reshape(-1, value.shape[-1] if self.per == "channel" else 1))
-                if node is last:
-                    break
-            calibration.on_progress(self.name, number + 1, total)
-
-    def _require_finite(self, value: Tensor, name: str, window: int) -> None:
-        low, high = value.aminmax()
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise PassError(
-                f"{self.name}: the input of {name} is NaN or infinite in window {window} of the calibration "
-                f"tokens (from {float(low):.3g} to {float(high):.3g}): calibrate in a wider type, or look "
-                "for what produced it"
-            )
 
 
 def _write(

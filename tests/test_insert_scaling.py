@@ -18,7 +18,7 @@ from rolora_passes import (
     history,
 )
 from rolora_passes.errors import PassError, PassOrderError
-from rolora_passes.graphs.graph import copy_graph, parameters, site_names, values
+from rolora_passes.graphs.graph import copy_graph, parameters, set_tensor, site_names, values
 from rolora_passes.graphs.rotations import load_rotations, save_rotations
 
 DOWN = "model.layers.0.mlp.down_proj.scale"
@@ -79,12 +79,17 @@ def test_order() -> None:
         apply_passes(captured("llama"), [InsertScaling()])
 
 
-def balanced(name: str, tokens: Tensor, zero: bool = False) -> fx.GraphModule:
-    graph = copy_graph(captured(name))
-    if zero:
-        parameters(graph)["model.layers.0.mlp.up_proj.weight"].data[3] = 0
-        parameters(graph)["model.layers.0.mlp.down_proj.weight"].data[:, 5] = 0
-    return apply_passes(graph, [FuseNorm(), InsertScaling(balance=True)], calibration=tokens)
+def with_row(value: float) -> fx.GraphModule:
+    """A llama with one row of its first up projection set; copies share tensors, so that is a new one."""
+    graph, name = copy_graph(captured("llama")), "model.layers.0.mlp.up_proj.weight"
+    weight = parameters(graph)[name].detach().clone()
+    weight[3] = value
+    set_tensor(graph, name, weight)
+    return graph
+
+
+def balanced(graph: fx.GraphModule, tokens: Tensor) -> fx.GraphModule:
+    return apply_passes(graph, [FuseNorm(), InsertScaling(balance=True)], verify=False, calibration=tokens)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -99,7 +104,7 @@ def test_balance_keeps_the_function(name: str) -> None:
 def test_balance_makes_the_error_least(site: str) -> None:
     """No other s makes ‖x/s‖² ‖D·s‖² less, every token counting alike."""
     tokens = tokens_for(captured("llama"), 4, 8)
-    graph = balanced("llama", tokens)
+    graph = balanced(captured("llama"), tokens)
     start = graph.meta["rotation_tensors"][f"model.layers.0.{site}.scale"]
     assert abs(float(start.log().mean())) < 1e-9
     before = apply_passes(captured("llama"), [FuseNorm()])
@@ -114,10 +119,10 @@ def test_balance_makes_the_error_least(site: str) -> None:
 
 
 def test_balance_leaves_channels_that_are_zero() -> None:
-    graph = balanced("llama", tokens_for(captured("llama")), zero=True)
-    scale = graph.meta["rotation_tensors"][DOWN]
-    assert scale[3] == scale[5] == 1
-    assert (scale != 1).sum() == len(scale) - 2
+    graph = with_row(0)
+    scale = balanced(graph, tokens_for(graph)).meta["rotation_tensors"][DOWN]
+    assert scale[3] == 1
+    assert (scale != 1).sum() == len(scale) - 1
 
 
 def test_given_scales_need_no_calibration() -> None:
@@ -126,3 +131,9 @@ def test_given_scales_need_no_calibration() -> None:
     torch.testing.assert_close(graph.meta["rotation_tensors"][DOWN], given[DOWN])
     with pytest.raises(PassError, match="calibration"):
         apply_passes(captured("llama"), [FuseNorm(), InsertScaling(balance=True)])
+
+
+def test_balance_refuses_what_is_not_finite() -> None:
+    graph = with_row(float("inf"))
+    with pytest.raises(PassError, match=r"the input of model\.layers\.0\.mlp\.down_proj is NaN or infinite"):
+        balanced(graph, tokens_for(graph))

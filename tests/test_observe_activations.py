@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from rolora_passes import FoldConstants, apply_passes, history, observe_activations
+from rolora_passes import FoldConstants, apply_passes, history
 from rolora_passes.errors import PassError
+from rolora_passes.graphs import observers
 from rolora_passes.graphs.graph import finish, linears, parameters, set_tensor, site_names, values
 from rolora_passes.graphs.observers import Histogram, MinMax, Observer, Percentile, observations
 from rolora_passes.graphs.text import graph_text
@@ -172,7 +173,7 @@ def test_what_follows_the_last_observer_is_not_computed(monkeypatch: pytest.Monk
             computed.append(node.name)
             yield node, value
 
-    monkeypatch.setattr(observe_activations, "values", recorded)
+    monkeypatch.setattr(observers, "values", recorded)
     observe(tiny(), WINDOWS[:1], targets="a")
     assert computed[-1] == "embedding_default"
 

@@ -78,10 +78,9 @@ def test_what_is_learned_and_under_what(name: str, scaling: bool, under: list[st
         assert steps["quantize-activations"].clip_search == ("A4" in name)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["rtn:W4A8", ":W4A4KV4", ":W4A8"])
-def test_scaled_is_learned_but_for_its_rotations(name: str) -> None:
-    prefix = "-" if name.startswith("rtn") else ""
-    learned, scaled = (method_passes(f"{method}{prefix}{name}") for method in ("learned", "scaled"))
+@pytest.mark.parametrize("which", ["-rtn:W4A8", ":W4A4KV4", ":W4A8"])
+def test_scaled_is_learned_but_for_its_rotations(which: str) -> None:
+    learned, scaled = (method_passes(method + which) for method in ("learned", "scaled"))
     assert scaled == [step for step in learned if step.name != "learn-rotation"] != learned
 
 

@@ -9,12 +9,14 @@ an extra.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.graphs.graph import finish, get_tensor, is_op
+from rolora_passes.errors import PassError
+from rolora_passes.graphs.graph import finish, get_tensor, is_op, values
 
 
 class Observer(Protocol):
@@ -107,6 +109,46 @@ class Histogram:
         scale, zero = self._observer.calculate_qparams()
         low, high = ((step - zero) * scale for step in (0, 255))
         return low.reshape(1), high.reshape(1)
+
+
+def watch(
+    graph: fx.GraphModule,
+    who: str,
+    tokens: Tensor,
+    sites: Mapping[fx.Node, str],
+    see: Callable[[fx.Node, Tensor], None],
+    on_progress: Callable[[str, int, int], None],
+) -> None:
+    """Run windows [N, S] one at a time and show values as they are computed; after the last nothing is.
+
+    Args:
+        who: the pass, for errors and progress.
+        sites: the values to show, each with the name of a linear that reads it.
+        see: called with a node and its value; not where it is empty.
+        on_progress: see `Calibration`.
+
+    Raises:
+        PassError: a value that is NaN or infinite; names the site.
+    """
+    last = max(sites, default=None)
+    for number, window in enumerate(tokens.split(1) if sites else ()):
+        for node, value in values(graph, window):
+            if node in sites and value.numel():
+                _require_finite(value, f"{who}: the input of {sites[node]}", number)
+                see(node, value)
+            if node is last:
+                break
+        on_progress(who, number + 1, len(tokens))
+
+
+def _require_finite(value: Tensor, what: str, window: int) -> None:
+    low, high = value.aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise PassError(
+            f"{what} is NaN or infinite in window {window} of the calibration "
+            f"tokens (from {float(low):.3g} to {float(high):.3g}): calibrate in a wider type, or look "
+            "for what produced it"
+        )
 
 
 def observations(graph: fx.GraphModule) -> dict[fx.Node, tuple[Tensor, Tensor]]:

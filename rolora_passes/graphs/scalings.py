@@ -32,7 +32,6 @@ from rolora_passes.graphs.graph import (
     is_op,
     linears,
     root_names,
-    values,
 )
 from rolora_passes.graphs.shapes import infer_shapes
 
@@ -115,20 +114,14 @@ def _by_channel(graph: fx.GraphModule, axis: ParameterAxis) -> Tensor:
     return value.reshape(axis.outer, axis.size, axis.inner, -1)
 
 
-def relative_energies(graph: fx.GraphModule, wanted: set[fx.Node], window: Tensor) -> dict[fx.Node, Tensor]:
-    """x_j² / ‖x‖² of every channel j of these values, summed over a window's tokens: float64 [channels].
+def relative_energies(value: Tensor) -> Tensor:
+    """x_j² / ‖x‖² of every channel j of a value, summed over its tokens: float64 [channels].
 
     Every token counts alike, as it does where each is rounded on a scale of its own; the few that are a
     thousand times larger than the others would be all that is seen of x_j² itself.
     """
-    found: dict[fx.Node, Tensor] = {}
-    for node, value in values(graph, window):
-        if node in wanted:
-            rows = value.reshape(-1, value.shape[-1]).double().square()
-            found[node] = (rows / rows.sum(-1, keepdim=True).clamp_min(_TINY)).sum(0)
-            if len(found) == len(wanted):  # what comes after the last is not computed
-                break
-    return found
+    rows = value.reshape(-1, value.shape[-1]).double().square()
+    return (rows / rows.sum(-1, keepdim=True).clamp_min(_TINY)).sum(0)
 
 
 def _along(graph: fx.GraphModule, scale: fx.Node, axis: ParameterAxis, rank: int) -> fx.Node:
