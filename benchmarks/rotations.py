@@ -2,11 +2,11 @@
 
 python benchmarks/rotations.py --text wikitext2_valid.txt --calibration c4.jsonl -o results.json
 
-Rows are eight seeds of QuaRot's randomised Hadamards, and what learning makes of seed 0, at one budget of
-steps and tokens: SpinQuant (R1 and R2, Cayley SGD, cross-entropy), and the library's own (`learned:…`). That
-also balances scalings, searches clips and learns the scales of rounded weights: "learned, rounded" is before
-this last step, and "scaled" (`scaled:…`) has everything but the learned rotation. A row that is in the
-results file already is not computed again; --work keeps what was learned.
+Rows are eight seeds of QuaRot's randomised Hadamards, and what learning makes of one of them (--seed), at one
+budget of steps and tokens: SpinQuant (R1 and R2, Cayley SGD, cross-entropy), and the library's own
+(`learned:…`). That also balances scalings, searches clips and learns the scales of rounded weights: "learned,
+rounded" is before this last step, and "scaled" (`scaled:…`) has everything but the learned rotation. A row
+that is in the results file already is not computed again; --work keeps what was learned.
 """
 
 from __future__ import annotations
@@ -54,21 +54,22 @@ class Rotations(common.Bench):
 
     def learned(self, method: str, rounding: str, setting: str) -> None:
         """A method's rotations, learned for one setting and one way of rounding; then its quantizers."""
-        key, row = f"{method} | {rounding} | {setting}", f"{method} {rounding} {setting}"
+        o = self.options
+        name = f"{method}, seed {o.seed}" if o.seed else method
+        key, row = f"{name} | {rounding} | {setting}", f"{name} {rounding} {setting}"
         if key in self.found or not self.wanted(row):
             return
         passes = self.recipe(method, rounding, setting)
         end = next((i for i, p in enumerate(passes) if isinstance(p, QuantizeWeights)), len(passes))
-        o = self.options
         windows = self.windows(o.steps * o.batch, o.length, 1)
         graph = apply_passes(self.graph, passes[:end], verify=False, calibration=windows)
         notes = [r.report.notes for r in history(graph) if r.name == "learn-rotation"]
-        self.rounded_and_measured(graph, passes[end:], method, f" | {rounding} | {setting}", notes)
+        self.rounded_and_measured(graph, passes[end:], name, f" | {rounding} | {setting}", notes)
 
     def recipe(self, method: str, rounding: str, setting: str) -> list[Pass]:
         """A method's passes, with the budgets of the options."""
         name = f"{method}-rtn" if rounding == "rtn" else method
-        return [self.budgeted(p) for p in load_recipe(f"{name}:{setting}")]
+        return [self.budgeted(p) for p in load_recipe(f"{name}:{setting}", self.options.seed)]
 
     def rounded_and_measured(
         self, exact: fx.GraphModule, passes: list[Pass], method: str, cell: str, notes: list[dict[str, Any]]
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="windows a step")
     parser.add_argument("--scale-steps", type=int, default=24)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window to learn from")
+    parser.add_argument("--seed", type=int, default=0, help="the random rotations that learning starts from")
     bench = Rotations(parser.parse_args())
     for rounding in ROUNDING:
         bench.random(rounding)
