@@ -146,8 +146,8 @@ def stored_scales(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
 
 
 def held(scale: Tensor) -> Tensor:
-    """Scales [out, groups] as kernels hold them: in bfloat16 where a row has several."""
-    return scale.bfloat16().to(scale.dtype) if scale.shape[-1] > 1 else scale
+    """Scales [out, groups] as kernels hold them: in bfloat16 where a row has several. Gains [d]: as is."""
+    return scale.bfloat16().to(scale.dtype) if scale.dim() > 1 and scale.shape[-1] > 1 else scale
 
 
 def open_scales(graph: fx.GraphModule, names: Collection[str]) -> None:

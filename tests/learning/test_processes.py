@@ -16,6 +16,7 @@ from rolora_passes import (
     AddLoRA,
     Calibration,
     FoldConstants,
+    FuseNorm,
     LearnRotation,
     LearnScales,
     QuantizeWeights,
@@ -59,10 +60,10 @@ torch.save(learned, f"{{sys.argv[1]}}.{{processes.rank()}}")
 
 
 def scaled(**options: Any) -> dict[str, torch.Tensor]:
-    """What learn-scales makes of the scales of rounded weights."""
-    steps = [QuantizeWeights(3, None), FoldConstants(), LearnScales(steps=2, batch=4, **options)]
+    """What learn-scales makes of the scales of rounded weights, and of gains."""
+    steps = [FuseNorm(), QuantizeWeights(3, None), FoldConstants(), LearnScales(steps=2, batch=4, **options)]
     found = parameters(apply_passes(sharp(), steps, calibration=windows()))
-    return {name: value.detach() for name, value in found.items() if name.endswith("_scale")}
+    return {name: value.detach() for name, value in found.items() if name.endswith(("_scale", "_gain"))}
 
 
 def tuned(**options: Any) -> dict[str, torch.Tensor]:
