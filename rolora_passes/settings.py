@@ -104,7 +104,7 @@ def _learned(setting: Setting, method: str, rotations: bool = True) -> list[Pass
     Rotations learn under weights in float where GPTQ will round them. Scales trade what activations cost
     against what weights do, from where the two are balanced: where weights are in float and 8-bit activations
     cost nothing, they are left out. Clips of 4-bit activations are searched; and when weights are rounded,
-    their own scales are learned too.
+    their own scales and gains of norms are learned too.
     """
     rounding = [_searching(step) for step in quantizers(setting, method)]
     weights = [step for step in rounding if _of_weights(step)]
@@ -169,8 +169,9 @@ rtn: nothing, to nearest. gptq (Frantar et al., 2023). smoothquant (Xiao et al.,
 quarot (Ashkboos et al., 2024): randomised Hadamards, GPTQ; its heads' matrices are folded, as SpinQuant's
 R2, where QuaRot has one more Hadamard at run time. quarot-rtn: the same, rounded to nearest. spinquant
 (Liu et al., 2024): R1 and R2 learned. learned: also scales (OSTQuant), online factors and clips (FlatQuant),
-and the scales of rounded weights (EfficientQAT). scaled: the same, rotations at random. lora (Hu et al.,
-2021): branches tuned and merged. rolora (Huang et al., 2024): the same after rotation; rolora-lbr: before it.
+scales of rounded weights (EfficientQAT) and gains of norms (norm tweaking). scaled: the same, rotations at
+random. lora (Hu et al., 2021): branches tuned and merged. rolora (Huang et al., 2024): the same after
+rotation; rolora-lbr: before it.
 """
 
 

@@ -20,7 +20,7 @@ from rolora_passes.errors import LoweringError, RunError
 from rolora_passes.export.onnx import OnnxReport, to_onnx
 from rolora_passes.export.onnx_runner import OnnxProgram
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.graph import convert, copy_graph, insert_after, is_op, run
+from rolora_passes.graphs.graph import convert, copy_graph, insert_after, is_op, parameters, run
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.verify import relative_error
 from rolora_passes.manager import PassLike
@@ -197,6 +197,19 @@ def test_keys_and_values_are_rounded_but_held_in_float(
 def test_adapters_kept_or_merged(then: list[Any], flavor: str, wide: fx.GraphModule, tmp_path: Path) -> None:
     graph = randomized(apply_passes(wide, [{"add-lora": {"rank": 4}}]), "lora")
     check(apply_passes(graph, then), tmp_path / "model", flavor)
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_learned_gains_are_the_norms_own(flavor: str, wide: fx.GraphModule, tmp_path: Path) -> None:
+    """No operator more than without: a norm has a gain to multiply by in ONNX."""
+    rounded: list[PassLike] = ["fuse-norm", {"quantize-weights": {"group_size": 32}}, "fold-constants"]
+    learn = {"learn-scales": {"steps": 2, "batch": 2, "lr": 0.1}}
+    graph = apply_passes(wide, [*rounded, learn], calibration=tokens_of(4, 8))
+    assert any(name.endswith("input_gain") for name in parameters(graph))
+    check(graph, tmp_path / "learned", flavor)
+    check(apply_passes(wide, rounded), tmp_path / "rounded", flavor)
+    counts = [len(onnx.load(tmp_path / f / "model.onnx").graph.node) for f in ("learned", "rounded")]
+    assert counts[0] == counts[1]
 
 
 def test_one_table_for_embedding_and_head_is_written_once(tmp_path: Path) -> None:
