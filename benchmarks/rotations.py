@@ -4,9 +4,9 @@ python benchmarks/rotations.py --text wikitext2_valid.txt --calibration c4.jsonl
 
 Rows are eight seeds of QuaRot's randomised Hadamards, and what learning makes of one of them (--seed), at one
 budget of steps and tokens: SpinQuant (R1 and R2, Cayley SGD, cross-entropy), and the library's own
-(`learned:…`). That also balances scalings, searches clips and learns the scales of rounded weights: "learned,
-rounded" is before this last step, and "scaled" (`scaled:…`) has everything but the learned rotation. A row
-that is in the results file already is not computed again; --work keeps what was learned.
+(`learned:…`). That also balances scalings, searches clips and learns scales of rounded weights and gains of
+norms: "learned, rounded" is before this last step, and "scaled" (`scaled:…`) has everything but the learned
+rotation. A row that is in the results file already is not computed again; --work keeps what was learned.
 """
 
 from __future__ import annotations
