@@ -6,20 +6,22 @@ Rows are eight seeds of QuaRot's randomised Hadamards, and what learning makes o
 budget of steps and tokens: SpinQuant (R1 and R2, Cayley SGD, cross-entropy), and the library's own
 (`learned:…`). That also balances scalings, searches clips and learns scales of rounded weights and gains of
 norms: "learned, rounded" is before this last step, and "scaled" (`scaled:…`) has everything but the learned
-rotation. A row that is in the results file already is not computed again; --work keeps what was learned.
+rotation. --method and --lr compare ways to move along the manifold, all else equal. A row that is in the
+results file already is not computed again; --work keeps what was learned.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-from typing import Any
+from typing import Any, get_args
 
 import common
 from torch import fx
 
 from rolora_passes import LearnRotation, LearnScales, QuantizeWeights, apply_passes, history
 from rolora_passes.data import calibration_tokens
+from rolora_passes.learning.stiefel import Method
 from rolora_passes.passes import Calibration, Pass
 from rolora_passes.recipes import load_recipe
 from rolora_passes.settings import Setting, quantizers
@@ -56,6 +58,7 @@ class Rotations(common.Bench):
         """A method's rotations, learned for one setting and one way of rounding; then its quantizers."""
         o = self.options
         name = f"{method}, seed {o.seed}" if o.seed else method
+        name += "".join(f", {value}" for value in (o.method, o.lr) if value is not None)
         key, row = f"{name} | {rounding} | {setting}", f"{name} {rounding} {setting}"
         if key in self.found or not self.wanted(row):
             return
@@ -89,8 +92,11 @@ class Rotations(common.Bench):
     def budgeted(self, step: Pass) -> Pass:
         if not isinstance(step, (LearnRotation, LearnScales)):
             return step
-        steps = self.options.scale_steps if isinstance(step, LearnScales) else self.options.steps
-        return dataclasses.replace(step, steps=steps, batch=self.options.batch)
+        o = self.options
+        if isinstance(step, LearnScales):
+            return dataclasses.replace(step, steps=o.scale_steps, batch=o.batch)
+        method, lr = o.method or step.method, step.lr if o.lr is None else o.lr
+        return dataclasses.replace(step, steps=o.steps, batch=o.batch, method=method, lr=lr)
 
     def gptq_windows(self) -> Calibration:
         return self.windows(self.options.samples, self.options.length, 0)
@@ -133,6 +139,8 @@ def main() -> None:
     parser.add_argument("--scale-steps", type=int, default=24)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window to learn from")
     parser.add_argument("--seed", type=int, default=0, help="the random rotations that learning starts from")
+    parser.add_argument("--method", choices=get_args(Method), help="of moving rotations, not the recipe's")
+    parser.add_argument("--lr", type=float, help="of rotations, not the recipe's")
     bench = Rotations(parser.parse_args())
     for rounding in ROUNDING:
         bench.random(rounding)
