@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.bases import BasisClass, Group, ParameterAxis, infer_bases
+from rolora_passes.graphs.bases import BasisClass, ParameterAxis, infer_bases
 from rolora_passes.graphs.graph import (
     Expressions,
     add_parameter,
@@ -19,8 +20,16 @@ from rolora_passes.graphs.graph import (
     insert,
     insert_after,
     is_op,
-    leaves,
     root_names,
+)
+from rolora_passes.graphs.norm_fusion import (
+    Affine,
+    find_affines,
+    find_fusions,
+    find_untied_fusions,
+    operand,
+    parameter_name,
+    tied_tables,
 )
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.passes import Pass, Report
@@ -28,7 +37,7 @@ from rolora_passes.passes import Pass, Report
 
 @dataclass(frozen=True)
 class FuseNorm(Pass):
-    """Leave only weightless RMS norms, as far as the function allows.
+    """Leave only weightless RMS norms, wherever that frees a basis class.
 
     Before:                                         After:
         n = rms_norm(x, [d])                            n = rms_norm(x, [d])
@@ -40,7 +49,9 @@ class FuseNorm(Pass):
     An RMS norm has no centring, and none is added: it would change the function.
 
     A gain moves when basis inference, looking past it, finds that its axis is read by parameters
-    alone; otherwise it stays and the report names the operator that blocks it.
+    alone, and that what the norm reads can rotate once the gain is gone. Otherwise it stays, and the report
+    names the operator that blocks it: gains of very different sizes make a weight hard to quantize, which is
+    worth it only for a rotation.
 
     A table that is both embedding and head takes a gain on one side only. `tied="untie"` gives the
     head its own table; `tied="keep"` puts a d x d linear, diag(gain), before the head instead, which
@@ -59,138 +70,93 @@ class FuseNorm(Pass):
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
         _free_tables(graph, self.tied, report)
-        for move in (_move_biases, _move_gains, _move_centring):
-            move(graph, report)
-            finish(graph)
+        fusions = find_fusions(graph)
+        report.left += fusions.left
+        _move_biases(graph, fusions.affines, report)
+        _move_gains(graph, fusions.affines, report)
+        _move_centring(graph, fusions.centrings, report)
         return report
 
 
-def _norm_affine(graph: fx.GraphModule, kind: str) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
-    """(node, value, parameter) for each gain ("mul") or bias ("add") that follows a norm."""
-    known = constants(graph)
-    shapes = infer_shapes(graph, only=known)
-    found = []
-    for node in graph.graph.nodes:
-        if is_op(node, kind) and len(node.all_input_nodes) == 2:
-            for value, parameter in (node.args[:2], node.args[1::-1]):
-                if parameter in known and shapes[parameter].dim() == 1 and _is_norm(value, kind):
-                    found.append((node, value, parameter))
-    return found
-
-
-def _is_norm(value: fx.Node, kind: str) -> bool:
-    if kind == "add" and is_op(value, "mul"):
-        return any(_is_norm(a, "mul") for a in value.all_input_nodes)
-    return is_op(value, "rms_norm", "layer_norm")
-
-
 def _free_tables(graph: fx.GraphModule, tied: str, report: Report) -> None:
-    """Give a table that an embedding and a linear share what the linear's norm needs."""
-    affine = {node: parameter for node, _, parameter in _norm_affine(graph, "mul")}
-    for table in leaves(graph):
-        readers = [u for u in table.users if is_op(u, "linear") and u.args[1] is table]
-        if not readers or not any(is_op(u, "embedding") for u in table.users):
-            continue
+    """Give a table that an embedding and a linear share what the linear's norm needs, if it needs anything."""
+    tables = tied_tables(graph)
+    _, needed = find_untied_fusions(graph) if tables else (None, set())
+    centred = any(is_op(n, "layer_norm") for n in graph.graph.nodes)
+    for table, readers in tables.items():
         name = root_names(table)[0]
-        centred = any(is_op(n, "layer_norm") for n in graph.graph.nodes)
+        if name not in needed:
+            continue
         if tied == "keep" and centred:
             report.left.append(
                 (name, "kept tied is for RMS norms: a LayerNorm's centring needs the head untied")
             )
         if tied == "keep" and not centred:
-            for reader in readers:
-                if reader.args[0] in affine:
-                    _dense_before(graph, reader, affine[reader.args[0]])
+            known = constants(graph)
+            for affine in find_affines(graph, known):
+                for reader in [r for r in readers if r.args[0] is affine.gain is affine.result]:
+                    _dense_before(graph, reader, affine, known)
                     report.changed.append(f"{name}: kept tied, a dense matrix before the head")
-        elif tied == "untie" or centred:
+        else:
             clone = add_parameter(
                 graph, f"{name.removesuffix('.weight')}_head.weight", get_tensor(graph, name)
             )
             for reader in readers:
                 reader.replace_input_with(table, clone)
             report.changed.append(f"{name}: untied from the head")
+    finish(graph)
 
 
-def _dense_before(graph: fx.GraphModule, head: fx.Node, gain: fx.Node) -> None:
-    scaled = head.args[0]
-    assert isinstance(scaled, fx.Node)
-    norm = next(a for a in scaled.all_input_nodes if a is not gain)
-    matrix = insert(graph, head, aten.diag.default, gain)
-    dense = insert(graph, head, aten.linear.default, norm, matrix)
-    head.replace_input_with(scaled, dense)
+def _dense_before(graph: fx.GraphModule, head: fx.Node, affine: Affine, known: Collection[fx.Node]) -> None:
+    matrix = insert(graph, head, aten.diag.default, operand(affine.result, known))
+    dense = insert(graph, head, aten.linear.default, affine.norm, matrix)
+    head.replace_input_with(affine.result, dense)
 
 
-def _move_biases(graph: fx.GraphModule, report: Report) -> None:
+def _move_biases(graph: fx.GraphModule, affines: list[Affine], report: Report) -> None:
     """y = n + bias read by linears: each linear's own bias becomes b + W·bias."""
     known = constants(graph)
-    for node, value, bias in _norm_affine(graph, "add"):
-        name = root_names(bias)[0]
-        others = [
-            u for u in node.users if not (is_op(u, "linear") and u.args[0] is node and u.args[1] in known)
-        ]
-        if others:
-            report.left.append((name, f"{others[0].name} reads the norm's output and is not a linear"))
+    for affine in affines:
+        if (node := affine.bias) is None:
             continue
+        bias, value = operand(node, known), affine.gain or affine.norm
         for reader in list(node.users):
             own = reader.args[2] if len(reader.args) > 2 else None
             pushed = insert(graph, reader, aten.linear.default, bias, reader.args[1], own)
             reader.args = (value, reader.args[1], pushed)
-        report.changed.append(name)
+        report.changed.append(root_names(bias)[0])
+    finish(graph)
 
 
-def _move_gains(graph: fx.GraphModule, report: Report) -> None:
-    gains = _norm_affine(graph, "mul")
-    bases = infer_bases(graph, cut=[node for node, _, _ in gains])
-    classes = [bases.of(node) for node, _, _ in gains]
-    used = [c for factors in classes for c, _ in factors]
-    expressions, shapes = Expressions(graph), infer_shapes(graph, only=constants(graph))
-    for (node, value, gain), factors in zip(gains, classes, strict=True):
-        name = root_names(gain)[0]
-        reason = _blocked(factors, reading=True) or (
-            used.count(factors[0][0]) > 1 and "meets another gain's axis"
-        )
-        if reason:
-            report.left.append((name, str(reason)))
-            continue
-        for axis in factors[0][0].parameters:
+def _move_gains(graph: fx.GraphModule, affines: list[Affine], report: Report) -> None:
+    """y = n * gain read by parameters: each takes the gain along the axis that reads y."""
+    known, gains = constants(graph), {a: a.gain for a in affines if a.gain is not None}
+    if not gains:
+        return
+    bases = infer_bases(graph, cut=gains.values())
+    expressions, shapes = Expressions(graph), infer_shapes(graph, only=known)
+    for affine, node in gains.items():
+        gain = operand(node, known)
+        ((cls, _),) = bases.of(node)
+        for axis in cls.parameters:
             shape = [axis.size if d == axis.dim else 1 for d in range(shapes[axis.node].dim())]
             last = axis.dim == len(shape) - 1
             scale = gain if last else insert_after(graph, gain, aten.reshape.default, gain, shape)
             expressions.wrap(axis.node, aten.mul.Tensor, scale)
-        node.replace_all_uses_with(value)
-        report.changed.append(name)
+        node.replace_all_uses_with(affine.norm)
+        report.changed.append(parameter_name(affine, known))
+    finish(graph)
 
 
-def _blocked(factors: list[tuple[BasisClass, bool]], reading: bool) -> str | None:
-    """Why a diagonal (reading) or a projection (writing) on this axis cannot move into its parameters."""
-    if len(factors) != 1:
-        return "its axis is taken apart into factors"
-    cls, flipped = factors[0]
-    if cls.group < Group.INVERTIBLE:
-        return cls.why_rigid()
-    for axis in cls.parameters:
-        if (axis.flipped != flipped) != reading:
-            return f"{axis} also {'writes' if reading else 'reads'} the axis"
-        if axis.outer * axis.inner != 1:
-            return f"{axis} holds the axis as a factor"
-    if not cls.parameters:
-        return "no parameter reads it" if reading else "no parameter writes it"
-    return None
-
-
-def _move_centring(graph: fx.GraphModule, report: Report) -> None:
+def _move_centring(graph: fx.GraphModule, norms: list[fx.Node], report: Report) -> None:
     """layer_norm(x) is rms_norm(x - mean(x)): write x centred, if all that is done to x is to write it."""
-    norms = [n for n in graph.graph.nodes if is_op(n, "layer_norm")]
+    if not norms:
+        return
     bases = infer_bases(graph, cut=norms)
     centred: set[BasisClass] = set()
     expressions = Expressions(graph)
     for norm in norms:
-        factors = bases.of(norm.args[0])
-        reason = _blocked(factors, reading=False)
-        if reason:
-            report.left.append((norm.name, reason))
-            continue
-        cls = factors[0][0]
+        ((cls, _),) = bases.of(norm.args[0])
         if cls not in centred:
             centred.add(cls)
             _centre(graph, expressions, cls.parameters)
@@ -200,6 +166,7 @@ def _move_centring(graph: fx.GraphModule, report: Report) -> None:
         graph.graph.erase_node(norm)
         new._rename(norm.name)
         report.changed.append(norm.name)
+    finish(graph)
 
 
 def _centre(graph: fx.GraphModule, expressions: Expressions, axes: list[ParameterAxis]) -> None:

@@ -264,13 +264,14 @@ class _Inference:
 
     def _classes(self, leaf: list[fx.Node]) -> Bases:
         members: dict[Variable, tuple[list[ParameterAxis], list[tuple[fx.Node, int]]]] = {}
+        constant = set(leaf)
         for node, axes in self.axes.items():
             for dim, axis in enumerate(axes if isinstance(axes, list) else ()):
                 factors = resolve(axis)
                 for place, (variable, flipped) in enumerate(factors):
                     parameters, values = members.setdefault(variable, ([], []))
                     outer, inner = product(factors[:place]), product(factors[place + 1 :])
-                    if node in set(leaf):
+                    if node in constant:
                         parameters.append(ParameterAxis(node, dim, outer, variable.size, inner, flipped))
                     else:
                         values.append((node, dim))
