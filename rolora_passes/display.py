@@ -76,9 +76,7 @@ class Display:
 def pass_line(record: Record) -> None:
     checked = "" if record.error is None else f", same function to {record.error:.0e}"
     left = f", {len(record.report.left)} left" if record.report.left else ""
-    console.print(
-        f"  {record.name:22} {len(record.report.changed):4} sites{left}, {record.seconds:.1f} s{checked}"
-    )
+    console.print(f"  {record.name:22} {_sites(record):>10}{left}, {record.seconds:.1f} s{checked}")
     stages = record.report.notes.get("stages", [])
     if stages:
         _gptq_line(stages, record.peak_mb)
@@ -132,8 +130,12 @@ def parity_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _sites(record: Record) -> str:
+    return f"{len(record.report.changed)} sites" if record.report.changed else "no site"
+
+
 def _outcome(record: Record) -> str:
-    text = f"{len(record.report.changed)} sites"
+    text = _sites(record)
     if record.report.left:
         reasons = Counter(reason for _, reason in record.report.left)
         text += "".join(f"; {count} left: {reason}" for reason, count in reasons.most_common(2))

@@ -21,6 +21,10 @@ class PassError(RoloraError):
     """A pass cannot do what its options ask on this graph."""
 
 
+class NoSiteWarning(UserWarning):
+    """A pass found nothing to change, and what it ensures does not hold."""
+
+
 class VerificationError(RoloraError):
     """A pass that promises to keep the function changed it."""
 

@@ -24,6 +24,7 @@ from rolora_passes.graphs.graph import (
 )
 from rolora_passes.graphs.norm_fusion import (
     Affine,
+    Fusions,
     find_affines,
     find_fusions,
     find_untied_fusions,
@@ -73,13 +74,13 @@ class FuseNorm(Pass):
         fusions = find_fusions(graph)
         report.left += fusions.left
         _move_biases(graph, fusions.affines, report)
-        _move_gains(graph, fusions.affines, report)
+        _move_gains(graph, fusions, report)
         _move_centring(graph, fusions.centrings, report)
         return report
 
 
 def _free_tables(graph: fx.GraphModule, tied: str, report: Report) -> None:
-    """Give a table that an embedding and a linear share what the linear's norm needs, if it needs anything."""
+    """Give a table that an embedding and a linear share what the linear's norm needs, if anything."""
     tables = tied_tables(graph)
     _, needed = find_untied_fusions(graph) if tables else (None, set())
     centred = any(is_op(n, "layer_norm") for n in graph.graph.nodes)
@@ -128,16 +129,15 @@ def _move_biases(graph: fx.GraphModule, affines: list[Affine], report: Report) -
     finish(graph)
 
 
-def _move_gains(graph: fx.GraphModule, affines: list[Affine], report: Report) -> None:
+def _move_gains(graph: fx.GraphModule, fusions: Fusions, report: Report) -> None:
     """y = n * gain read by parameters: each takes the gain along the axis that reads y."""
-    known, gains = constants(graph), {a: a.gain for a in affines if a.gain is not None}
-    if not gains:
-        return
-    bases = infer_bases(graph, cut=gains.values())
+    known = constants(graph)
     expressions, shapes = Expressions(graph), infer_shapes(graph, only=known)
-    for affine, node in gains.items():
+    for affine in fusions.affines:
+        if (node := affine.gain) is None:
+            continue
         gain = operand(node, known)
-        ((cls, _),) = bases.of(node)
+        ((cls, _),) = fusions.bases.of(affine.result)
         for axis in cls.parameters:
             shape = [axis.size if d == axis.dim else 1 for d in range(shapes[axis.node].dim())]
             last = axis.dim == len(shape) - 1

@@ -7,6 +7,7 @@ import difflib
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.errors import GraphFormatError, PassError, PassOrderError
+from rolora_passes.errors import GraphFormatError, NoSiteWarning, PassError, PassOrderError
 from rolora_passes.graphs.accounting import peak_mb
 from rolora_passes.graphs.capture import from_exported
 from rolora_passes.graphs.graph import copy_graph, parameters
+from rolora_passes.graphs.spec import FACTS, ROUNDED, facts, refuted, require_legal
 from rolora_passes.graphs.text import graph_text
-from rolora_passes.passes import REMEDIES, Calibration, Pass, Report
+from rolora_passes.passes import Calibration, Pass, Report
 from rolora_passes.registry import make_pass
 
 PassLike = Pass | str | Mapping[str, Any]
@@ -55,8 +57,9 @@ class Record:
         exact = (
             "" if self.error is None else f", same function to {self.error:.0e} ({self.verify_seconds:.1f} s)"
         )
+        sites = f"{len(self.report.changed)} sites" if self.report.changed else "no site found"
         return (
-            f"{self.name}({options}): {len(self.report.changed)} sites, {len(self.report.left)} left, "
+            f"{self.name}({options}): {sites}, {len(self.report.left)} left, "
             f"{self.seconds:.2f} s, peak {self.peak_mb:.0f} MB, {self.nodes[0]} nodes before and "
             f"{self.nodes[1]} after{exact}"
         )
@@ -125,21 +128,14 @@ def apply_passes(
 
     Raises:
         GraphFormatError: not a captured graph.
-        PassOrderError: a pass's requirement does not hold where it stands; nothing has been run.
+        PassOrderError: a pass's requirement does not hold where it stands: before anything is run, if no pass
+            before it is to establish it; else when that has run and found no site.
         VerificationError: an exact pass changed the function.
         PassError: a pass cannot do what its options ask, or needs calibration and there is none.
     """
-    if isinstance(graph, torch.export.ExportedProgram):
-        graph = from_exported(graph)
-    if not isinstance(graph, fx.GraphModule):
-        raise GraphFormatError(
-            f"expected a captured graph, found {type(graph).__name__}: "
-            "call rolora_passes.graphs.capture on it first"
-        )
-    if isinstance(passes, (Pass, str, Mapping)) or not isinstance(passes, Iterable):
-        raise PassError(f"expected a list of passes, found {passes!r}: write [{passes!r}]")
-    pipeline = [make_pass(p) for p in passes]
-    check_order(pipeline, graph.meta.get("facts", []))
+    graph, pipeline = _captured(graph), _pipeline(passes)
+    require_legal(graph, "what came before")
+    check_order(pipeline, facts(graph, {f for step in pipeline for f in (*step.requires, *step.forbids)}))
     if isinstance(calibration, Tensor):
         calibration = Calibration(calibration)
     require_calibration(pipeline, calibration, graph.meta.get("config", {}).get("vocab_size"))
@@ -158,6 +154,23 @@ def apply_passes(
     return current if pipeline else copy_graph(graph)
 
 
+def _captured(graph: fx.GraphModule | torch.export.ExportedProgram) -> fx.GraphModule:
+    if isinstance(graph, torch.export.ExportedProgram):
+        return from_exported(graph)
+    if not isinstance(graph, fx.GraphModule):
+        raise GraphFormatError(
+            f"expected a captured graph, found {type(graph).__name__}: "
+            "call rolora_passes.graphs.capture on it first"
+        )
+    return graph
+
+
+def _pipeline(passes: Iterable[PassLike]) -> list[Pass]:
+    if isinstance(passes, (Pass, str, Mapping)) or not isinstance(passes, Iterable):
+        raise PassError(f"expected a list of passes, found {passes!r}: write [{passes!r}]")
+    return [make_pass(p) for p in passes]
+
+
 def history(graph: fx.GraphModule) -> list[Record]:
     """The records of every pass applied to a graph, oldest first."""
     return list(graph.meta.get("history", []))
@@ -168,29 +181,27 @@ def referring(calibration: Calibration | None, graph: fx.GraphModule, step: Pass
 
     `apply_passes` does this along its list; who applies passes one by one hands on what this returns.
     """
-    facts = graph.meta.get("facts", [])
-    if calibration is None or not _rounds(step.ensures) or _rounds(facts):
+    if calibration is None or not ROUNDED & {*step.ensures} or facts(graph, ROUNDED):
         return calibration
     return dataclasses.replace(calibration, reference=graph)
 
 
-def _rounds(facts: Iterable[str]) -> bool:
-    return any(fact.endswith(" quantized") for fact in facts)
-
-
-def check_order(pipeline: Iterable[Pass], facts: Iterable[str]) -> None:
+def check_order(pipeline: Iterable[Pass], holding: Iterable[str]) -> None:
     """Check requirements and prohibitions along a pipeline, before anything runs.
+
+    Args:
+        holding: facts that hold of the graph that the pipeline is for.
 
     Raises:
         PassOrderError: names the pass, the fact, and the pass to run first or to leave out.
     """
-    known = dict.fromkeys(facts, "before these passes")
+    known = dict.fromkeys(holding, "before these passes")
     for step in pipeline:
         for fact in step.requires:
             if fact not in known:
-                remedy = REMEDIES.get(fact, "see `rolora passes`")
+                remedy = FACTS[fact].remedy if fact in FACTS else "see `rolora passes`"
                 raise PassOrderError(
-                    f"{step.name} requires a graph with {fact!r}, found {sorted(known)}: {remedy}"
+                    f"{step.name} requires a graph with {fact!r}, found {sorted(known) or 'none'}: {remedy}"
                 )
         for fact in step.forbids:
             if fact in known:
@@ -244,15 +255,17 @@ def _apply(
     error = None
     place = f"{number:02d}-{step.name}"
     try:
+        if number:  # the first was checked with the order
+            check_order([step], facts(before, {*step.requires, *step.forbids}))
         start = time.perf_counter()
         if calibration is not None and step.needs_calibration:
             report = step.calibrate(after, calibration)
         else:
             report = step.run(after)
         seconds = time.perf_counter() - start
-        after.meta["facts"] = sorted({*after.meta.get("facts", []), *step.ensures} - {*step.removes})
         shown = after  # whole from here on
         start = time.perf_counter()
+        _check_claims(after, step, report)
         if verify and step.exact and not _identical(before, after):
             error = step.verify(before, after, report)
     except Exception:
@@ -267,6 +280,27 @@ def _apply(
     if print_graph == "all" or (print_graph == "changed" and report.modified):
         _write(place, graph_diff(before, after) if print_graph == "changed" else graph_text(after), print_to)
     return after, record
+
+
+def _check_claims(graph: fx.GraphModule, step: Pass, report: Report) -> None:
+    """Check that what a pass leaves is legal, and that the facts hold that it says it establishes.
+
+    Raises:
+        GraphFormatError: the graph is not legal.
+        PassError: a fact that it ensures does not hold, or one that it removes still does.
+    """
+    require_legal(graph, step.name)
+    broken = {fact: reason for fact in step.ensures if (reason := refuted(graph, fact))}
+    if not report.changed:
+        if broken or not step.ensures:
+            why = "; ".join(f"{site}: {reason}" for site, reason in report.left[:2])
+            warnings.warn(f"{step.name} found no site. {why}", NoSiteWarning, stacklevel=4)
+        return
+    for fact, reason in broken.items():
+        raise PassError(f"{step.name} says that it leaves a graph with {fact!r}, but {reason}")
+    for fact in step.removes:
+        if refuted(graph, fact) is None:
+            raise PassError(f"{step.name} says that it leaves a graph without {fact!r}, which still holds")
 
 
 def _identical(before: fx.GraphModule, after: fx.GraphModule) -> bool:

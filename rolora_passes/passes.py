@@ -13,13 +13,6 @@ from torch import Tensor, fx
 
 from rolora_passes.graphs.verify import verify_same
 
-# A fact about a graph, and what establishes it. Facts are recorded in graph.meta["facts"].
-REMEDIES = {
-    "canonical": "capture the model with rolora_passes.graphs.capture",
-    "norms fused": "run fuse-norm first",
-    "activations observed": "run observe-activations first",
-}
-
 
 @dataclass
 class Report:
@@ -70,9 +63,8 @@ class Pass:
 
     Class attributes:
         kind: "exact" keeps the function up to rounding, and is verified; "lossy" does not.
-        requires, ensures: facts that must hold before, and that hold after.
-        forbids: facts that must not hold before.
-        removes: facts that no longer hold after.
+        requires, forbids: facts (`rolora_passes.graphs.spec`) that must hold before, and must not.
+        ensures, removes: facts that hold after, if the pass found a site, and that no longer do.
     """
 
     kind: ClassVar[Literal["exact", "lossy"]] = "exact"

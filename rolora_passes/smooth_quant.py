@@ -22,6 +22,7 @@ from rolora_passes.graphs.observers import observations, remove_observers
 from rolora_passes.graphs.scalings import Reading, Scaling, apply_scaling, find_scalings, largest
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import matches, require_match
+from rolora_passes.graphs.spec import refuted
 from rolora_passes.passes import Pass, Report
 
 _Seen = dict[fx.Node, tuple[Tensor, Tensor]]
@@ -95,7 +96,7 @@ class SmoothQuant(Pass):
             return "not smoothed by the options"
         if scaling.reason:
             bare = any(is_op(r.value, "rms_norm", "layer_norm") for r in scaling.inputs)
-            fused = bare and "norms fused" in graph.meta.get("facts", [])
+            fused = bare and refuted(graph, "norms fused") is None
             hint = "; no gain is left to take the scale: run smooth-quant before fuse-norm"
             return scaling.reason + (hint if fused else "")
         if any(reading.value not in seen for reading in scaling.inputs):

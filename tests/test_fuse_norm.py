@@ -81,10 +81,15 @@ def test_what_a_llama_becomes() -> None:
 
 def test_where_post_norms_pin_the_stream_every_gain_is_left_with_the_reason() -> None:
     left = dict(report_of(apply_passes(captured("gemma2"), [FuseNorm()])).left)
-    for name in ("post_attention_layernorm", "post_feedforward_layernorm"):  # other norms read what they write
+    for name in (
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+    ):  # other norms read what they write
         assert left[f"model.layers.1.{name}.weight"].startswith("rms_norm")
     name = "model.layers.0.input_layernorm.weight"  # could move, for nothing
-    assert left[name].startswith("moving it frees no rotation: mul") and "post_attention_layernorm" in left[name]
+    assert (
+        left[name].startswith("moving it frees no rotation: mul") and "post_attention_layernorm" in left[name]
+    )
 
 
 def test_a_table_is_untied_only_for_a_gain_that_moves() -> None:
@@ -112,9 +117,8 @@ class PostNorm(torch.nn.Module):
         x, y = self.first(tokens), self.second(tokens)
         x = x + self.norms[1](self.linears[0](self.norms[0](x)))
         y = y + self.linears[1](self.norms[2](y))
-        logits: torch.Tensor = self.heads[0](torch.nn.functional.rms_norm(x, (8,), None, 1e-6)) + self.heads[1](
-            self.norms[3](y)
-        )
+        x = torch.nn.functional.rms_norm(x, (8,), None, 1e-6)
+        logits: torch.Tensor = self.heads[0](x) + self.heads[1](self.norms[3](y))
         return logits
 
 

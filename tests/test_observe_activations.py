@@ -18,6 +18,7 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs import observers
 from rolora_passes.graphs.graph import finish, linears, parameters, set_tensor, site_names, values
 from rolora_passes.graphs.observers import Histogram, MinMax, Observer, Percentile, observations
+from rolora_passes.graphs.spec import facts
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.observe_activations import ObserveActivations
 from rolora_passes.passes import Calibration, Report
@@ -41,7 +42,7 @@ def tiny(table: Tensor = TABLE) -> fx.GraphModule:
     a, b = (graph.call_function(aten.linear.default, (x, node)) for node in nodes[1:3])
     both = graph.call_function(aten.add.Tensor, (a, b))
     graph.output(graph.call_function(aten.linear.default, (both, nodes[3])))
-    module.meta |= {"facts": ["canonical"], "config": {"vocab_size": len(table)}}
+    module.meta |= {"config": {"vocab_size": len(table)}}
     return finish(module)
 
 
@@ -73,7 +74,7 @@ def test_a_value_that_two_linears_read_has_one_observer() -> None:
         "return linear_default_2",
     ]
     assert report_of(graph).changed == ["a", "b", "c"]
-    assert "activations observed" in graph.meta["facts"]
+    assert "activations observed" in facts(graph)
 
 
 def test_ranges_by_hand_per_tensor_and_per_channel() -> None:

@@ -11,6 +11,7 @@ from test_quantize_weights import wide
 from rolora_passes import FoldConstants, QuantizeActivations, QuantizeKVCache, QuantizeWeights, apply_passes
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.accounting import weigh
+from rolora_passes.graphs.spec import facts
 from rolora_passes.learning.training import Training
 from rolora_passes.recipes import dump_recipe, load_recipe
 from rolora_passes.settings import METHODS, Setting, method_passes
@@ -93,8 +94,8 @@ def test_every_method_runs_and_round_trips(method: str) -> None:
     assert all(p.seed == 3 for p in passes if hasattr(p, "seed"))
     graph = apply_passes(wide(), passes, calibration=tokens_for(wide(), 4, 40))
     assert weigh(graph).by_bits[4] > 0
-    assert {"weights quantized", "activations quantized", "cache quantized"} <= {*graph.meta["facts"]}
-    assert "activations observed" not in graph.meta["facts"]
+    assert {"weights quantized", "activations quantized", "cache quantized"} <= {*facts(graph)}
+    assert "activations observed" not in facts(graph)
     assert dump_recipe(passes)
 
 

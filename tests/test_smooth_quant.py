@@ -15,6 +15,7 @@ from rolora_passes import AddLoRA, FoldConstants, FuseNorm, InsertHadamard, Rota
 from rolora_passes.errors import PassError, PassOrderError
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import convert, linears, parameters, set_tensor, site_names, values
+from rolora_passes.graphs.spec import facts
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.observe_activations import ObserveActivations
 from rolora_passes.passes import Report
@@ -102,7 +103,7 @@ def test_observers_and_their_fact_are_gone() -> None:
     assert not count(done, "observed") and not any("input_low" in name for name in parameters(done))
     assert report_of(done).changed[0] == "9 observers removed"
     assert SmoothQuant.removes == ("activations observed",)
-    assert "activations observed" not in done.meta["facts"]
+    assert "activations observed" not in facts(done)
 
 
 def test_alpha_one_makes_every_input_channel_one() -> None:

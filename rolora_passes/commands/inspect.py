@@ -84,13 +84,13 @@ def _compiled(options: argparse.Namespace) -> None:
 def _opened(options: argparse.Namespace, display: Display) -> tuple[fx.GraphModule, dict[str, float] | None]:
     """What is to be shown, and the SQNR of its values by node where there is a text to measure it on."""
     from rolora_passes.fuse_norm import FuseNorm
+    from rolora_passes.graphs.spec import facts
     from rolora_passes.manager import apply_passes
 
     if options.text is not None:
         return _measured(options, display)
     *_, (_, graph) = stages(options, display)
-    facts = set(graph.meta.get("facts", ()))
-    plain = options.recipe is None and not facts & {"norms fused", *FuseNorm.forbids}
+    plain = options.recipe is None and not facts(graph, ("norms fused", *FuseNorm.forbids))
     return (
         apply_passes(graph, [FuseNorm()], verify=False) if plain and not options.as_captured else graph
     ), None

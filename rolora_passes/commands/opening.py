@@ -50,6 +50,7 @@ def stages(options: argparse.Namespace, display: Display) -> Iterator[tuple[str,
         Also what `load_recipe`, `open_graph` and `apply_passes` raise.
     """
     from rolora_passes.evaluation.scorers import load_passes, load_tokenizer
+    from rolora_passes.graphs.spec import facts
     from rolora_passes.manager import apply_passes, check_order, referring, require_calibration
 
     passes = load_passes(options.recipe, options.seed)
@@ -57,7 +58,7 @@ def stages(options: argparse.Namespace, display: Display) -> Iterator[tuple[str,
     if make is None:
         require_calibration(passes, None)
     graph, tokenizer = open_graph(options.model, display)
-    check_order(passes, graph.meta.get("facts", []))
+    check_order(passes, facts(graph))
     data = None
     if make is not None and any(step.needs_calibration for step in passes):
         if tokenizer is None and options.tokenizer is None:

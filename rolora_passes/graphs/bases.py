@@ -204,7 +204,7 @@ class _Inference:
         if node.op == "output":
             self._block(node, "is the graph's output")
             return None
-        if node in self.cut:
+        if node in self.cut and self.shape(node) is not None:
             return self._cut(node)
         rule = self._rule(node)
         if op_name(node) == "sym_size" or not isinstance(self.shapes.get(node), (torch.Tensor, tuple, list)):
@@ -243,7 +243,7 @@ class _Inference:
         )
 
     def _cut(self, node: fx.Node) -> Any:
-        operand = next(a for a in node.all_input_nodes if self.shape(a) == self.shape(node))
+        operand = next(a for a in node.all_input_nodes if self.known(a) and self.shape(a) == self.shape(node))
         return [*self.of(operand)[:-1], self.fresh((self.shape(node) or (1,))[-1])]
 
     def _block(self, node: fx.Node, why: str) -> None:

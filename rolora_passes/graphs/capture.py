@@ -92,7 +92,6 @@ def capture(model: PreTrainedModel, *, check: bool = True) -> fx.GraphModule:
             exported = _export(model, kind)
         graph = canonicalize(exported.module(check_guards=False))
         graph.meta["config"] = _config(model)
-        graph.meta["facts"] = ["canonical"]
         if check:
             _compare(graph, model, kind)
     finally:
@@ -104,7 +103,6 @@ def from_exported(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     """Canonical form of an ExportedProgram whose forward takes what `graphs.inputs` names, to one tensor."""
     graph = canonicalize(exported.module(check_guards=False))
     graph.meta["config"] = {}
-    graph.meta["facts"] = ["canonical"]
     return graph
 
 

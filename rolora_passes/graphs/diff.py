@@ -13,6 +13,7 @@ from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import get_tensor, is_op, op_name, parameters, root_names, upstream
 from rolora_passes.graphs.layers import find_layers
 from rolora_passes.graphs.shapes import infer_shapes
+from rolora_passes.graphs.spec import facts
 from rolora_passes.graphs.structure import Words, formula, is_view, numberless, parameter_name
 
 _SHOWN = 24  # lines of a section; alike ones count once
@@ -27,7 +28,7 @@ def diff_text(before: fx.GraphModule, after: fx.GraphModule) -> str:
     """
     diff = _Diff(before, after)
     sections = {
-        "facts": _changes(before.meta.get("facts", []), after.meta.get("facts", [])),
+        "facts": _changes(facts(before), facts(after)),
         "size": _sizes(before, after),
         "nodes": diff.nodes(),
         "weights": diff.weights(),

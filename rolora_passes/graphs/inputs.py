@@ -6,7 +6,8 @@ There are three kinds of graph. Every input is int64; batch B and each length ar
     forward(tokens [B, S])                           encoder-only: positions are counted in the graph
     forward(tokens [B, S], decoder_tokens [B, T])    encoder-decoder: the same, on both sides
 
-Rows are unpadded: no graph has a padding mask.
+AddKVCache makes forward(tokens [1, S], input_pos [1]) of the first, which its runtime alone drives. Rows are
+unpadded: no graph has a padding mask.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rolora_passes.errors import GraphFormatError
 DECODER = ("tokens", "positions")
 ENCODER = ("tokens",)
 ENCODER_DECODER = ("tokens", "decoder_tokens")
+CACHED = ("tokens", "input_pos")
 
 
 def positions_like(tokens: Tensor) -> Tensor:

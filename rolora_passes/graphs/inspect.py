@@ -11,6 +11,7 @@ from torch import fx
 
 from rolora_passes.graphs.accounting import weigh
 from rolora_passes.graphs.bases import BasisClass, Group, infer_bases
+from rolora_passes.graphs.spec import facts
 from rolora_passes.graphs.structure import numberless
 
 GROUPS = {
@@ -30,7 +31,7 @@ def summary(graph: fx.GraphModule) -> str:
     name, kind = Path(config.get("name", "unknown")).name, config.get("model_type", "of no known type")
     lines = [
         f"model      {name} ({kind})",
-        f"facts      {', '.join(graph.meta.get('facts', [])) or 'none'}",
+        f"facts      {', '.join(facts(graph)) or 'none'}",
         f"weights    {weights.elements / 1e6:.1f} M ({widths}), {weights.bits_per_weight:.2f} bits each "
         f"with scales, {weights.megabytes:.1f} MB",
     ]

@@ -57,7 +57,10 @@ class Fusions:
         affines: those that can move, and whose moving frees a class.
         centrings: LayerNorms whose centring can move, likewise.
         left: names of the others (the gain's, else the bias's parameter, or the norm), each with the reason.
+        bases: the graph's, looking past all that can move.
     """
+
+    bases: Bases
 
     affines: list[Affine] = field(default_factory=list)
     centrings: list[fx.Node] = field(default_factory=list)
@@ -73,18 +76,16 @@ def find_fusions(graph: fx.GraphModule) -> Fusions:
     known = constants(graph)
     affines = find_affines(graph, known)
     norms = [n for n in graph.graph.nodes if is_op(n, "layer_norm")]
-    if not affines and not norms:
-        return Fusions()
-    bases = infer_bases(graph, cut={*norms, *(n for a in affines for n in a.nodes)})
+    everything = {*norms, *(n for a in affines for n in a.nodes)}
+    bases = infer_bases(graph, cut=everything)
     reasons: dict[Affine | fx.Node, str | None] = {a: _why_not(a, affines, bases, known) for a in affines}
     reasons |= {n: blocked(bases.of(n.args[0]), reading=False) for n in norms}
     movable = [one for one, reason in reasons.items() if reason is None]
     cut = {n for one in movable for n in (one.nodes if isinstance(one, Affine) else [one])}
-    bases = infer_bases(graph, cut=cut)
-    result = Fusions()
+    result = Fusions(bases if cut == everything else infer_bases(graph, cut=cut))
     for one, reason in reasons.items():
         norm, name = (one.norm, parameter_name(one, known)) if isinstance(one, Affine) else (one, one.name)
-        reason = reason or _why_useless(norm, bases, norm in cut)
+        reason = reason or _why_useless(norm, result.bases, norm in cut)
         if reason is not None:
             result.left.append((name, reason))
         elif isinstance(one, Affine):
@@ -108,9 +109,8 @@ def find_untied_fusions(graph: fx.GraphModule) -> tuple[Fusions, set[str]]:
         for reader in readers:
             reader.replace_input_with(table, clone)
     fusions = find_fusions(graph)
-    bases = infer_bases(graph, cut={*fusions.centrings, *(n for a in fusions.affines for n in a.nodes)})
-    touched = [bases.of(a.result) for a in fusions.affines] + [bases.of(n.args[0]) for n in fusions.centrings]
-    axes = [axis for factors in touched for cls, _ in factors for axis in cls.parameters]
+    touched = [a.result for a in fusions.affines] + [n.args[0] for n in fusions.centrings]
+    axes = [axis for node in touched for cls, _ in fusions.bases.of(node) for axis in cls.parameters]
     return fusions, {names[axis.node] for axis in axes if axis.node in names}
 
 
@@ -130,9 +130,7 @@ def find_affines(graph: fx.GraphModule, known: Collection[fx.Node]) -> list[Affi
 
     def reads(node: fx.Node, value: fx.Node, kind: str) -> bool:
         others = [a for a in node.all_input_nodes if a is not value]
-        return (
-            is_op(node, kind) and len(others) == 1 and others[0] in known and shapes[others[0]].dim() == 1
-        )
+        return is_op(node, kind) and len(others) == 1 and others[0] in known and shapes[others[0]].dim() == 1
 
     found = []
     for norm in graph.graph.nodes:
@@ -172,9 +170,7 @@ def blocked(factors: list[tuple[BasisClass, bool]], reading: bool) -> str | None
     return None
 
 
-def _why_not(
-    affine: Affine, affines: list[Affine], bases: Bases, known: Collection[fx.Node]
-) -> str | None:
+def _why_not(affine: Affine, affines: list[Affine], bases: Bases, known: Collection[fx.Node]) -> str | None:
     """Why an affine cannot move into what reads it."""
     result = affine.result
     if affine.bias is not None:

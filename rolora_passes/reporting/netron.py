@@ -13,6 +13,7 @@ from rolora_passes.export.extras import require
 from rolora_passes.graphs.diff import literals
 from rolora_passes.graphs.files import writing
 from rolora_passes.graphs.graph import op_name, root_names
+from rolora_passes.graphs.spec import facts
 from rolora_passes.graphs.structure import formula
 from rolora_passes.reporting.drawing import Drawing
 
@@ -37,7 +38,7 @@ def write_netron(graph: fx.GraphModule, path: str | Path, sqnr: Mapping[str, flo
     model = onnx.helper.make_model(
         file.graph(path.stem), opset_imports=domains, producer_name="rolora-passes"
     )
-    onnx.helper.set_model_props(model, {"facts": ", ".join(graph.meta.get("facts", []))})
+    onnx.helper.set_model_props(model, {"facts": ", ".join(facts(graph))})
     with writing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
     return path

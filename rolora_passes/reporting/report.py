@@ -13,6 +13,7 @@ from rolora_passes.debugging.opening import Subject
 from rolora_passes.debugging.twins import with_float_twin
 from rolora_passes.errors import DataError
 from rolora_passes.fuse_norm import FuseNorm
+from rolora_passes.graphs.spec import refuted
 from rolora_passes.manager import Record, apply_passes, history
 from rolora_passes.passes import Pass
 from rolora_passes.recipes import dump_recipe
@@ -118,7 +119,7 @@ def gather(
         data["weights"] = weight_grids(quantized, twin, arrays)
         data["quantizers"] = activation_grids(quantized, tokens, arrays)
     on_stage("bases")
-    fused = "norms fused" in graph.meta.get("facts", ())
+    fused = refuted(graph, "norms fused") is None
     plain = graph if fused else apply_passes(graph, [FuseNorm()], verify=False)
     return data | {
         "bases": basis_map(plain, twin.meta.get("rotations", {})),

@@ -16,7 +16,6 @@ from rolora_passes.export.runner import load_pte
 
 def test_a_graph_with_caches(tmp_path: Path) -> None:
     plain = tiny_llama()
-    plain.meta["facts"] = ["canonical"]
     cached = apply_passes(plain, [AddKVCache(max_length=16)])
     (record,) = history(cached)
     assert record.error is not None
@@ -31,7 +30,6 @@ def test_a_graph_with_caches(tmp_path: Path) -> None:
 
 def test_errors() -> None:
     plain = tiny_llama()
-    plain.meta["facts"] = ["canonical"]
     with pytest.raises(PassOrderError, match="already 'kv cache'"):
         apply_passes(plain, [AddKVCache(), "add-kv-cache"])
     with pytest.raises(LoweringError, match="at least 16 tokens, found max_length 1"):

@@ -26,7 +26,6 @@ CACHES = pytest.mark.parametrize("cache", [False, True], ids=["float cache", "in
 def turned(factors: bool, cache: bool) -> fx.GraphModule:
     """Two layers with R3 (64) and R4 (48 x 32): Hadamards, or factors, random and others in every layer."""
     graph = tiny_llama(head_dim=64, mlp=1536)
-    graph.meta["facts"] = ["canonical"]
     given = {key: random_rotation(n) for key, n in _orders(graph).items()} if factors else None
     rounded = [QuantizeKVCache(keys=8, values=8)] if cache else []
     return apply_passes(graph, [InsertHadamard(factors=factors, given=given), FoldConstants(), *rounded])

@@ -43,7 +43,6 @@ CASES: dict[str, tuple[dict[str, object], dict[str, object], dict[str, object]]]
 
 def rounded(sizes: Mapping[str, object] | None = None, **options: object) -> fx.GraphModule:
     graph = tiny_llama(**sizes or {})
-    graph.meta["facts"] = ["canonical"]
     given: dict[str, Any] = {"keys": 8, "values": 8, **options}
     return apply_passes(graph, [QuantizeKVCache(**given)])
 
