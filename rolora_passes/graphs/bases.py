@@ -99,10 +99,9 @@ class BasisClass:
 
     def why_rigid(self) -> str:
         """The operators that block a rotation, in words."""
-        blocking = dict.fromkeys(f"{describe(n)} {why}" for n, why in self.reasons)
-        return "; ".join(list(blocking)[:3]) + (
-            f"; and {len(blocking) - 3} more" if len(blocking) > 3 else ""
-        )
+        blocking = list(dict.fromkeys(self.reasons))
+        told = "; ".join(f"{describe(node)} {why}" for node, why in blocking[:3])
+        return told + (f"; and {len(blocking) - 3} more" if len(blocking) > 3 else "")
 
 
 @dataclass
