@@ -59,7 +59,6 @@ def canonicalize(module: torch.nn.Module) -> fx.GraphModule:
         rotary.one_node,
         casts.absorb,
         rotary.whole_heads,
-        merge_equal,  # what stood above two casts was narrowed twice
         fused.split_linears,  # after rotary: a partial rotary embedding also slices
         _sink_transposes,
         _remove_copies,
@@ -165,14 +164,8 @@ def _raise_precision(gm: fx.GraphModule) -> None:
     """In a float64 model, casts to float32 for precision's sake would lower it: widen them, and literals."""
     if graph.dtype_of(gm) != torch.float64:
         return
-    wide = {torch.float32: torch.float64}
     for node in gm.graph.nodes:
-        node.args = fx.node.map_aggregate(
-            node.args, lambda v: wide.get(v, v) if isinstance(v, torch.dtype) else v
-        )
-        node.kwargs = fx.node.map_aggregate(
-            node.kwargs, lambda v: wide.get(v, v) if isinstance(v, torch.dtype) else v
-        )
+        node.args, node.kwargs = graph.retyped((node.args, node.kwargs), lambda _: torch.float64)
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
             node.meta["val"] = value = value.to(torch.float64)
@@ -199,7 +192,7 @@ def _is_copy(node: fx.Node) -> bool:
         return True
     if name in ("dropout", "dropout_", "feature_dropout"):
         return node.args[2] is False
-    if name in casts.CASTS:
+    if name in graph.CASTS:
         before, after = source.meta.get("val"), node.meta.get("val")
         return isinstance(before, torch.Tensor) and before.dtype == after.dtype  # type: ignore[union-attr]
     if name in (

@@ -13,15 +13,13 @@ them compute in the narrow type. Other islands of a wider type (a router, a soft
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.graphs.graph import aten, constants, insert, is_op
+from rolora_passes.graphs.graph import CASTS, aten, constants, insert, is_op
 
-CASTS = ("to", "_to_copy", "type_as")
 _MOVES = (
     "transpose", "permute", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "slice",
 )  # fmt: skip
@@ -44,39 +42,47 @@ def absorb(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if is_op(node, "rotary_embedding"):
             node.args = (node.args[0], *map(bare, node.args[1:3]), *node.args[3:])
-    known = constants(gm)
+    narrow = _Narrow(gm)
     for node in list(gm.graph.nodes):
-        if is_cast(node) and node not in known and _size(node) < _size(node.args[0]):
-            new = _narrow(gm, node, node.args[0], known)
+        if is_cast(node) and node not in narrow.known and _size(node) < _size(node.args[0]):
+            new = narrow.value(node, node.args[0])
             if new is not None:
                 node.replace_all_uses_with(new)
 
 
-def _narrow(gm: fx.GraphModule, cast: fx.Node, node: Any, known: set[fx.Node]) -> fx.Node | None:
-    """`node`, which stands above `cast`, computed in the type of `cast`; None if that is not for it to say."""
-    dtype = cast.meta["val"].dtype
-    if node in known:
-        return cast_to(gm, cast, node, dtype)
-    if not _is_float(node) or node.meta["val"].dtype == dtype:
-        return node  # type: ignore[no-any-return]
-    if is_cast(node):
-        return _narrow(gm, cast, node.args[0], known)
-    subjects: tuple[Any, ...]
-    if is_op(node, "rms_norm", "layer_norm", "rotary_embedding", *_MOVES):
-        subjects = node.args[:1]
-    elif is_op(node, "attention"):
-        subjects = node.args[:3]
-    elif _is_affine(node, known):
-        subjects = node.args[:2]
-    else:
-        return None
-    narrow = {subject: _narrow(gm, cast, subject, known) for subject in subjects}
-    if any(new is None for new in narrow.values()):
-        return None
-    with gm.graph.inserting_before(cast):
-        new = gm.graph.node_copy(node, lambda n: narrow.get(n) or n)
-    new.meta["val"] = node.meta["val"].to(dtype)
-    return new
+class _Narrow:
+    """Values computed in the narrower type that they are cast to; what stands above two casts, once."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm, self.known = gm, constants(gm)
+        self._made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+
+    def value(self, cast: fx.Node, node: Any) -> fx.Node | None:
+        """`node`, which stands above `cast`, in the type of `cast`; None where that type is not for it."""
+        dtype = cast.meta["val"].dtype
+        if node in self.known:
+            return cast_to(self.gm, cast, node, dtype)
+        if not _is_float(node) or node.meta["val"].dtype == dtype:
+            return node  # type: ignore[no-any-return]
+        if is_cast(node):
+            return self.value(cast, node.args[0])
+        if (node, dtype) not in self._made:
+            parts = {part: self.value(cast, part) for part in self._subjects(node)}
+            if not parts or None in parts.values():
+                return None
+            with self.gm.graph.inserting_before(cast):
+                new = self.gm.graph.node_copy(node, lambda n: parts.get(n) or n)
+            new.meta["val"] = node.meta["val"].to(dtype)
+            self._made[node, dtype] = new
+        return self._made[node, dtype]
+
+    def _subjects(self, node: Any) -> tuple[Any, ...]:
+        """The operands whose type is the result's."""
+        if is_op(node, "rms_norm", "layer_norm", "rotary_embedding", *_MOVES):
+            return node.args[:1]  # type: ignore[no-any-return]
+        if is_op(node, "attention"):
+            return node.args[:3]  # type: ignore[no-any-return]
+        return node.args[:2] if _is_affine(node, self.known) else ()
 
 
 def _is_affine(node: Any, known: set[fx.Node]) -> bool:
@@ -109,10 +115,3 @@ def _is_float(node: Any) -> bool:
 def _size(node: Any) -> int:
     size: int = node.meta["val"].dtype.itemsize
     return size
-
-
-def retyped(value: Any, change: Callable[[torch.dtype], torch.dtype]) -> Any:
-    """A node's arguments with every floating-point type that is written in them changed."""
-    return fx.node.map_aggregate(
-        value, lambda v: change(v) if isinstance(v, torch.dtype) and v.is_floating_point else v
-    )

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.graphs.graph import argument, get_tensor, op_name, upstream
+from rolora_passes.graphs.graph import argument, get_tensor, op_name, retyped, upstream
 
 # Elements evaluated at a time where rows are independent (a token table): 8 MB in float64.
 _BLOCK = 1 << 20
@@ -43,7 +43,8 @@ def compute(
     """The values of expressions over parameters, and over inputs where those are given.
 
     Args:
-        dtype: the type to compute in: floating-point parameters are cast to it. None: in their own.
+        dtype: the type to compute in: floating-point parameters are cast to it, and casts to others are to it.
+            None: in their own.
         rows: of every parameter that has some; None for all.
     """
     steps = sorted(upstream(nodes))
@@ -56,16 +57,17 @@ def compute(
                 tensor = tensor[rows] if rows is not None and tensor.dim() > 1 else tensor
                 done[step] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
             elif step not in done:
-                done[step] = call(step, done.__getitem__)
+                done[step] = call(step, done.__getitem__, dtype)
             for value in dead[step]:
                 del done[value]
     return [done[node] for node in nodes]
 
 
-def call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-    """What a node's operator gives for the values of its operands."""
-    args = fx.node.map_arg(node.args, value_of)
-    kwargs = fx.node.map_arg(node.kwargs, value_of)
+def call(node: fx.Node, value_of: Callable[[fx.Node], Any], dtype: torch.dtype | None = None) -> Any:
+    """What a node's operator gives for the values of its operands; computed in `dtype`, if one is given."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    if dtype is not None:
+        args, kwargs = retyped((args, kwargs), lambda _: dtype)
     return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
@@ -91,7 +93,7 @@ def _independent_rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> tuple[int,
         elif name in ("rotate", "hadamard", "kronecker"):
             if argument(node, "dim") not in (1, -1):
                 return None
-        elif name not in ("mul", "div", "choose_qparams", "getitem", "quantize", "absmax", "encode"):
+        elif name not in ("mul", "div", "add", "to", "choose_qparams", "getitem", "quantize", "absmax", "encode"):
             return None
     if len(tables) != 1:
         return None
