@@ -8,7 +8,8 @@ in half precision widens for their sake, and rounds after them, they do themselv
     rotary_embedding(x, to(cos, bfloat16), ..)          ->  rotary_embedding(x, cos, ..)
 
 A cast to a narrower type is followed up to the casts that widened: if these nodes alone stand between, all of
-them compute in the narrow type. Other islands of a wider type (a router, a softmax of its own) stay as they are.
+them compute in the narrow type. Other islands of a wider type (a router, a softmax of its own) stay as they are,
+and a parameter that is only read in a wider type is held in it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.graphs.graph import CASTS, aten, constants, insert, is_op
+from rolora_passes.graphs.graph import CASTS, aten, constants, get_tensor, insert, is_op, set_tensor
 
 _MOVES = (
     "transpose", "permute", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "slice",
@@ -48,6 +49,19 @@ def absorb(gm: fx.GraphModule) -> None:
             new = narrow.value(node, node.args[0])
             if new is not None:
                 node.replace_all_uses_with(new)
+    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    for node in gm.graph.find_nodes(op="get_attr"):
+        _hold_wide(gm, node)
+
+
+def _hold_wide(gm: fx.GraphModule, node: Any) -> None:
+    types = {u.meta["val"].dtype if is_cast(u) else None for u in node.users}
+    if len(types) == 1 and None not in types and _size(next(iter(node.users))) > _size(node):
+        value = get_tensor(gm, node.target).detach().to(types.pop())
+        set_tensor(gm, node.target, value)
+        node.meta["val"] = value
+        for reader in list(node.users):
+            reader.replace_all_uses_with(node)
 
 
 class _Narrow:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.graphs.graph import argument, get_tensor, op_name, retyped, upstream
+from rolora_passes.graphs.graph import argument, constants, get_tensor, op_name, retyped, upstream
+from rolora_passes.graphs.inputs import inputs_for
 
 # Elements evaluated at a time where rows are independent (a token table): 8 MB in float64.
 _BLOCK = 1 << 20
@@ -69,6 +70,66 @@ def call(node: fx.Node, value_of: Callable[[fx.Node], Any], dtype: torch.dtype |
     if dtype is not None:
         args, kwargs = retyped((args, kwargs), lambda _: dtype)
     return cast(Callable[..., Any], node.target)(*args, **kwargs)
+
+
+def values_in(
+    graph: fx.GraphModule,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    changed: Callable[[str, Tensor], Tensor] = lambda name, value: value,
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Every node with its value where a graph is computed in another type than its own, without a copy of it.
+
+    A parameter is cast when it is read and kept no longer. A constant expression is evaluated before its first
+    reader: the nodes come in that order.
+
+    Args:
+        tokens: int64 [B, S].
+        dtype: of every floating-point value.
+        changed: what to compute with in place of a parameter, given its name and its value in its own type.
+    """
+    steps = _just_in_time(graph)
+    dead, inputs = deaths(steps, ()), iter(inputs_for(graph, tokens).values())
+    done: dict[fx.Node, Any] = {}
+
+    def value_of(node: fx.Node) -> Any:
+        if node.op != "get_attr":
+            return done[node]
+        return _cast(changed(str(node.target), get_tensor(graph, str(node.target)).detach()), dtype)
+
+    for step in steps:
+        with torch.no_grad():
+            if step.op == "placeholder":
+                done[step] = next(inputs)
+            elif step.op == "output":
+                done[step] = fx.node.map_arg(step.args[0], value_of)
+            else:
+                done[step] = fx.node.map_aggregate(call(step, value_of, dtype), lambda v: _cast(v, dtype))
+        yield step, done[step]
+        for value in dead[step]:
+            done.pop(value, None)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _just_in_time(graph: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that compute, each constant one right before the first that reads it."""
+    known = constants(graph)
+    order: dict[fx.Node, None] = {}
+
+    def place(node: fx.Node) -> None:
+        for operand in node.all_input_nodes:
+            if operand in known and operand not in order:
+                place(operand)
+        if node.op != "get_attr":
+            order[node] = None
+
+    for node in graph.graph.nodes:
+        if node not in known:
+            place(node)
+    return list(order)
 
 
 def deaths(steps: Collection[fx.Node], kept: Collection[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
