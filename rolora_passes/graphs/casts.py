@@ -1,15 +1,15 @@
 """Casts around canonical nodes go: which type each value of a graph has, and why.
 
-Normalisations, rotary embedding and attention compute in float32 at least and return the type of x. What a model
-in half precision widens for their sake, and rounds after them, they do themselves:
+Normalisations, rotary embedding and attention compute in float32 at least and return the type of x. What a
+model in half precision widens for their sake, and rounds after them, they do themselves:
 
     to(rms_norm(to(x, float32)), bfloat16)              ->  rms_norm(x)
     to(mul(layer_norm(to(x, float32)), gain), bfloat16) ->  mul(layer_norm(x), to(gain, bfloat16))
     rotary_embedding(x, to(cos, bfloat16), ..)          ->  rotary_embedding(x, cos, ..)
 
 A cast to a narrower type is followed up to the casts that widened: if these nodes alone stand between, all of
-them compute in the narrow type. Other islands of a wider type (a router, a softmax of its own) stay as they are,
-and a parameter that is only read in a wider type is held in it.
+them compute in the narrow type. Other islands of a wider type (a router, a softmax of its own) stay as they
+are, and a parameter that is only read in a wider type is held in it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from torch import Tensor, fx
 from rolora_passes.graphs.graph import CASTS, aten, constants, get_tensor, insert, is_op, set_tensor
 
 _MOVES = (
-    "transpose", "permute", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "slice",
+    "transpose", "permute", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand",
+    "slice",
 )  # fmt: skip
 
 
 def is_cast(node: object) -> bool:
-    """Whether a node casts one floating-point type to another, or to itself; types are as capture noted them."""
+    """Whether a node casts one floating-point type to another, or to itself, by the types capture noted."""
     return is_op(node, *CASTS) and _is_float(node) and _is_float(node.args[0])
 
 

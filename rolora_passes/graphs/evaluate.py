@@ -154,7 +154,17 @@ def _independent_rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> tuple[int,
         elif name in ("rotate", "hadamard", "kronecker"):
             if argument(node, "dim") not in (1, -1):
                 return None
-        elif name not in ("mul", "div", "add", "to", "choose_qparams", "getitem", "quantize", "absmax", "encode"):
+        elif name not in (
+            "mul",
+            "div",
+            "add",
+            "to",
+            "choose_qparams",
+            "getitem",
+            "quantize",
+            "absmax",
+            "encode",
+        ):
             return None
     if len(tables) != 1:
         return None

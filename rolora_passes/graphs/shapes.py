@@ -32,7 +32,12 @@ BATCH, SEQUENCE, DECODER_SEQUENCE = 1009, 2017, 3001
 # Operators whose result is told by an operand's shape and type; tracing what they are made of would be most
 # of the work.
 _ops_ = torch.ops.rolora
-_KEEPING = (_ops_.rotate.default, _ops_.hadamard.default, _ops_.kronecker.default, _ops_.rotary_embedding.default)
+_KEEPING = (
+    _ops_.rotate.default,
+    _ops_.hadamard.default,
+    _ops_.kronecker.default,
+    _ops_.rotary_embedding.default,
+)
 
 
 def _known(target: Any, args: tuple[Any, ...]) -> Any:

@@ -78,7 +78,9 @@ def _require_types(before: fx.GraphModule, after: fx.GraphModule, name: str) -> 
     if types[new] is None:
         broken = next(n for n in after.graph.nodes if types[n] is None)
         operands = ", ".join(f"{a} {_kind(types[a])}" for a in broken.all_input_nodes)
-        raise VerificationError(f"after {name} the graph does not run: {describe(broken)} is given {operands}")
+        raise VerificationError(
+            f"after {name} the graph does not run: {describe(broken)} is given {operands}"
+        )
     if types[new].dtype != expected.dtype:
         raise VerificationError(f"after {name} the logits are {types[new].dtype}, expected {expected.dtype}")
 
