@@ -95,9 +95,7 @@ def capture(model: PreTrainedModel, *, check: bool = True) -> fx.GraphModule:
     _require_finite(model)
     _require_fixed_angles(model)
     with _one_at_a_time, _evaluating(model):
-        masks = Masks()
-        with _static_experts(model), _one_node_attention(model, kind, masks):
-            exported = _export(model, kind, masks)
+        exported = _export(model, kind)
         graph = canonicalize(exported.module(check_guards=False))
         graph.meta["config"] = _config(model)
         graph.meta["facts"] = ["canonical"]
@@ -139,7 +137,7 @@ class _Forward(nn.Module):
         return self.kind.call(self.model, {k: v for k, v in given.items() if v is not None})
 
 
-def _export(model: PreTrainedModel, kind: _Kind, masks: Masks) -> torch.export.ExportedProgram:
+def _export(model: PreTrainedModel, kind: _Kind) -> torch.export.ExportedProgram:
     auto = torch.export.Dim.AUTO
     tokens = torch.zeros(2, 6, dtype=torch.int64)  # a batch of 1 would be specialised
     samples = {
@@ -149,8 +147,9 @@ def _export(model: PreTrainedModel, kind: _Kind, masks: Masks) -> torch.export.E
     }
     given = {name: samples[name] for name in kind.inputs}
     shapes = {name: {0: auto, 1: auto} for name in given}
+    masks = Masks()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _static_experts(model), _one_node_attention(model, kind, masks):
             forward = _Forward(model, kind)
             forward(**given)  # what masks say can be read of values alone
             masks.replay()
@@ -244,9 +243,10 @@ def _require_fixed_angles(model: PreTrainedModel) -> None:
     for rope in _ropes(model):
         if rope.get("rope_type") in _CHANGING:
             raise CaptureError(
-                f"the rotary embedding of {type(model).__name__} is of type {rope['rope_type']!r}: its frequencies "
-                "change with the length of the text, which a graph cannot do. Fix one set of frequencies in the "
-                "model's configuration (rope_parameters) for the lengths it is to be used at, and load it again"
+                f"the rotary embedding of {type(model).__name__} is of type {rope['rope_type']!r}: its "
+                "frequencies change with the length of the text, which a graph cannot do. Fix one set of "
+                "frequencies in the configuration (rope_parameters) for the lengths it is to be used at, and "
+                "load the model again"
             )
 
 
@@ -306,8 +306,8 @@ def _run(graph: fx.GraphModule, inputs: dict[str, Tensor], model: PreTrainedMode
 
 
 def _compare(graph: fx.GraphModule, model: PreTrainedModel, kind: _Kind) -> None:
-    """Compare graph and model on random tokens, in float32 where the model is narrower, so that rounding hides
-    nothing."""
+    """Compare graph and model on random tokens; in float32 where the model is narrower, as rounding hides
+    what is wrong."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     tokens = torch.randint(0, vocabulary, (2, _length(graph, model)), generator=generator)

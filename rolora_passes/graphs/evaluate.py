@@ -13,6 +13,7 @@ from rolora_passes.graphs.inputs import inputs_for
 
 # Elements evaluated at a time where rows are independent (a token table): 8 MB in float64.
 _BLOCK = 1 << 20
+_BY_ROW = ("mul", "div", "add", "to", "choose_qparams", "getitem", "quantize", "absmax", "encode")
 
 
 def evaluate(graph: fx.GraphModule, nodes: list[fx.Node]) -> list[Tensor]:
@@ -44,8 +45,8 @@ def compute(
     """The values of expressions over parameters, and over inputs where those are given.
 
     Args:
-        dtype: the type to compute in: floating-point parameters are cast to it, and casts to others are to it.
-            None: in their own.
+        dtype: the type to compute in: floating-point parameters are cast to it, and casts to others are to
+            it. None: in their own.
         rows: of every parameter that has some; None for all.
     """
     steps = sorted(upstream(nodes))
@@ -80,8 +81,8 @@ def values_in(
 ) -> Iterator[tuple[fx.Node, Any]]:
     """Every node with its value where a graph is computed in another type than its own, without a copy of it.
 
-    A parameter is cast when it is read and kept no longer. A constant expression is evaluated before its first
-    reader: the nodes come in that order.
+    A parameter is cast when it is read and kept no longer. A constant expression is evaluated before its
+    first reader: the nodes come in that order.
 
     Args:
         tokens: int64 [B, S].
@@ -154,17 +155,7 @@ def _independent_rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> tuple[int,
         elif name in ("rotate", "hadamard", "kronecker"):
             if argument(node, "dim") not in (1, -1):
                 return None
-        elif name not in (
-            "mul",
-            "div",
-            "add",
-            "to",
-            "choose_qparams",
-            "getitem",
-            "quantize",
-            "absmax",
-            "encode",
-        ):
+        elif name not in _BY_ROW:
             return None
     if len(tables) != 1:
         return None

@@ -303,7 +303,7 @@ def dtype_of(graph: fx.GraphModule) -> torch.dtype:
 
 
 def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """A copy of the graph that computes in `dtype`, canonical as the graph is: casts that it makes needless go.
+    """A copy of the graph that computes in `dtype`, as canonical as the graph: casts without effect go.
 
     Parameters and types written in the graph change. What stood in a wider type than the rest (a router, a
     gain) is not narrowed below it, nor is what rotary tables are made of: angles need float32.
