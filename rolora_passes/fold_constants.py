@@ -17,7 +17,6 @@ from rolora_passes.graphs.graph import (
     add_parameter,
     constants,
     delete_tensor,
-    dtype_of,
     finish,
     get_tensor,
     is_op,
@@ -28,6 +27,7 @@ from rolora_passes.graphs.graph import (
     root_names,
     set_tensor,
 )
+from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.transport import Way, keep_ways, ways
 from rolora_passes.passes import Pass, Report
 
@@ -39,7 +39,8 @@ class FoldConstants(Pass):
     Before:                                              After:
         linear(x, hadamard(rotate(mul(W, g), R1, 0), f))     linear(x, W')
 
-    Each expression is evaluated in float64 and cast once, to the graph's type; one at a time, and an
+    Each expression is evaluated in float64 and cast once, to the type that it has in the graph (a router
+    may be in float32 where the rest is in bfloat16); one at a time, and an
     operand is dropped when nothing needs it any more, so the working memory is that of one parameter.
     Quantizers fold to their integers and scales; the dequantization stays in the graph.
 
@@ -53,7 +54,7 @@ class FoldConstants(Pass):
         report = Report()
         traced = _lasting(ways(graph), constants(graph))
         merge_equal(graph, constants(graph))  # a table that two readers quantize alike is one table
-        dtype = dtype_of(graph)
+        types = infer_shapes(graph, only=constants(graph))
         groups: dict[str, list[fx.Node]] = {}  # a quantizer's integers and scales come from one value
         for node in leaves(graph):
             if node.op != "get_attr":
@@ -63,7 +64,7 @@ class FoldConstants(Pass):
             for node, value in zip(nodes, evaluate(graph, nodes), strict=True):
                 if value.is_floating_point():
                     _require_finite(value, node, root)
-                    value = value.to(torch.float32 if _is_scale(node) else dtype)
+                    value = value.to(torch.float32 if _is_scale(node) else types[node].dtype)
                 named.append((_replace(graph, node, root, value), root))
             del value
             if number % 8 == 7:

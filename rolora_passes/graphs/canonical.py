@@ -6,9 +6,11 @@
     x*cos + cat(-x[h:], x[:h])*sin                 ->  rotary_embedding(x, cos, sin)
     view(x, [B, S, H, D]), view(x, [B, S, H*D])    ->  unflatten(x, -1, [H, D]), flatten(x, -2, -1)
 
+    to(rms_norm(to(x, float32)), bfloat16)         ->  rms_norm(x)
+
 Transpositions around attention sink until they meet and cancel; asserts, guards, casts to the type a
-value has already, copies, inactive dropout and shape arithmetic go. Rules look at operators and
-shapes, never at names.
+value has already, copies, inactive dropout and shape arithmetic go, and casts around what computes in
+float32 itself (`graphs.casts`). Rules look at operators and shapes, never at names.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import CaptureError
-from rolora_passes.graphs import bookkeeping, fused, graph, norms, rotary
+from rolora_passes.graphs import bookkeeping, casts, fused, graph, norms, rotary
 from rolora_passes.graphs.graph import aten, finish, is_op, merge_equal, op_name
 from rolora_passes.graphs.inputs import DECODER, ENCODER, ENCODER_DECODER, input_names
 from rolora_passes.graphs.shapes import same_shape, shape_of
@@ -30,7 +32,6 @@ _COPIES = {
     "clone", "alias", "detach", "detach_", "contiguous", "lift_fresh_copy", "lift_fresh", "view_as",
     "positive",
 }  # fmt: skip
-_CASTS = {"to", "_to_copy", "type_as"}
 _CHECKS = ("_assert", "sym_constrain", "_guards_fn", "_assert_tensor_metadata")
 
 
@@ -56,6 +57,8 @@ def canonicalize(module: torch.nn.Module) -> fx.GraphModule:
         fused.addmm_to_linear,
         norms.normalize,
         rotary.one_node,
+        casts.absorb,
+        rotary.whole_heads,
         fused.split_linears,  # after rotary: a partial rotary embedding also slices
         _sink_transposes,
         _remove_copies,
@@ -161,14 +164,8 @@ def _raise_precision(gm: fx.GraphModule) -> None:
     """In a float64 model, casts to float32 for precision's sake would lower it: widen them, and literals."""
     if graph.dtype_of(gm) != torch.float64:
         return
-    wide = {torch.float32: torch.float64}
     for node in gm.graph.nodes:
-        node.args = fx.node.map_aggregate(
-            node.args, lambda v: wide.get(v, v) if isinstance(v, torch.dtype) else v
-        )
-        node.kwargs = fx.node.map_aggregate(
-            node.kwargs, lambda v: wide.get(v, v) if isinstance(v, torch.dtype) else v
-        )
+        node.args, node.kwargs = graph.retyped((node.args, node.kwargs), lambda _: torch.float64)
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
             node.meta["val"] = value = value.to(torch.float64)
@@ -195,7 +192,7 @@ def _is_copy(node: fx.Node) -> bool:
         return True
     if name in ("dropout", "dropout_", "feature_dropout"):
         return node.args[2] is False
-    if name in _CASTS:
+    if name in graph.CASTS:
         before, after = source.meta.get("val"), node.meta.get("val")
         return isinstance(before, torch.Tensor) and before.dtype == after.dtype  # type: ignore[union-attr]
     if name in (

@@ -8,6 +8,7 @@ where the model has a head, else the last hidden state. Rows are unpadded: there
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -20,7 +21,11 @@ from torch import Tensor, fx, nn
 from rolora_passes.errors import CaptureError, one_line
 from rolora_passes.graphs import ops as _ops  # noqa: F401  (registers the operators)
 from rolora_passes.graphs.canonical import canonicalize
+from rolora_passes.graphs.evaluate import values_in
+from rolora_passes.graphs.graph import is_op
 from rolora_passes.graphs.inputs import DECODER, ENCODER, ENCODER_DECODER, inputs_for
+from rolora_passes.graphs.masks import Mask, Masks
+from rolora_passes.graphs.precision import InFloat32
 from rolora_passes.graphs.verify import relative_error
 
 if TYPE_CHECKING:
@@ -29,8 +34,16 @@ if TYPE_CHECKING:
 _NAME = "rolora"
 _CONFIG_KEYS = ("vocab_size", "hidden_size", "max_position_embeddings", "model_type")
 _KEYWORDS = {"tokens": "input_ids", "positions": "position_ids", "decoder_tokens": "decoder_input_ids"}
-# Tensors transformers hands to every attention function that say nothing about the arithmetic here.
-_IGNORED = {"position_ids", "cache_position"}
+# What attention functions are given that says nothing about their arithmetic, or that is heeded below.
+_IGNORED = {
+    "position_ids", "cache_position", "is_causal", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits", "return_dict", "deterministic",
+}  # fmt: skip
+# Rotary embeddings whose frequencies depend on the length of the text.
+_CHANGING = ("dynamic", "longrope")
+# Lengths that a configuration may name and from which on something changes.
+_SIZES = ("sliding_window", "attention_chunk_size", "local_attention", "original_max_position_embeddings")
+_LONGEST_CHECK = 160  # tokens: longer windows than this allows are compared by what the masks say alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +66,11 @@ class _Kind:
         return result
 
 
+# Attention functions are registered for the whole process, and torch.export is not made for threads.
+_one_at_a_time = threading.Lock()
 _DECODER = _Kind(DECODER, True, {"use_cache": False})
 _ENCODER = _Kind(ENCODER, False, {})
 _ENCODER_DECODER = _Kind(ENCODER_DECODER, None, {"use_cache": False})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mask:
-    """What the model asked of its mask; stands where the mask tensor would."""
-
-    local: int | None
-    bidirectional: bool
 
 
 def capture(model: PreTrainedModel, *, check: bool = True) -> fx.GraphModule:
@@ -76,7 +83,8 @@ def capture(model: PreTrainedModel, *, check: bool = True) -> fx.GraphModule:
 
     Args:
         model: a transformers model of text, in eval mode or not (dropout is off).
-        check: run graph and model once on 2 x 12 random tokens and compare.
+        check: run graph and model once on two rows of random tokens and compare, in float32 if the model is
+            narrower. 12 tokens a row, or as many as show every window of up to 78.
 
     Raises:
         CaptureError: not a model of text, or a decoder without its head; weights that are NaN or infinite;
@@ -85,18 +93,26 @@ def capture(model: PreTrainedModel, *, check: bool = True) -> fx.GraphModule:
     """
     kind = _kind(model)
     _require_finite(model)
-    training = model.training
-    model.eval()
-    try:
-        with _static_experts(model), _one_node_attention(model, kind):
-            exported = _export(model, kind)
+    _require_fixed_angles(model)
+    with _one_at_a_time, _evaluating(model):
+        exported = _export(model, kind)
         graph = canonicalize(exported.module(check_guards=False))
         graph.meta["config"] = _config(model)
         if check:
             _compare(graph, model, kind)
-    finally:
-        model.train(training)
     return graph
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Every module in eval mode; afterwards in the mode that it was in."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def from_exported(exported: torch.export.ExportedProgram) -> fx.GraphModule:
@@ -129,9 +145,13 @@ def _export(model: PreTrainedModel, kind: _Kind) -> torch.export.ExportedProgram
     }
     given = {name: samples[name] for name in kind.inputs}
     shapes = {name: {0: auto, 1: auto} for name in given}
+    masks = Masks()
     try:
-        with torch.no_grad():
-            return torch.export.export(_Forward(model, kind), (), given, dynamic_shapes=shapes, strict=False)
+        with torch.no_grad(), _static_experts(model), _one_node_attention(model, kind, masks):
+            forward = _Forward(model, kind)
+            forward(**given)  # what masks say can be read of values alone
+            masks.replay()
+            return torch.export.export(forward, (), given, dynamic_shapes=shapes, strict=False)
     except (CaptureError, MemoryError):
         raise
     except Exception as error:  # whatever the model's own code does with what it is given
@@ -176,23 +196,29 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: _Mask | Tensor | None,
+    attention_mask: Mask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature, [B, H, S, D] in, [B, S, H, D] out, as one node."""
-    unknown = sorted(k for k, v in others.items() if not (v is None or isinstance(v, bool) or k in _IGNORED))
+    """transformers' attention signature, [B, H, S, D] in, [B, S, H, D] out, as one node.
+
+    The mask decides what is seen: a window that a model passes here and not to its mask is not applied by
+    transformers' own eager attention either.
+    """
     where = type(module).__name__
+    unknown = sorted(k for k, v in others.items() if v is not None and k not in _IGNORED)
     if unknown:
         raise CaptureError(f"{where} passes {unknown} to attention; this capture does not know what they do")
     if isinstance(attention_mask, Tensor):
         raise CaptureError(f"{where} builds its own attention mask; expected a causal or windowed one")
-    mask = attention_mask or _Mask(None, False)
+    mask = attention_mask or Mask(causal=True, window=None)
+    if mask.other is not None:
+        raise CaptureError(f"{where} has {mask.other}; only full and sliding-window attention are captured")
     said = others.get("is_causal")
-    causal = (getattr(module, "is_causal", True) if said is None else said) and not mask.bidirectional
+    causal = (getattr(module, "is_causal", True) if said is None else said) and mask.causal
     if kind.causal is True and not causal:
         raise CaptureError(f"expected causal attention, found bidirectional attention in {where}")
     if kind.causal is False and causal:
@@ -200,20 +226,26 @@ def _attention(
             f"expected an encoder's bidirectional attention, found causal attention in {where}; a decoder is "
             "captured with its language-model head: load it with transformers.AutoModelForCausalLM"
         )
-    if causal and mask.local is not None and sliding_window is None:
-        raise CaptureError(
-            f"{where} attends within a local range of {mask.local} that is not a sliding window "
-            "(chunked attention?); only full and sliding-window causal attention are captured"
-        )
-    if not causal:  # only the mask says; both ends of its range are seen
-        sliding_window = None if mask.local is None else mask.local + 1
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return torch.ops.rolora.attention(q, k, v, scale, causal, sliding_window, softcap), None
+    return torch.ops.rolora.attention(q, k, v, scale, causal, mask.window, softcap), None
 
 
-def _mask(*args: Any, local_size: int | None = None, **options: Any) -> _Mask:
-    return _Mask(local_size, "allow_is_bidirectional_skip" in options)
+def _ropes(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """What the configuration says of rotary embeddings: one for all layers, or one for each kind of layer."""
+    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return [rope for rope in (found, *found.values()) if isinstance(rope, dict)]
+
+
+def _require_fixed_angles(model: PreTrainedModel) -> None:
+    for rope in _ropes(model):
+        if rope.get("rope_type") in _CHANGING:
+            raise CaptureError(
+                f"the rotary embedding of {type(model).__name__} is of type {rope['rope_type']!r}: its "
+                "frequencies change with the length of the text, which a graph cannot do. Fix one set of "
+                "frequencies in the configuration (rope_parameters) for the lengths it is to be used at, and "
+                "load the model again"
+            )
 
 
 @contextmanager
@@ -231,12 +263,12 @@ def _setting(model: PreTrainedModel, name: str, value: str) -> Iterator[None]:
 
 
 @contextmanager
-def _one_node_attention(model: PreTrainedModel, kind: _Kind) -> Iterator[None]:
+def _one_node_attention(model: PreTrainedModel, kind: _Kind, masks: Masks) -> Iterator[None]:
     """Have the model call `rolora.attention` and build no mask."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(_NAME, partial(_attention, kind))
-    AttentionMaskInterface.register(_NAME, _mask)
+    AttentionMaskInterface.register(_NAME, masks)
     with _setting(model, "_attn_implementation", _NAME):
         yield
 
@@ -272,24 +304,42 @@ def _run(graph: fx.GraphModule, inputs: dict[str, Tensor], model: PreTrainedMode
 
 
 def _compare(graph: fx.GraphModule, model: PreTrainedModel, kind: _Kind) -> None:
+    """Compare graph and model on random tokens; in float32 where the model is narrower, as rounding hides
+    what is wrong."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    tokens = torch.randint(0, vocabulary, (2, 12), generator=generator)
+    tokens = torch.randint(0, vocabulary, (2, _length(graph, model)), generator=generator)
     inputs = inputs_for(graph, tokens)
     own = {name: value for name, value in inputs.items() if name != "positions"}  # the model counts them too
     with torch.no_grad(), _static_experts(model):
         expected = kind.call(model, own)
-    if not bool(torch.isfinite(expected).all()):
-        raise CaptureError(
-            f"{type(model).__name__} itself returns NaN or infinite logits on random tokens in "
-            f"{expected.dtype}: its weights are damaged, or too large for that type; "
-            "fetch it again, or load it in torch.float32"
-        )
-    error = relative_error(_run(graph, inputs, model), expected)
-    # Above fp32's rounding the model's own float32 islands bound the agreement; below, its own type does.
-    allowed = max(1e-4, 50 * torch.finfo(expected.dtype).eps)
+        found = _run(graph, inputs, model)
+        for what, logits in (("itself", expected), ("as a graph", found)):
+            if not bool(torch.isfinite(logits).all()):
+                raise CaptureError(
+                    f"{type(model).__name__} {what} returns NaN or infinite logits on random tokens in "
+                    f"{logits.dtype}: its weights are damaged, or too large for that type; "
+                    "fetch it again, or load it in torch.float32"
+                )
+        if expected.dtype.itemsize < torch.float32.itemsize:
+            with InFloat32():
+                expected = kind.call(model, own)
+            for _, value in values_in(graph, tokens, torch.float32):
+                found = value
+    error, allowed = relative_error(found, expected), 1e-4  # the model's own float32 islands bound it
     if not error <= allowed:
         raise CaptureError(
             f"expected the graph's logits to equal the model's, found a relative difference of {error:.1e} "
             f"(allowed {allowed:.0e}) in {type(model).__name__}: it computes something capture does not see"
         )
+
+
+def _length(graph: fx.GraphModule, model: PreTrainedModel) -> int:
+    """How many tokens to compare: more than every window or chunk that is short enough to be seen cheaply."""
+    config = model.config.get_text_config()
+    sizes = [node.args[5] for node in graph.graph.nodes if is_op(node, "attention") and len(node.args) > 5]
+    sizes += [getattr(config, key, None) for key in _SIZES]
+    sizes += [rope.get(key) for rope in _ropes(model) for key in _SIZES]
+    sizes = [2 * size + 4 for size in sizes if isinstance(size, int) and 2 * size + 4 <= _LONGEST_CHECK]
+    longest = getattr(config, "max_position_embeddings", None) or _LONGEST_CHECK
+    return int(min(max(12, *sizes, 12), longest))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.graphs.graph import argument, get_tensor, op_name, upstream
+from rolora_passes.graphs.graph import argument, constants, get_tensor, op_name, retyped, upstream
+from rolora_passes.graphs.inputs import inputs_for
 
 # Elements evaluated at a time where rows are independent (a token table): 8 MB in float64.
 _BLOCK = 1 << 20
+_BY_ROW = ("mul", "div", "add", "to", "choose_qparams", "getitem", "quantize", "absmax", "encode")
 
 
 def evaluate(graph: fx.GraphModule, nodes: list[fx.Node]) -> list[Tensor]:
@@ -43,7 +45,8 @@ def compute(
     """The values of expressions over parameters, and over inputs where those are given.
 
     Args:
-        dtype: the type to compute in: floating-point parameters are cast to it. None: in their own.
+        dtype: the type to compute in: floating-point parameters are cast to it, and casts to others are to
+            it. None: in their own.
         rows: of every parameter that has some; None for all.
     """
     steps = sorted(upstream(nodes))
@@ -56,17 +59,78 @@ def compute(
                 tensor = tensor[rows] if rows is not None and tensor.dim() > 1 else tensor
                 done[step] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
             elif step not in done:
-                done[step] = call(step, done.__getitem__)
+                done[step] = call(step, done.__getitem__, dtype)
             for value in dead[step]:
                 del done[value]
     return [done[node] for node in nodes]
 
 
-def call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-    """What a node's operator gives for the values of its operands."""
-    args = fx.node.map_arg(node.args, value_of)
-    kwargs = fx.node.map_arg(node.kwargs, value_of)
+def call(node: fx.Node, value_of: Callable[[fx.Node], Any], dtype: torch.dtype | None = None) -> Any:
+    """What a node's operator gives for the values of its operands; computed in `dtype`, if one is given."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    if dtype is not None:
+        args, kwargs = retyped((args, kwargs), lambda _: dtype)
     return cast(Callable[..., Any], node.target)(*args, **kwargs)
+
+
+def values_in(
+    graph: fx.GraphModule,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    changed: Callable[[str, Tensor], Tensor] = lambda name, value: value,
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Every node with its value where a graph is computed in another type than its own, without a copy of it.
+
+    A parameter is cast when it is read and kept no longer. A constant expression is evaluated before its
+    first reader: the nodes come in that order.
+
+    Args:
+        tokens: int64 [B, S].
+        dtype: of every floating-point value.
+        changed: what to compute with in place of a parameter, given its name and its value in its own type.
+    """
+    steps = _just_in_time(graph)
+    dead, inputs = deaths(steps, ()), iter(inputs_for(graph, tokens).values())
+    done: dict[fx.Node, Any] = {}
+
+    def value_of(node: fx.Node) -> Any:
+        if node.op != "get_attr":
+            return done[node]
+        return _cast(changed(str(node.target), get_tensor(graph, str(node.target)).detach()), dtype)
+
+    for step in steps:
+        with torch.no_grad():
+            if step.op == "placeholder":
+                done[step] = next(inputs)
+            elif step.op == "output":
+                done[step] = fx.node.map_arg(step.args[0], value_of)
+            else:
+                done[step] = fx.node.map_aggregate(call(step, value_of, dtype), lambda v: _cast(v, dtype))
+        yield step, done[step]
+        for value in dead[step]:
+            done.pop(value, None)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _just_in_time(graph: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that compute, each constant one right before the first that reads it."""
+    known = constants(graph)
+    order: dict[fx.Node, None] = {}
+
+    def place(node: fx.Node) -> None:
+        for operand in node.all_input_nodes:
+            if operand in known and operand not in order:
+                place(operand)
+        if node.op != "get_attr":
+            order[node] = None
+
+    for node in graph.graph.nodes:
+        if node not in known:
+            place(node)
+    return list(order)
 
 
 def deaths(steps: Collection[fx.Node], kept: Collection[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -91,7 +155,7 @@ def _independent_rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> tuple[int,
         elif name in ("rotate", "hadamard", "kronecker"):
             if argument(node, "dim") not in (1, -1):
                 return None
-        elif name not in ("mul", "div", "choose_qparams", "getitem", "quantize", "absmax", "encode"):
+        elif name not in _BY_ROW:
             return None
     if len(tables) != 1:
         return None

@@ -20,9 +20,13 @@ from torch import Tensor, fx
 from rolora_passes.errors import GraphFormatError
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.inputs import positions_like as positions_like
+from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sources import take_source
 
 aten = torch.ops.aten
+
+# Operators that cast.
+CASTS = ("to", "_to_copy", "type_as")
 
 # Where a constant expression ends though its operands are constant: what is left of a quantizer must
 # stay in the graph, or there would be nothing for a kernel to read.
@@ -299,20 +303,45 @@ def dtype_of(graph: fx.GraphModule) -> torch.dtype:
 
 
 def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """A copy of the graph that computes in `dtype`: parameters, and every floating-point literal type."""
-    result = copy_graph(graph)
-    for name, value in parameters(result).items():
-        if value.is_floating_point():
-            set_tensor(result, name, value.detach().to(dtype))
+    """A copy of the graph that computes in `dtype`, as canonical as the graph: casts without effect go.
 
-    def retype(value: Any) -> Any:
-        return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
+    Parameters and types written in the graph change. What stood in a wider type than the rest (a router, a
+    gain) is not narrowed below it, nor is what rotary tables are made of: angles need float32.
+    """
+    result, own = copy_graph(graph), dtype_of(graph)
+    turning = [n for n in result.graph.nodes if is_op(n, "rotary_embedding")]
+    angles = upstream(table for n in turning for table in n.args[1:3])
+
+    def change(found: torch.dtype, node: fx.Node) -> torch.dtype:
+        wide = node in angles or found.itemsize > own.itemsize
+        return torch.promote_types(found, dtype) if wide else dtype
 
     for node in result.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, retype)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, retype)
-    result.recompile()
-    return result
+        if node.op == "get_attr":
+            value = get_tensor(result, node.target)
+            if value.is_floating_point():
+                set_tensor(result, node.target, value.detach().to(change(value.dtype, node)))
+        else:
+            node.args, node.kwargs = retyped((node.args, node.kwargs), lambda found, n=node: change(found, n))
+    _drop_casts(result)
+    return finish(result)
+
+
+def _drop_casts(graph: fx.GraphModule) -> None:
+    """Casts of a value to the type it has go."""
+    casts = [n for n in graph.graph.nodes if is_op(n, *CASTS)]
+    types = infer_shapes(graph, only=upstream(casts))
+    for node in casts:
+        before, after = types[node.args[0]], types[node]
+        if after is not None and before is not None and before.dtype == after.dtype:
+            node.replace_all_uses_with(node.args[0])
+
+
+def retyped(value: Any, change: Callable[[torch.dtype], torch.dtype]) -> Any:
+    """A node's arguments with every floating-point type that is written in them changed."""
+    return fx.node.map_aggregate(
+        value, lambda v: change(v) if isinstance(v, torch.dtype) and v.is_floating_point else v
+    )
 
 
 def run(graph: fx.GraphModule, tokens: Tensor, decoder_tokens: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 Every one is a composite over ATen: it runs eagerly on any device, differentiates, works on meta
 tensors, and stays one node under `torch.export` (which keeps functional composite custom ops).
 Layouts are the ones that need no transposition around attention: [batch, sequence, heads, head_dim].
+Rotary embedding and attention compute in float32 at least, and return the type of their first operand.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def attention(
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
     groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    q, k, v = _wide(q), *(_wide(x).repeat_interleave(groups, dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -57,7 +58,16 @@ def attention(
         if window is not None:
             seen = seen & (column > row - window)
         scores = scores.masked_fill(~seen, float("-inf"))
-    return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2)
+    return _like(torch.softmax(scores, dim=-1) @ v, query).transpose(1, 2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, if its type is narrower: no node where there is nothing to cast."""
+    return x.float() if x.dtype.itemsize < torch.float32.itemsize else x
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    return x if x.dtype == other.dtype else x.to(other.dtype)
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -65,18 +75,19 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
 
     Args:
         x: [B, S, H, D]. Channels R..D pass unchanged (partial rotary).
-        cos, sin: [B or 1, S, R], each angle given twice, in the order that pairs the channels.
+        cos, sin: [B or 1, S, R], each angle given twice, in the order that pairs the channels; of x's type
+            or a wider one.
         interleaved: channel 2i pairs with 2i+1; otherwise i pairs with i + R/2 (half-split).
     """
     width = cos.shape[-1]
-    turned, rest = x[..., :width], x[..., width:]
+    turned, rest = _wide(x[..., :width]), x[..., width:]
     if interleaved:
         even, odd = turned[..., 0::2], turned[..., 1::2]
         partner = torch.stack((-odd, even), dim=-1).flatten(-2)
     else:
         first, second = turned.chunk(2, dim=-1)
         partner = torch.cat((-second, first), dim=-1)
-    out = turned * cos.unsqueeze(-2) + partner * sin.unsqueeze(-2)
+    out = _like(turned * cos.unsqueeze(-2) + partner * sin.unsqueeze(-2), x)
     return out if width == x.shape[-1] else torch.cat((out, rest), dim=-1)
 
 

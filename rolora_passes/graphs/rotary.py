@@ -12,29 +12,34 @@ from typing import Any
 import torch
 from torch import fx
 
+from rolora_passes.graphs.casts import bare, cast_to
 from rolora_passes.graphs.graph import aten, insert, is_op
 from rolora_passes.graphs.shapes import shape_of
 
 
 def one_node(gm: fx.GraphModule) -> None:
-    """Replace every rotary embedding spelled in elementwise operators."""
+    """Replace every rotary embedding spelled in elementwise operators; casts are looked through."""
     for node in list(gm.graph.nodes):
         if is_op(node, "add"):
             _match(gm, node)
+
+
+def whole_heads(gm: fx.GraphModule) -> None:
+    """Take channels that were split off, and concatenated again after, into the node that turns the rest."""
     for node in list(gm.graph.nodes):
         if is_op(node, "cat"):
             _absorb_rest(gm, node)
 
 
 def _match(gm: fx.GraphModule, node: fx.Node) -> None:
-    for plain, crossed in (node.args[:2], node.args[1::-1]):
+    for plain, crossed in (map(bare, node.args[:2]), map(bare, node.args[1::-1])):
         if not (is_op(plain, "mul") and is_op(crossed, "mul")):
             continue
         found = [
             (x, cos, sin, interleaved)
             for x, cos in _orders(plain)
             for partner, sin in _orders(crossed)
-            for interleaved in (_pairing(partner, x),)
+            for interleaved in (_pairing(bare(partner), bare(x)),)
             if interleaved is not None
         ]
         if found:
@@ -55,7 +60,7 @@ def _pairing(partner: fx.Node, x: fx.Node) -> bool | None:
         return None
     half = shape[-1] // 2
     if is_op(partner, "cat") and len(partner.args[0]) == 2:
-        low, high = partner.args[0]
+        low, high = map(bare, partner.args[0])
         if (
             is_op(low, "neg")
             and _range(low.args[0], x) == (half, 2 * half, 1)
@@ -63,7 +68,7 @@ def _pairing(partner: fx.Node, x: fx.Node) -> bool | None:
         ):
             return False
     if is_op(partner, "flatten", "view", "reshape") and is_op(partner.args[0], "stack"):
-        low, high = partner.args[0].args[0]
+        low, high = map(bare, partner.args[0].args[0])
         if (
             is_op(low, "neg")
             and _range(low.args[0], x) == (1, 2 * half, 2)
@@ -73,11 +78,12 @@ def _pairing(partner: fx.Node, x: fx.Node) -> bool | None:
     return None
 
 
-def _range(node: object, x: fx.Node) -> tuple[int, int, int] | None:
+def _range(node: Any, x: fx.Node) -> tuple[int, int, int] | None:
     """(start, end, step) if `node` is a range of x's last axis."""
+    node = bare(node)
     width = shape_of(x)[-1]
     assert isinstance(width, int)
-    if not is_op(node, "slice") or node.args[0] is not x:
+    if not is_op(node, "slice") or bare(node.args[0]) is not x:
         return None
     _, dim, start, end, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])[:5]
     if dim % len(shape_of(x)) != len(shape_of(x)) - 1:
@@ -88,6 +94,7 @@ def _range(node: object, x: fx.Node) -> tuple[int, int, int] | None:
 
 def _tables(cos: fx.Node, sin: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
     """The [B, S, R] tables under `unsqueeze(table, axis)`, and that axis."""
+    cos, sin = bare(cos), bare(sin)
     if is_op(cos, "unsqueeze") and is_op(sin, "unsqueeze"):
         axis = cos.args[1] % 4
         if axis in (1, 2) and sin.args[1] % 4 == axis and len(shape_of(cos.args[0]) or ()) == 3:
@@ -102,10 +109,11 @@ def _replace(
     if tables is None or len(shape_of(x) or ()) != 4 or shape_of(tables[0])[-1] != shape_of(x)[-1]:
         return
     cos, sin, axis = tables
+    value = node.meta["val"]
+    x = cast_to(gm, node, x, value.dtype)  # x of half precision, tables in float32
     heads_last = x if axis == 2 else insert(gm, node, aten.transpose.int, x, 1, 2)
     turned = insert(gm, node, torch.ops.rolora.rotary_embedding.default, heads_last, cos, sin, interleaved)
     result = turned if axis == 2 else insert(gm, node, aten.transpose.int, turned, 1, 2)
-    value = node.meta["val"]
     for new, like in ((heads_last, x.meta["val"]), (turned, value)):
         if new is not x:
             new.meta["val"] = like if axis == 2 else like.transpose(1, 2)

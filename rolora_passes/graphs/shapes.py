@@ -32,14 +32,17 @@ BATCH, SEQUENCE, DECODER_SEQUENCE = 1009, 2017, 3001
 # Operators whose result is told by an operand's shape and type; tracing what they are made of would be most
 # of the work.
 _ops_ = torch.ops.rolora
-_KEEPING = (_ops_.rotate.default, _ops_.hadamard.default, _ops_.kronecker.default)
+_KEEPING = (
+    _ops_.rotate.default,
+    _ops_.hadamard.default,
+    _ops_.kronecker.default,
+    _ops_.rotary_embedding.default,
+)
 
 
 def _known(target: Any, args: tuple[Any, ...]) -> Any:
     """A result of these operators, None for any other."""
     if target in _KEEPING:
-        return args[0]
-    if target is _ops_.rotary_embedding.default and args[0].dtype == args[1].dtype:
         return args[0]
     if target is _ops_.attention.default:
         query, value = args[0], args[2]

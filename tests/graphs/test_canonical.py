@@ -274,3 +274,63 @@ def test_other_forwards_are_refused() -> None:
     numbers = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(CaptureError, match="returns logits alone"):
         from_exported(torch.export.export(Two(), (numbers, numbers)))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: nn.functional.rms_norm(x, [WIDTH]),
+        lambda m, x: nn.functional.rms_norm(x, [WIDTH], m.gain),
+        lambda m, x: nn.functional.rms_norm(x, [WIDTH], m.gain, None),
+        lambda m, x: nn.functional.layer_norm(x, [WIDTH], m.gain),
+        lambda m, x: nn.functional.rms_norm(x.unflatten(-1, (2, 4)), [2, 4], m.gain.view(2, 4)).flatten(-2),
+        lambda m, x: nn.functional.layer_norm(x.unflatten(-1, (2, 4)), [2, 4]).flatten(-2),
+    ],
+)
+def test_norms_with_arguments_left_out(function: Function) -> None:
+    (norm,) = [n for n in canonical(function).graph.nodes if is_op(n, "rms_norm", "layer_norm")]
+    assert all(value is None for value in norm.args[2:-1])
+    assert norm.args[-1] == (torch.finfo(torch.float64).eps if is_op(norm, "rms_norm") else 1e-5)
+
+
+def upcast(m: Model, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(squares(x.float()) + EPS)  # in float32, as its second factor is
+
+
+HALVES: dict[str, Function] = {
+    "cast before the gain": lambda m, x: upcast(m, x).to(x.dtype) * m.gain,
+    "cast after the gain": lambda m, x: (upcast(m, x) * m.gain).to(x.dtype),
+    "the gain in float32": lambda m, x: (m.gain.float() * upcast(m, x)).type_as(x),
+    "1 + w in float32": lambda m, x: (upcast(m, x.float()) * (1 + m.gain.float())).to(x.dtype),
+    "the variance rounded": lambda m, x: x * torch.rsqrt(squares(x.float()) + EPS).to(x.dtype) * m.gain,
+}
+
+
+@pytest.mark.parametrize("spelling", HALVES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casts_around_a_norm_go(spelling: str, dtype: torch.dtype) -> None:
+    model, auto = Model(HALVES[spelling]).to(dtype), torch.export.Dim.AUTO
+    tokens, places = torch.zeros(2, 6, dtype=torch.int64), torch.arange(6).expand(2, 6)
+    shapes = ({0: auto, 1: auto}, {0: auto, 1: auto})
+    with torch.no_grad():
+        graph = from_exported(torch.export.export(model, (tokens, places), dynamic_shapes=shapes))
+        some = torch.randint(0, 11, (3, 5))
+        torch.testing.assert_close(
+            run(graph, some), model(some, places[:1, :5].expand(3, 5)), rtol=0.05, atol=0.05
+        )
+    (norm,) = [n for n in graph.graph.nodes if is_op(n, "rms_norm")]
+    (gain,) = norm.users
+    (reader,) = gain.users
+    assert is_op(norm.args[0], "embedding") and is_op(gain, "mul") and is_op(reader, "linear")
+
+
+def test_a_norm_that_is_read_in_float32_stays_in_it() -> None:
+    def function(m: Model, x: Tensor) -> Tensor:
+        return nn.functional.linear(upcast(m, x), m.turned.float()).to(x.dtype)
+
+    model = Model(function).to(torch.bfloat16)
+    tokens, places = torch.zeros(2, 6, dtype=torch.int64), torch.arange(6).expand(2, 6)
+    with torch.no_grad():
+        graph = from_exported(torch.export.export(model, (tokens, places)))
+    assert {str(v.dtype) for name, v in parameters(graph).items() if name == "turned"} == {"torch.float32"}
+    assert torch.equal(run(graph, tokens), model(tokens, places))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as t
-from architectures import BASE, CONFIGS, chosen, tiny
+from architectures import BASE, CONFIGS, UNTIED, chosen, tiny
 from helpers import captured, count, everything_in_float64, model_of, tokens_for
 from torch import fx
 
@@ -28,6 +29,7 @@ from rolora_passes.graphs.graph import (
     run,
     values,
 )
+from rolora_passes.graphs.masks import Mask, Masks
 from rolora_passes.graphs.shapes import BATCH, SEQUENCE, infer_shapes
 from rolora_passes.graphs.verify import relative_error
 
@@ -214,3 +216,96 @@ def test_inferred_shapes_are_those_of_the_values(name: str) -> None:
         if isinstance(value, torch.Tensor):
             found = shapes[node]
             assert ([sizes.get(n, n) for n in found.shape], found.dtype) == ([*value.shape], value.dtype)
+
+
+def test_the_mask_decides_what_is_seen() -> None:
+    """OLMoE tells its attention of a window that its mask does not have."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2}
+    model = t.OlmoeForCausalLM(t.OlmoeConfig(**UNTIED, **sizes, sliding_window=16)).eval()
+    graph = capture(model)
+    assert {len(n.args) for n in graph.graph.nodes if is_op(n, "attention")} == {4}  # causal, no window
+    tokens = tokens_for(graph, 2, 40)
+    with torch.no_grad(), _static_experts(model):
+        assert relative_error(run(graph, tokens), model(tokens, use_cache=False).logits) < 1e-5
+
+
+def test_a_window_longer_than_twelve_tokens_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["rolora_passes.graphs.capture"]
+
+    def wrong(exported: torch.nn.Module) -> fx.GraphModule:
+        graph = canonicalize(exported)
+        next(n for n in graph.graph.nodes if is_op(n, "attention")).update_arg(5, 17)
+        graph.recompile()
+        return graph
+
+    model = t.MistralForCausalLM(t.MistralConfig(**UNTIED, sliding_window=16)).eval()
+    capture(model)
+    monkeypatch.setattr(module, "canonicalize", wrong)
+    with pytest.raises(CaptureError, match="relative difference"):
+        capture(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_hides_nothing_from_the_check(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["rolora_passes.graphs.capture"]
+
+    def wrong(exported: torch.nn.Module) -> fx.GraphModule:
+        graph = canonicalize(exported)
+        attention = next(n for n in graph.graph.nodes if is_op(n, "attention"))
+        attention.update_arg(3, attention.args[3] * 1.002)  # type: ignore[operator]
+        graph.recompile()
+        return graph
+
+    monkeypatch.setattr(module, "canonicalize", wrong)
+    with pytest.raises(CaptureError, match="relative difference"):
+        capture(tiny("llama", dtype))
+
+
+def test_what_attention_is_given_and_is_not_known_is_refused() -> None:
+    model = tiny("llama")
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "inverted": True}), with_kwargs=True
+    )
+    with pytest.raises(CaptureError, match=r"LlamaAttention passes \['inverted'\] to attention"):
+        capture(model)
+
+
+def test_chunked_attention_is_refused() -> None:
+    def chunks(batch: object, head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & (key // 8 == query // 8)
+
+    def alternate(batch: object, head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & ((query - key) % 2 == 0)
+
+    for function in (chunks, alternate):
+        assert "neither causal nor a sliding window" in str(Masks()(mask_function=function).other)
+    assert Masks()(mask_function=lambda b, h, q, k: k <= q) == Mask(True, None)
+    assert Masks()(mask_function=lambda b, h, q, k: (k <= q) & (k > q - 9), local_size=9) == Mask(True, 9)
+    assert Masks()(mask_function=lambda b, h, q, k: (q - k).abs() <= 4) == Mask(False, 5)
+    assert Masks()(mask_function=lambda b, h, q, k: q >= 0) == Mask(False, None)
+
+
+def test_every_module_goes_back_to_its_own_mode() -> None:
+    model = tiny("llama", torch.float32).train()
+    model.model.layers[1].eval()
+    before = [m.training for m in model.modules()]
+    capture(model)
+    assert [m.training for m in model.modules()] == before
+
+
+def test_captures_in_threads_wait_for_each_other() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        decoder, encoder = pool.map(lambda name: capture(tiny(name)), ["llama", "modernbert"])
+    causal = [
+        [n.args[4] for n in g.graph.nodes if is_op(n, "attention") and len(n.args) > 4]
+        for g in (decoder, encoder)
+    ]
+    assert causal == [[], [False, False]]
+
+
+def test_angles_that_depend_on_the_length_are_refused_by_name() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(CaptureError, match="rotary embedding of LlamaForCausalLM is of type 'dynamic'"):
+        capture(t.LlamaForCausalLM(t.LlamaConfig(**UNTIED, rope_parameters=rope)))
