@@ -73,7 +73,7 @@ class Record:
 def _plain(value: Any) -> Any:
     """An option as JSON has it: a file by its name, tensors by their keys."""
     if isinstance(value, Path):
-        return str(value)
+        return value.as_posix()
     return list(value) if isinstance(value, Mapping) else value
 
 
@@ -287,4 +287,4 @@ def _write(name: str, text: str, folder: str | Path | None) -> None:
         print(f"=== {name}\n{text}", file=sys.stderr)
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / f"{name}.txt").write_text(text)
+    (Path(folder) / f"{name}.txt").write_text(text, "utf-8")

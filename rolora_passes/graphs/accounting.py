@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import resource
+import ctypes
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -62,6 +63,21 @@ def weigh(graph: fx.GraphModule) -> Weights:
 
 
 def peak_mb() -> float:
-    """The process's peak resident memory, in MB."""
+    """The process's peak resident memory, in MB; 0 on a system that does not say."""
+    if sys.platform == "win32":
+        return _windows_peak() / 1e6
+    try:
+        import resource  # not part of Python everywhere
+    except ImportError:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def _windows_peak() -> int:
+    """The peak working set in bytes, as PROCESS_MEMORY_COUNTERS holds it: two DWORDs, then sizes."""
+    library: Any = getattr(ctypes, "WinDLL")("kernel32")  # noqa: B009  (there on Windows alone)
+    library.GetCurrentProcess.restype = ctypes.c_void_p
+    counters = (ctypes.c_size_t * 9)()
+    process, size = ctypes.c_void_p(library.GetCurrentProcess()), ctypes.sizeof(counters)
+    return int(counters[1]) if library.K32GetProcessMemoryInfo(process, counters, size) else 0

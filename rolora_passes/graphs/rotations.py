@@ -106,7 +106,7 @@ def save_rotations(graph: fx.GraphModule, folder: str | Path) -> list[Path]:
         plain = {k: t if _kind(k) == "scale" else dense(t) for k, t in tensors.items()}
         torch.save({key: tensor.float() for key, tensor in plain.items()}, file)
     with writing(folder / "rotations.json") as path:
-        path.write_text(json.dumps(manifest, indent=1))
+        path.write_text(json.dumps(manifest, indent=1), "utf-8")
     return [folder / "R.bin", folder / "rotations.json"]
 
 
