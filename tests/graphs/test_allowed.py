@@ -166,8 +166,8 @@ POOL: list[Any] = [
     "linear", "aten.linear.default", "aten.mul_.Tensor", "operator.getitem", "call_module", "call_method",
     "get_attr", "placeholder", "output", "import_module.__self__.import_module", "lm_head.weight", "../../x",
     "x\u0000y", [], {}, [[]], {"node": "linear"}, {"node": "no such"}, {"torch": "float32"},
-    {"torch": "load"}, {"torch": []}, {"device": "meta"}, {"device": "no such"}, {"float": "nan"}, {"float": 3},
-    {"x": 1, "y": 2},
+    {"torch": "load"}, {"torch": []}, {"device": "meta"}, {"device": "no such"}, {"float": "nan"},
+    {"float": 3}, {"x": 1, "y": 2},
 ]  # fmt: skip
 
 
