@@ -261,7 +261,7 @@ def _apply(
         raise
     counts = len(before.graph.nodes), len(after.graph.nodes)
     spent = time.perf_counter() - start
-    kind = "exact" if step.exact else "lossy"
+    kind = "exact" if step.exact else "trained" if step.kind == "trained" else "lossy"
     record = Record(step.name, step.options(), kind, seconds, spent, peak_mb(), counts, report, error)
     after.meta["history"] = [*before.meta.get("history", []), record]
     if print_graph == "all" or (print_graph == "changed" and report.modified):

@@ -69,13 +69,14 @@ class Pass:
     """Base of all passes. Subclasses set the class attributes and implement `run`.
 
     Class attributes:
-        kind: "exact" keeps the function up to rounding, and is verified; "lossy" does not.
+        kind: "exact" keeps the function up to rounding, and is verified; "lossy" puts values on a grid;
+            "trained" changes the function by learning.
         requires, ensures: facts that must hold before, and that hold after.
         forbids: facts that must not hold before.
         removes: facts that no longer hold after.
     """
 
-    kind: ClassVar[Literal["exact", "lossy"]] = "exact"
+    kind: ClassVar[Literal["exact", "lossy", "trained"]] = "exact"
     requires: ClassVar[tuple[str, ...]] = ("canonical",)
     ensures: ClassVar[tuple[str, ...]] = ()
     forbids: ClassVar[tuple[str, ...]] = ()

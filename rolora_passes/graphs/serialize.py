@@ -109,9 +109,9 @@ def _built(described: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> fx
             node.meta["source"] = str(entry["source"])
     if [n.op for n in graph.graph.nodes].count("output") != 1 or node.op != "output":
         raise GraphFormatError("expected one output, and nothing after it")
-    for part, kind in _META.items():
-        if not isinstance(described["meta"].get(part, kind()), kind):
-            raise GraphFormatError(f"expected {part} to be a {kind.__name__}")
+    for part, begins in _META.items():
+        if not isinstance(described["meta"].get(part, begins()), begins):
+            raise GraphFormatError(f"expected {part} to be a {begins.__name__}")
         graph.meta |= {part: described["meta"][part]} if part in described["meta"] else {}
     for kind in TENSORS:
         kept = {n.removeprefix(f"{kind}/"): t for n, t in tensors.items() if n.startswith(f"{kind}/")}
