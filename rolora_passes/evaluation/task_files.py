@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jinja2.sandbox import SandboxedEnvironment
@@ -65,7 +66,7 @@ def _included(node: yaml.Node) -> list[str]:
 
 def keep_templates_from_python() -> None:
     """Give lm-eval's templates jinja's sandbox: without it, one could reach any function of Python's."""
-    utils = require("lm_eval.utils", "eval")
+    utils: Any = require("lm_eval.utils", "eval")
     own = utils.env
     if not isinstance(own, SandboxedEnvironment):
         keep = own.keep_trailing_newline
