@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -98,7 +99,7 @@ def _gptq_line(stages: list[dict[str, Any]], peak_mb: float) -> None:
 
 def print_summary(compiled: Compiled) -> None:
     """What was compiled, what it weighs, what every pass did, and how near the programs are to the model."""
-    table = Table(title=str(compiled.folder), show_header=False, title_justify="left")
+    table = Table(title=escape(str(compiled.folder)), show_header=False, title_justify="left")
     weights = compiled.weights
     bits_each = f"{weights.bits_per_weight:.2f} bits each with scales"
     table.add_row("weights", f"{weights.elements / 1e6:.1f} M, {bits_each}")

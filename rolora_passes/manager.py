@@ -76,7 +76,7 @@ class Record:
 def _plain(value: Any) -> Any:
     """An option as JSON has it: a file by its name, tensors by their keys."""
     if isinstance(value, Path):
-        return str(value)
+        return value.as_posix()
     return list(value) if isinstance(value, Mapping) else value
 
 
@@ -274,7 +274,7 @@ def _apply(
         raise
     counts = len(before.graph.nodes), len(after.graph.nodes)
     spent = time.perf_counter() - start
-    kind = "exact" if step.exact else "lossy"
+    kind = "exact" if step.exact else "trained" if step.kind == "trained" else "lossy"
     record = Record(step.name, step.options(), kind, seconds, spent, peak_mb(), counts, report, error)
     after.meta["history"] = [*before.meta.get("history", []), record]
     if print_graph == "all" or (print_graph == "changed" and report.modified):
@@ -321,4 +321,4 @@ def _write(name: str, text: str, folder: str | Path | None) -> None:
         print(f"=== {name}\n{text}", file=sys.stderr)
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / f"{name}.txt").write_text(text)
+    (Path(folder) / f"{name}.txt").write_text(text, "utf-8")

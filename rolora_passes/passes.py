@@ -62,12 +62,13 @@ class Pass:
     """Base of all passes. Subclasses set the class attributes and implement `run`.
 
     Class attributes:
-        kind: "exact" keeps the function up to rounding, and is verified; "lossy" does not.
+        kind: "exact" keeps the function up to rounding, and is verified; "lossy" puts values on a grid;
+            "trained" changes the function by learning.
         requires, forbids: facts (`rolora_passes.graphs.spec`) that must hold before, and must not.
         ensures, removes: facts that hold after, if the pass found a site, and that no longer do.
     """
 
-    kind: ClassVar[Literal["exact", "lossy"]] = "exact"
+    kind: ClassVar[Literal["exact", "lossy", "trained"]] = "exact"
     requires: ClassVar[tuple[str, ...]] = ("canonical",)
     ensures: ClassVar[tuple[str, ...]] = ()
     forbids: ClassVar[tuple[str, ...]] = ()

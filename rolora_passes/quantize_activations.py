@@ -24,7 +24,7 @@ from rolora_passes.graphs.graph import (
 )
 from rolora_passes.graphs.quantizers import require_bits, require_float32, require_group
 from rolora_passes.graphs.shapes import infer_shapes
-from rolora_passes.graphs.sites import is_head, matches, require_match
+from rolora_passes.graphs.sites import by_name_only, is_head, require_match, why_left
 from rolora_passes.passes import Calibration, Pass, Report
 
 _FAKE = ("fake_quantize", "fake_quantize_static")
@@ -49,7 +49,8 @@ class QuantizeActivations(Pass):
         clip_search: choose it for every value, by what rounding does to the linears that read it; needs
             calibration. Clips cost nothing at run time.
         static: one grid for all tokens, from what observe-activations saw, instead of one chosen at run time.
-        targets: "all-linear", or patterns over site names; the head is meant too.
+        targets: "all-linear", or patterns over site names; the head is meant too. A mixture's routers, and
+            gates with one output, read the unrounded value unless a pattern names them.
         exclude: patterns of sites to leave.
         head: bits of the head's input, or None to leave it.
         float_weights: also what linears with floating-point weights read.
@@ -120,12 +121,14 @@ class QuantizeActivations(Pass):
         require_float32(graph, self.name)
         shapes, names = infer_shapes(graph), site_names(graph)
         require_match(self.name, self.targets, names.values())
+        special = by_name_only(graph, shapes)
         for node, name in names.items():
             bits = self.head if is_head(node) else self.bits
             value = node.args[0]
             assert isinstance(value, fx.Node)
-            if bits is None or not matches(name, self.targets) or matches(name, self.exclude):
-                report.left.append((name, "left in floating point by the options"))
+            left = why_left(node, name, self.targets, self.exclude, special)
+            if bits is None or left:
+                report.left.append((name, left or "left in floating point by the options"))
             elif is_op(value, *_FAKE):
                 report.left.append((name, "its input is quantized already"))
             elif not self.float_weights and not is_op(node.args[1], *KEPT):

@@ -26,7 +26,11 @@ class QuantizeEmbedding(Pass):
         bits: 2 to 8 (the kernels have 4 and 8).
         group_size: channels that share a scale; None: one scale per row.
 
-    A table that a linear reads too is left: untie it first, or quantize that linear's copy.
+    The embedding of a tied table gets a rounded copy: the linear still reads the table, or what
+    quantize-weights makes of it. The report has every table; other matrices are for quantize-weights.
+
+    Raises:
+        PassError: the groups do not divide a table's rows.
     """
 
     kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
@@ -49,13 +53,16 @@ class QuantizeEmbedding(Pass):
         known = constants(graph)
         shapes = infer_shapes(graph, only=known)
         for node in list(graph.graph.nodes):
-            if not is_op(node, "embedding") or node.args[0] not in known:
+            if not is_op(node, "embedding"):
                 continue
             table = node.args[0]
-            assert isinstance(table, fx.Node)
+            if table not in known:
+                report.left.append((root_names(table)[0], "quantized already, or computed from the input"))
+                continue
             name, width = root_names(table)[0], int(shapes[table].shape[-1])
             require_group(self.name, name, width, self.group_size)
+            copy = ", a copy: something else reads the table too" if len(table.users) > 1 else ""
             node.update_arg(0, quantize_weight(graph, node, table, Grid(self.bits, self.group_size)))
-            report.changed.append(f"{name}: {self.bits} bits")
+            report.changed.append(f"{name}: {self.bits} bits{copy}")
         finish(graph)
         return report

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from torch import fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.accounting import remaining
 from rolora_passes.graphs.affine import Grid
 from rolora_passes.graphs.gptq_linears import gptq_linears
 from rolora_passes.graphs.graph import constants, finish, site_names
@@ -22,7 +23,7 @@ from rolora_passes.graphs.quantizers import (
     store_quantized,
 )
 from rolora_passes.graphs.shapes import infer_shapes
-from rolora_passes.graphs.sites import is_head, matches, require_match
+from rolora_passes.graphs.sites import by_name_only, is_head, require_match, why_left
 from rolora_passes.graphs.transport import keep_ways, ways
 from rolora_passes.passes import Calibration, Pass, Report
 
@@ -38,18 +39,21 @@ class QuantizeWeights(Pass):
                                     y = linear(x, dequantize(q, s))
 
     A weight that is quantized already is left, so two of these passes make a model of mixed precision:
-    the first takes its targets, the second the rest.
+    the first takes its targets, the second the rest. The report has every matrix of the graph, also those
+    that no linear reads (tables, experts, convolutions), and the number of vectors, which stay as they are.
 
     Options:
         bits: 2 to 8.
-        group_size: input channels that share a scale; None: one scale per output channel, as 8-bit
-            weights always have. Scales of groups are rounded to bfloat16, which is what kernels hold.
+        group_size: input channels that share a scale; None: one scale per output channel; "auto": 32, and one
+            scale per output channel at 8 bits. A head of 8 bits beside weights of fewer has one per output
+            channel, too. Scales of groups are rounded to bfloat16, which is what kernels hold.
         symmetric: -2^(b-1) .. 2^(b-1)-1 around zero (8 bits: -127 .. 127); otherwise with a zero point.
         method: "rtn" (round to nearest), "gptq" (Frantar et al., 2023; needs calibration, and sees what the
             graph computes with everything before already quantized), "nf" (NormalFloat, QLoRA) or
             "uniform" (LoftQ's table), codebooks scaled by each group's largest magnitude.
         clip_search: shrink each range to where sum |w - ŵ|^2.4 is least, over a grid of 80.
-        targets: "all-linear", or patterns over site names; the head is meant too.
+        targets: "all-linear", or patterns over site names; the head is meant too. A mixture's routers, and
+            gates with one output, stay in floating point unless a pattern names them.
         exclude: patterns of sites to leave.
         head: bits of the head, or None to leave it.
         damping: GPTQ: the part of the mean diagonal that is added to the Hessian's.
@@ -65,7 +69,7 @@ class QuantizeWeights(Pass):
     ensures: ClassVar[tuple[str, ...]] = ("weights quantized",)
 
     bits: int = 4
-    group_size: int | None = 32
+    group_size: int | Literal["auto"] | None = "auto"
     symmetric: bool = True
     method: Literal["rtn", "gptq", "nf", "uniform"] = "rtn"
     clip_search: bool = False
@@ -78,8 +82,9 @@ class QuantizeWeights(Pass):
     def __post_init__(self) -> None:
         require_bits(self.name, "bits", self.bits)
         require_bits(self.name, "head", self.head)
-        if self.group_size is not None and self.group_size < 2:
-            raise PassError(f"{self.name}: group_size must be 2 or more or None, found {self.group_size}")
+        group = self.group_size
+        if group not in ("auto", None) and (isinstance(group, str) or group < 2):
+            raise PassError(f"{self.name}: group_size must be 2 or more, None or 'auto', found {group!r}")
         if self.method not in _METHODS:
             raise PassError(f"{self.name}: method must be one of {_METHODS}, found {self.method!r}")
         if self.method in ("nf", "uniform") and (not self.symmetric or self.clip_search):
@@ -107,7 +112,7 @@ class QuantizeWeights(Pass):
     def calibrate(self, graph: fx.GraphModule, calibration: Calibration) -> Report:
         report, traced = Report(), ways(graph)
         sites = {node: (name, grid) for node, name, _, grid in self._sites(graph, report)}
-        report.notes = gptq_linears(
+        report.notes |= gptq_linears(
             graph,
             sites,
             calibration.tokens,
@@ -125,22 +130,30 @@ class QuantizeWeights(Pass):
     def _sites(self, graph: fx.GraphModule, report: Report) -> Iterator[tuple[fx.Node, str, fx.Node, Grid]]:
         """Each linear to quantize, its name, its weight, and the grid; the others go to the report."""
         require_float32(graph, self.name)
-        known = constants(graph)
+        known, names = constants(graph), site_names(graph)
         shapes = infer_shapes(graph, only=known)
-        names = site_names(graph)
         require_match(self.name, self.targets, names.values())
+        special = by_name_only(graph, shapes)
         for node, name in names.items():
             bits = self.head if is_head(node) else self.bits
             weight = node.args[1]
             assert isinstance(weight, fx.Node)
-            if bits is None or not matches(name, self.targets) or matches(name, self.exclude):
-                report.left.append((name, "left in floating point by the options"))
+            left = why_left(node, name, self.targets, self.exclude, special)
+            if bits is None or left:
+                report.left.append((name, left or "left in floating point by the options"))
             elif weight not in known:
                 report.left.append((name, "its weight is quantized already"))
             else:
-                group = None if bits == 8 else self.group_size
+                group = self._group(bits)
                 require_group(self.name, name, int(shapes[weight].shape[-1]), group)
                 yield node, name, weight, Grid(bits, group, self.symmetric, self.clip_search)
+        others, report.notes["vectors"] = remaining(graph)
+        report.left += others
+
+    def _group(self, bits: int) -> int | None:
+        if bits == 8 and (self.group_size == "auto" or self.bits < 8):
+            return None
+        return 32 if self.group_size == "auto" else self.group_size
 
 
 def _describe(name: str, grid: Grid) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -97,8 +97,8 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     for key, value in options.items():
         if isinstance(value, tuple):
             value = list(value)
-        elif isinstance(value, Path):
-            value = str(value)
+        elif isinstance(value, PurePath):
+            value = value.as_posix()
         elif not isinstance(value, (str, int, float, bool, list, type(None))):
             kind = type(value).__name__
             raise PassError(f"a recipe cannot hold {key}, a {kind}: save it and give the file's path")
@@ -118,4 +118,4 @@ def _text(source: str | Path) -> str:
     if str(source) not in recipe_names():
         there = ", ".join([*recipe_names(), *(f"{m}:W4A4KV4" for m in METHODS)])
         raise PassError(f"expected a recipe file (.yaml) or one of {there}, found {str(source)!r}")
-    return (resources.files("rolora_passes") / "recipe_files" / f"{source}.yaml").read_text()
+    return (resources.files("rolora_passes") / "recipe_files" / f"{source}.yaml").read_text("utf-8")

@@ -80,6 +80,8 @@ def sensitivity(
 def split_recipe(passes: Iterable[Pass]) -> tuple[list[Pass], list[Pass]]:
     """(what a recipe does before it quantizes, its quantizers that can be tried site by site).
 
+    What it trains before is done; what it trains later, to make up for rounding, is not.
+
     Raises:
         PassError: it has no such quantizer.
     """

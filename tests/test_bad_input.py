@@ -271,6 +271,24 @@ def test_rotation_files_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "rotations.json").write_text("[1]")
     with pytest.raises(PassError, match="or not a manifest"):
         apply_passes(captured("llama"), [FuseNorm(), Rotate(given=tmp_path / "rotations.json")])
+    torch.save({"R2": torch.eye(8)}, tmp_path / "R.bin")
+    for entry in ('{"signs": 3}', '{"signs": "++x"}', '{"signs": ["+"]}', "{}"):
+        (tmp_path / "rotations.json").write_text('{"R1": ' + entry + "}")
+        with pytest.raises(PassError, match=r"R1|or not a manifest"):
+            apply_passes(captured("llama"), [FuseNorm(), Rotate(given=tmp_path / "rotations.json")])
+
+
+def test_a_file_of_rotations_runs_nothing(tmp_path: Path) -> None:
+    """R.bin is a pickle, of tensors alone."""
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"R1": Evil()}, tmp_path / "R.bin")
+    with pytest.raises(PassError, match="is damaged, or not a file of tensors"):
+        apply_passes(captured("llama"), [FuseNorm(), Rotate(given=tmp_path / "R.bin")])
+    assert not (tmp_path / "ran").exists()
 
 
 # Options.
@@ -282,7 +300,10 @@ OPTIONS: dict[str, tuple[Callable[[], Any], str]] = {
         "groups of 5 do not divide .*, whose width is 24",
     ),
     "group of nothing": (lambda: QuantizeEmbedding(group_size=0), "must be positive or None, found 0"),
-    "group of one": (lambda: QuantizeWeights(group_size=1), "group_size must be 2 or more or None, found 1"),
+    "group of one": (
+        lambda: QuantizeWeights(group_size=1),
+        "group_size must be 2 or more, None or 'auto', found 1",
+    ),
     "bits": (lambda: QuantizeWeights(bits=1), "bits must be 2 to 8, found 1"),
     "bits of activations": (lambda: QuantizeActivations(bits=2), "bits must be 3 to 8, found 2"),
     "clip": (lambda: QuantizeActivations(clip=0.0), "clip must be above 0 and at most 1, found 0.0"),

@@ -81,7 +81,8 @@ def test_integers_are_those_of_the_arithmetic(options: dict[str, Any]) -> None:
     for name, (q, scale) in weights(graph).items():
         bits = step.head if name == "lm_head.weight" else step.bits
         assert bits is not None
-        grid = affine.Grid(bits, None if bits == 8 else step.group_size, step.symmetric, step.clip_search)
+        group = 32 if step.group_size == "auto" else step.group_size
+        grid = affine.Grid(bits, None if bits == 8 else group, step.symmetric, step.clip_search)
         expected_scale, zero = grid.choose(originals[name].double())
         assert torch.equal(scale, expected_scale)
         assert torch.equal(q, affine.quantize(originals[name].double(), scale, zero, bits, step.symmetric))
@@ -142,7 +143,7 @@ def test_head_targets_and_exclusions() -> None:
     graph = apply_passes(wide(), [QuantizeWeights(head=None, targets=("up_proj", "lm_head"))])
     report = history(graph)[-1].report
     assert count(graph, "dequantize") == len(report.changed) == 2
-    assert len(report.left) == 13 and dict(report.left)["lm_head"] == "left in floating point by the options"
+    assert len(report.left) == 14 and dict(report.left)["lm_head"] == "left in floating point by the options"
     graph = apply_passes(wide(), [QuantizeWeights(exclude=("re:.*mlp.*",))])
     assert count(graph, "dequantize") == 9
 
@@ -152,6 +153,7 @@ def test_mixed_precision_is_two_passes() -> None:
         wide(), [QuantizeWeights(bits=8, targets="down_proj"), QuantizeWeights(bits=3), FoldConstants()]
     )
     left = dict(history(graph)[1].report.left)
+    assert "quantize-embedding rounds it" in left.pop("model.embed_tokens.weight")
     assert left == {f"model.layers.{i}.mlp.down_proj": "its weight is quantized already" for i in (0, 1)}
     bits = [argument(n, "bits") for n in graph.graph.nodes if is_op(n, "dequantize")]
     assert sorted(bits) == [3] * 12 + [4] + [8] * 2
@@ -179,6 +181,20 @@ def test_gptq_quantizes_what_the_passes_wrote_about_a_weight() -> None:
     assert difference(lazy, folded) < 1e-3
 
 
+def test_groups_of_eight_bits() -> None:
+    """Groups that are asked for are made, at eight bits too; a head of eight beside fewer has rows."""
+
+    def scales(**options: Any) -> dict[str, int]:
+        graph = apply_passes(wide(), [QuantizeWeights(**options), FoldConstants()])
+        return {name: scale.shape[1] for name, (_, scale) in weights(graph).items()}
+
+    assert {*scales(bits=8, head=8).values()} == {1}
+    assert {*scales(bits=8, head=8, group_size=None).values()} == {1}
+    assert {*scales(bits=8, head=8, group_size=16).values()} == {4, 8}
+    eight = scales(group_size=32, head=8)
+    assert eight.pop("lm_head.weight") == 1 and {*eight.values()} == {2, 4}
+
+
 def test_errors() -> None:
     with pytest.raises(
         PassError, match=r"groups of 256 do not divide .*, whose width is 64; use 16 or 32 or"
@@ -187,6 +203,11 @@ def test_errors() -> None:
     for bits in (1, 9):
         with pytest.raises(PassError, match=f"bits must be 2 to 8, found {bits}"):
             QuantizeWeights(bits=bits)
+    for group in (1, "some"):
+        with pytest.raises(
+            PassError, match=rf"group_size must be 2 or more, None or 'auto', found {group!r}"
+        ):
+            QuantizeWeights(group_size=group)  # type: ignore[arg-type]
     with pytest.raises(PassError, match=r"method must be one of .*, found 'awq'"):
         QuantizeWeights(method="awq")  # type: ignore[arg-type]
     with pytest.raises(PassError, match="a codebook has no zero points"):

@@ -40,7 +40,8 @@ def run(options: argparse.Namespace) -> None:
     if target not in there:
         raise RunError(f"expected a program for {target or ' or '.join(_PROGRAMS)} in {folder}, found none")
     prompt = options.prompt if options.raw else _chat(folder, options.prompt)
-    screen = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # ExecuTorch's runner prints too, and is put aside
+    descriptor = os.dup(sys.stdout.fileno())  # ExecuTorch prints too, and is put aside
+    screen = os.fdopen(descriptor, "w", encoding=sys.stdout.encoding)
 
     def show(text: str) -> None:
         print(text, end="", flush=True, file=screen)

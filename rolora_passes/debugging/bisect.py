@@ -29,7 +29,7 @@ class PassLoss:
     """What one pass of a recipe changed.
 
     Attributes:
-        name: of the pass; `kind` is "exact" or "lossy".
+        name: of the pass; `kind` is "exact", "lossy" or "trained".
         kl: divergence of the predictions from the graph before the recipe, nats per token.
         step: divergence from the graph before this pass.
         nll: what the next token's mean negative log-likelihood has grown by since before the recipe, nats.
@@ -122,7 +122,7 @@ def bisect_recipe(
         "on_pass": on_pass,
         "origin": predictions(graph, tokens),
     }
-    if all(step.exact for step in passes):
+    if all(step.kind != "lossy" for step in passes):
         return bisect_passes(graph, passes, tokens, **known)[0], None
     before, exact, rest = float_twin_recipe(passes)
     losses, shared = bisect_passes(graph, before, tokens, **known)
@@ -167,8 +167,7 @@ def bisect_passes(
         fault = _fault(step, current, after) if step.exact else None
         if step.exact and fault is None and not moved <= _ROUNDING[dtype_of(graph)]:
             fault = f"{step.name} promises to keep the function, but on these tokens KL is {moved:.1e}"
-        kind = "exact" if step.exact else "lossy"
-        found.append(PassLoss(step.name, kind, kl, moved, nll, fault))
+        found.append(PassLoss(step.name, history(after)[-1].kind, kl, moved, nll, fault))
         current = after
     return found, current
 

@@ -1,4 +1,4 @@
-"""A recipe with and without its lossy passes: two graphs whose values of the same name are comparable."""
+"""A recipe with and without its quantizers: two graphs whose values of the same name are comparable."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from rolora_passes.passes import Calibration, Pass
 
 
 def float_twin_recipe(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass], list[Pass]]:
-    """(what a recipe does before its first lossy pass, its rest without lossy passes, its rest).
+    """(what a recipe does before its first lossy pass, its exact passes from there on, all from there on).
+
+    Training before that is no loss, and both have it; training after it makes up for rounding, and the twin,
+    which rounds nothing, has none.
 
     Raises:
         PassError: no pass of the recipe is lossy.
     """
-    lossy = [number for number, step in enumerate(passes) if not step.exact]
+    lossy = [number for number, step in enumerate(passes) if step.kind == "lossy"]
     if not lossy:
         found = ", ".join(step.name for step in passes) or "no passes"
         raise PassError(f"expected a recipe with a pass that quantizes, found {found}")

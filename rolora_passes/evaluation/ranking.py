@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from rolora_passes.data import load_text, token_stream
@@ -76,14 +77,14 @@ def ranking_table(result: Mapping[str, Any], top: int) -> Table:
     sites = result["sites"]
     total = sum(site["kl"] for site in sites)
     table = Table(
-        title=f"{result['source']}, {result['recipe']}: each site quantized alone",
+        title=escape(f"{result['source']}, {result['recipe']}: each site quantized alone"),
         caption=f"{len(sites)} sites, sum of KL {total:.4f} nats a token; "
-        f"{result['windows']} windows of {result['window']} of {result['text']}",
+        f"{result['windows']} windows of {result['window']} of {escape(result['text'])}",
         title_justify="left",
     )
     for column in ("site", "KL, nats", "part", "loss grows by"):
         table.add_column(column, justify="left" if column == "site" else "right", overflow="fold")
     for site in sites[:top]:
         part = f"{site['kl'] / total:.1%}" if total else ""
-        table.add_row(site["name"], f"{site['kl']:.2e}", part, f"{site['nll']:+.2e}")
+        table.add_row(escape(site["name"]), f"{site['kl']:.2e}", part, f"{site['nll']:+.2e}")
     return table

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from rolora_passes.data import load_text, token_stream
@@ -156,13 +157,13 @@ def results_table(result: Mapping[str, Any]) -> Table:
     caption = (
         "±: standard error. Perplexity is token level." if "perplexity" in result else "±: standard error."
     )
-    table = Table(title=f"{result['source']}{recipe}", caption=caption, title_justify="left")
+    table = Table(title=escape(f"{result['source']}{recipe}"), caption=caption, title_justify="left")
     for column in ("measure", "value", "±", "of"):
         table.add_column(column, justify="right" if column in ("value", "±") else "left", overflow="fold")
     for row in result.get("perplexity", ()):
         what = f"{row['windows']} windows of {row['window']}, {row['seconds']:.0f} s"
         value = "too large" if row["value"] is None else f"{row['value']:.3f}"
-        table.add_row(f"perplexity, {row['text']}", value, _number(row["error"]), what)
+        table.add_row(escape(f"perplexity, {row['text']}"), value, _number(row["error"]), what)
     tasks = result.get("tasks", {})
     for name, row in tasks.get("tasks", {}).items():
         what = f"{row['examples']} of {row['of']}, {row['shots']}-shot"
@@ -177,7 +178,9 @@ def results_table(result: Mapping[str, Any]) -> Table:
 def _metric_rows(table: Table, name: str, row: Mapping[str, Any], what: str) -> None:
     for metric, value in row.items():
         if value is not None and not metric.partition(",")[0].endswith("_stderr"):
-            table.add_row(f"{metric}, {name}", f"{value:.4f}", _number(row.get(stderr_name(metric))), what)
+            table.add_row(
+                escape(f"{metric}, {name}"), f"{value:.4f}", _number(row.get(stderr_name(metric))), what
+            )
 
 
 def _number(value: float | None) -> str:

@@ -19,10 +19,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from rolora_passes.data import read_lines
 from rolora_passes.errors import DataError, EvaluationError, MissingExtraError, one_line
 from rolora_passes.evaluation.scorers import Scorer
+from rolora_passes.evaluation.task_files import keep_templates_from_python, require_data
 from rolora_passes.export.extras import require
 
 GROUPS = {
@@ -78,7 +80,11 @@ def evaluate_tasks(
     torch.manual_seed(seed)
     require("numpy.random", "eval").seed(seed)
     lm = ScorerLM(scorer, tokenizer, on_progress)
-    found = require("lm_eval.evaluator", "eval").evaluate(lm, ready.loaded, limit=limit, log_samples=False)
+    evaluator = require("lm_eval.evaluator", "eval")
+    try:
+        found = evaluator.evaluate(lm, ready.loaded, limit=limit, log_samples=False)
+    except TemplateError as error:
+        raise EvaluationError(f"a template of a task fails: {one_line(error)}") from error
     local = any(name.endswith(".jsonl") for name in ready.asked)
     return {
         "protocol": PROTOCOL,
@@ -93,6 +99,7 @@ def evaluate_tasks(
 def load_tasks(tasks: Sequence[str], seed: int = 0, shots: int | None = None) -> Tasks:
     """Tasks with their data, to be sure of both before a model is opened; see `evaluate_tasks`."""
     names, manager = check_tasks(tasks)
+    keep_templates_from_python()
     try:
         asked = [_local_task(Path(name)) if name.endswith(".jsonl") else name for name in names]
         loaded = manager.load(asked)
@@ -123,6 +130,8 @@ def check_tasks(tasks: Iterable[str]) -> tuple[list[str], Any]:
             raise EvaluationError(f"expected a task file at {name}, found nothing")
         if name.endswith(".jsonl"):
             questions(Path(name))
+        else:
+            require_data(Path(name))
     titles = [_title(name) for name in names]
     twice = sorted({title for title in titles if titles.count(title) > 1})
     if twice or not names:

@@ -153,11 +153,11 @@ def compile_model(
         compiled = Compiled(Path(folder), weigh(graph), history(graph), lowerings, [], seconds)
         manifest = temporary / "manifest.json"
         known = _manifest(source, graph.meta.get("config", {}), compiled, max_length)
-        manifest.write_text(json.dumps(known, indent=1))
+        manifest.write_text(json.dumps(known, indent=1), "utf-8")
         if check is not None:
             with stage("compare"):
                 compiled.parity.extend(check(captured, graph, temporary, tokenizer))
-            manifest.write_text(json.dumps(known | {"parity": compiled.parity}, indent=1))
+            manifest.write_text(json.dumps(known | {"parity": compiled.parity}, indent=1), "utf-8")
     return compiled
 
 
@@ -168,7 +168,7 @@ def _keep_inputs(
     for name, adapter in adapters.items():
         shutil.copytree(adapter, folder / "adapters" / name)
     kept = _with_adapters(settled(passes, "rotations.json"), folder)
-    (folder / "recipe.yaml").write_text(dump_recipe(kept))
+    (folder / "recipe.yaml").write_text(dump_recipe(kept), "utf-8")
     if graph.meta.get("rotations"):
         save_rotations(graph, folder)
 

@@ -20,7 +20,6 @@ from rolora_passes.export.positions import position_only, tabulate
 from rolora_passes.fold_constants import FoldConstants
 from rolora_passes.graphs.files import writing_folder
 from rolora_passes.graphs.graph import KEPT, argument, copy_graph, dtype_of, is_op, op_name
-from rolora_passes.graphs.sites import is_head
 from rolora_passes.version import __version__
 
 if TYPE_CHECKING:
@@ -278,7 +277,7 @@ def _return(e: Emitter, last_token: bool) -> None:
     value = e.value(result)
     if value.producer() is None:
         value = e.op("Identity", value)
-    value.name = "logits" if is_head(result) or is_op(result, "linear") else "last_hidden_state"
+    value.name = "logits"
     names = ["batch", "length"] if e.inputs.cached else [str(s) for s in e.shape(result)[:-1]]
     sizes: list[int | str] = [names[0], 1, *names[2:]] if last_token else list(names)
     value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([*sizes, e.shape(result)[-1]])

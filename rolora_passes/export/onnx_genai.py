@@ -62,7 +62,9 @@ def write_genai_config(
     }
     search = {"max_length": max_length, "do_sample": False, "past_present_share_buffer": share_buffer}
     known = {key: value for key, value in model.items() if value is not None}
-    (folder / "genai_config.json").write_text(json.dumps({"model": known, "search": search}, indent=1))
+    (folder / "genai_config.json").write_text(
+        json.dumps({"model": known, "search": search}, indent=1), "utf-8"
+    )
 
 
 def session_entries(e: Emitter) -> dict[str, str]:

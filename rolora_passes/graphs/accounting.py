@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import resource
+import ctypes
 import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from rolora_passes.graphs.graph import KEPT, argument, get_tensor, is_op, parameters
+from rolora_passes.graphs.graph import (
+    KEPT,
+    argument,
+    constants,
+    get_tensor,
+    is_op,
+    linears,
+    op_name,
+    parameters,
+    upstream,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,63 @@ def weigh(graph: fx.GraphModule) -> Weights:
     return Weights(elements, sum(b * n for b, n in by_bits.items()) + beside, dict(sorted(by_bits.items())))
 
 
+def remaining(graph: fx.GraphModule) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """What quantizers of linears' weights do not reach.
+
+    Returns: every matrix (two axes or more) of floating-point numbers that is no linear's, with the reason
+        that it stays; and how many vectors there are ("parameters", "elements"): gains, biases, frequencies.
+    """
+    known, sites = constants(graph), linears(graph)
+    reached = upstream(n.args[1] for n in sites if isinstance(n.args[1], fx.Node))
+    matrices, vectors = dict[str, str](), dict[str, int]()
+    for node in graph.graph.find_nodes(op="get_attr"):
+        value, readers = get_tensor(graph, str(node.target)), _readers(node, known)
+        if not value.is_floating_point() or node in reached:
+            continue
+        if value.dim() > 1:
+            matrices[str(node.target)] = _why_it_stays(value, readers)
+        elif not any(is_op(user, *KEPT) for user in node.users):
+            vectors[str(node.target)] = value.numel()
+    return list(matrices.items()), {"parameters": len(vectors), "elements": sum(vectors.values())}
+
+
+def _readers(node: fx.Node, known: Collection[fx.Node]) -> list[fx.Node]:
+    """What computes with a parameter, or with what is made of it alone; a quantizer's second half, too."""
+    found, stack = dict[fx.Node, None](), list(node.users)
+    while stack:
+        user = stack.pop()
+        found |= {} if user in known else {user: None}
+        stack.extend(user.users if user in known else [])
+    return list(found)
+
+
+def _why_it_stays(value: Tensor, readers: Sequence[fx.Node]) -> str:
+    names = ", ".join(sorted({op_name(reader) for reader in readers}))
+    if any(is_op(reader, *KEPT) for reader in readers):
+        return "quantized already"
+    if any(is_op(reader, "embedding") for reader in readers):
+        return "a table that an embedding reads: quantize-embedding rounds it"
+    if value.dim() == 3 and any(is_op(reader, "index", "bmm", "matmul", "einsum") for reader in readers):
+        return f"{len(value)} matrices in one, as experts are, read by {names}, not as a linear's weight"
+    return f"read by {names}, not as a linear's weight"
+
+
 def peak_mb() -> float:
-    """The process's peak resident memory, in MB."""
+    """The process's peak resident memory, in MB; 0 on a system that does not say."""
+    if sys.platform == "win32":
+        return _windows_peak() / 1e6
+    try:
+        import resource  # not part of Python everywhere
+    except ImportError:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def _windows_peak() -> int:
+    """The peak working set in bytes, as PROCESS_MEMORY_COUNTERS holds it: two DWORDs, then sizes."""
+    library: Any = getattr(ctypes, "WinDLL")("kernel32")  # noqa: B009  (there on Windows alone)
+    library.GetCurrentProcess.restype = ctypes.c_void_p
+    counters = (ctypes.c_size_t * 9)()
+    process, size = ctypes.c_void_p(library.GetCurrentProcess()), ctypes.sizeof(counters)
+    return int(counters[1]) if library.K32GetProcessMemoryInfo(process, counters, size) else 0

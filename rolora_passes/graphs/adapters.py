@@ -115,7 +115,7 @@ def save_adapter(
     about = {"base": base_hash(graph), "basis": basis_hash(graph) if basis == "graph" else None}
     with writing_folder(folder) as temporary:
         _write(temporary, modules, base)
-        (temporary / ABOUT).write_text(json.dumps(about, indent=1))
+        (temporary / ABOUT).write_text(json.dumps(about, indent=1), "utf-8")
     return Path(folder)
 
 
@@ -310,5 +310,5 @@ def _write(folder: Path, modules: dict[str, LowRank], base: str) -> None:
         "alpha_pattern": {re.escape(m): a for m, a in alphas.items() if a != alpha},
         "base_model_name_or_path": base,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=1))
+    (folder / CONFIG).write_text(json.dumps(config, indent=1), "utf-8")
     save_file(tensors, folder / WEIGHTS)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
@@ -61,7 +61,8 @@ def gptq_linears(
         sites: the linears to quantize, with the name and the grid of each.
         tokens: int64 [N, S].
         work: a folder where finished stages are kept until the run is over, so that one that was killed
-            goes on from there; None to keep nothing.
+            goes on from there; None to keep nothing. Runs that differ in anything have files of their own;
+            equal ones share them, and the first to end removes them.
         on_progress: called with how much is done, and of how much.
         store: writes a weight into the graph: rewrites the linear's second argument.
 
@@ -204,13 +205,14 @@ def _save(file: Path, results: Mapping[str, Quantized], row: Mapping[str, Any]) 
 
 
 def _load(file: Path, stage: _Stage) -> tuple[dict[str, Quantized], dict[str, Any]] | None:
-    """A stage that an earlier run finished, or None."""
-    if not file.exists():
+    """A stage that an earlier run finished; None if it is not there (any more), or damaged."""
+    try:
+        with safe_open(file, "pt") as saved:
+            row = json.loads(saved.metadata()["figures"])
+            parts = ("integers", "scale", "zero")
+            return {
+                name: Quantized(*(saved.get_tensor(f"{name}.{part}") for part in parts))
+                for name, _ in stage.sites.values()
+            }, row
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
-    with safe_open(file, "pt") as saved:
-        row = json.loads(saved.metadata()["figures"])
-        parts = ("integers", "scale", "zero")
-        return {
-            name: Quantized(*(saved.get_tensor(f"{name}.{part}") for part in parts))
-            for name, _ in stage.sites.values()
-        }, row

@@ -106,7 +106,7 @@ def save_rotations(graph: fx.GraphModule, folder: str | Path) -> list[Path]:
         plain = {k: t if _kind(k) == "scale" else dense(t) for k, t in tensors.items()}
         torch.save({key: tensor.float() for key, tensor in plain.items()}, file)
     with writing(folder / "rotations.json") as path:
-        path.write_text(json.dumps(manifest, indent=1))
+        path.write_text(json.dumps(manifest, indent=1), "utf-8")
     return [folder / "R.bin", folder / "rotations.json"]
 
 
@@ -134,7 +134,9 @@ def load_rotations(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tenso
         raise PassError(
             f"rotate: {path} is damaged, or not a file of tensors that torch.save wrote"
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()
+    ):
         raise PassError(f"rotate: expected {path} to hold tensors by name (R1, …), found something else")
     return found
 
@@ -146,9 +148,13 @@ def _from_manifest(path: Path) -> dict[str, Tensor]:
     except (ValueError, AttributeError, TypeError) as error:
         raise PassError(f"rotate: {path} is damaged, or not a manifest that save_rotations wrote") from error
     dense = load_rotations(path.with_name("R.bin")) if any("signs" not in e for e in entries) else {}
-    return {
-        key: torch.tensor([1.0 if s == "+" else -1.0 for s in entry["signs"]], dtype=torch.float64)
-        if "signs" in entry
-        else dense[key]
-        for key, entry in manifest.items()
-    }
+    found = {}
+    for key, entry in zip(manifest, entries, strict=True):
+        signs = entry.get("signs")
+        if signs is None and key not in dense:
+            raise PassError(f"rotate: {path} names {key}, which is not in {path.with_name('R.bin')}")
+        if signs is not None and not (isinstance(signs, str) and set(signs) <= {"+", "-"}):
+            raise PassError(f"rotate: expected the signs of {key} in {path} as + and -, found {signs!r:.40}")
+        ones = [1.0 if sign == "+" else -1.0 for sign in signs or ""]
+        found[key] = dense[key] if signs is None else torch.tensor(ones, dtype=torch.float64)
+    return found

@@ -1,13 +1,13 @@
 """Save a graph as one safetensors file, and load it where transformers is not installed.
 
-The nodes are JSON in the file's metadata: operators by name, arguments by value. Nothing is pickled, so
-loading runs no code; only operators that torch has registered can be named.
+The nodes are JSON in the file's metadata: operators by name, arguments by value. Nothing is pickled, and a
+file can name nothing but what `graphs.allowed` lets it, so loading runs no code of the file's.
 """
 
 from __future__ import annotations
 
 import json
-import operator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +16,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import fx
 
-from rolora_passes.errors import GraphFormatError
-from rolora_passes.graphs import ops as _ops  # noqa: F401  (registers the operators)
+from rolora_passes.errors import GraphFormatError, one_line
 from rolora_passes.graphs import quantizers as _quantizers  # noqa: F401
+from rolora_passes.graphs.allowed import (
+    find_operator,
+    named_type,
+    operator_name,
+    require_arguments,
+    require_identifier,
+    require_tensor_names,
+)
 from rolora_passes.graphs.files import writing
 from rolora_passes.graphs.graph import TENSORS, parameters, set_tensor
 
 FORMAT = "rolora-graph-2"
-_PYTHON = {
-    f"operator.{name}": getattr(operator, name)
-    for name in ("getitem", "add", "sub", "mul", "floordiv", "neg")
-}
+# What of a graph's metadata is saved, and how each part begins.
+_META = {"config": dict, "rotations": dict, "ways": dict}
 _TYPES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 def save_graph(graph: fx.GraphModule, path: str | Path) -> Path:
-    """Write a graph, its tensors (shared ones once) and its facts to one file.
+    """Write a graph, its tensors (shared ones once) and what it remembers to one file.
 
     Raises:
-        GraphFormatError: the graph calls something that has no name to load it by.
+        GraphFormatError: the graph calls something that no file may name, or has a parameter of such a name.
     """
     path = Path(path)
+    require_tensor_names(parameters(graph))
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     by_storage: dict[tuple[Any, ...], str] = {}
@@ -51,9 +57,9 @@ def save_graph(graph: fx.GraphModule, path: str | Path) -> Path:
             tensors[name] = value.detach().contiguous().clone() if _shared(value) else value.detach()
         else:
             aliases[name] = first
-    facts = {k: v for k, v in graph.meta.items() if k in ("config", "rotations", "ways")}
+    meta = {k: v for k, v in graph.meta.items() if k in _META}
     described = {
-        "format": FORMAT, "nodes": [_node(n) for n in graph.graph.nodes], "aliases": aliases, "meta": facts,
+        "format": FORMAT, "nodes": [_node(n) for n in graph.graph.nodes], "aliases": aliases, "meta": meta,
     }  # fmt: skip
     with writing(path) as temporary:
         save_file(tensors, temporary, metadata={"graph": json.dumps(described)})
@@ -73,35 +79,67 @@ def load_graph(path: str | Path) -> fx.GraphModule:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {}).get("graph", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise GraphFormatError(
             f"{path} is damaged or not a safetensors file: {error}; save it again"
         ) from error
-    if not described or described.get("format") != FORMAT:
-        found = described.get("format") if described else "no graph"
+    found = described.get("format") if isinstance(described, dict) else "no graph"
+    if found != FORMAT:
         raise GraphFormatError(f"expected a graph of format {FORMAT} in {path}, found {found}")
+    try:
+        return _built(described, tensors)
+    except GraphFormatError as error:
+        raise GraphFormatError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
+        raise GraphFormatError(f"{path} is not as save_graph wrote it: {one_line(error)}") from error
+
+
+def _built(described: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> fx.GraphModule:
+    """The graph that a file describes."""
     tensors |= {name: tensors[first] for name, first in described["aliases"].items()}
-    graph = fx.GraphModule(torch.nn.Module(), fx.Graph())
-    nodes: dict[str, fx.Node] = {}
+    read = [entry["target"] for entry in described["nodes"] if entry["op"] == "get_attr"]
+    require_tensor_names(read)
+    graph, nodes = fx.GraphModule(torch.nn.Module(), fx.Graph()), dict[str, fx.Node]()
+    for name in read:
+        set_tensor(graph, name, tensors[name])
     for entry in described["nodes"]:
-        if entry["op"] == "get_attr":
-            set_tensor(graph, entry["target"], tensors[entry["target"]])
-        nodes[entry["name"]] = node = graph.graph.create_node(
-            entry["op"],
-            _target(entry["target"]) if entry["op"] == "call_function" else entry["target"],
-            tuple(_decode(a, nodes) for a in entry["args"]),
-            {k: _decode(v, nodes) for k, v in entry["kwargs"].items()},
-            name=entry["name"],
-        )
+        node = _add_node(graph, entry, nodes)
+        nodes[entry["name"]] = node
         if entry.get("source"):
-            node.meta["source"] = entry["source"]
-    graph.meta.update(described["meta"])
+            node.meta["source"] = str(entry["source"])
+    if [n.op for n in graph.graph.nodes].count("output") != 1 or node.op != "output":
+        raise GraphFormatError("expected one output, and nothing after it")
+    for part, begins in _META.items():
+        if not isinstance(described["meta"].get(part, begins()), begins):
+            raise GraphFormatError(f"expected {part} to be a {begins.__name__}")
+        graph.meta |= {part: described["meta"][part]} if part in described["meta"] else {}
     for kind in TENSORS:
         kept = {n.removeprefix(f"{kind}/"): t for n, t in tensors.items() if n.startswith(f"{kind}/")}
-        if kept:
-            graph.meta[kind] = kept
+        graph.meta |= {kind: kept} if kept else {}
     graph.recompile()
     return graph
+
+
+def _add_node(graph: fx.GraphModule, entry: Mapping[str, Any], nodes: dict[str, fx.Node]) -> fx.Node:
+    """One node of a file, of which everything it names is checked first."""
+    op, target, name = entry["op"], entry["target"], require_identifier(entry["name"], nodes, "a node")
+    args = tuple(_decode(a, nodes) for a in entry["args"])
+    kwargs = {k: _decode(v, nodes) for k, v in entry["kwargs"].items()}
+    if op == "call_function":
+        target = find_operator(target)
+        require_arguments(target, args, kwargs, name)
+    elif op == "placeholder":
+        inputs = [str(n.target) for n in graph.graph.find_nodes(op="placeholder")]
+        require_identifier(target, inputs, "an input")
+    elif op == "output":
+        target = "output"
+    elif op != "get_attr":
+        raise GraphFormatError(
+            f"expected a node to be an input, a parameter, a call or the output, found {op!r}"
+        )
+    if (kwargs and op != "call_function") or (op in ("placeholder", "get_attr") and args):
+        raise GraphFormatError(f"{name}: expected no arguments of {op}, found {args}, {kwargs}")
+    return graph.graph.create_node(op, target, args, kwargs, name=name)
 
 
 def _shared(value: torch.Tensor) -> bool:
@@ -113,15 +151,10 @@ def _shared(value: torch.Tensor) -> bool:
 def _node(node: fx.Node) -> dict[str, Any]:
     target: Any = node.target
     if node.op == "call_function":
-        if isinstance(target, torch._ops.OpOverload):
-            target = str(target)
-        else:
-            names = [name for name, function in _PYTHON.items() if function is target]
-            if not names:
-                raise GraphFormatError(
-                    f"cannot save {node.format_node()}: {target} is not a registered operator"
-                )
-            target = names[0]
+        try:
+            target = operator_name(target)
+        except GraphFormatError as error:
+            raise GraphFormatError(f"cannot save {node.format_node()}: {error}") from error
     return {
         "op": node.op,
         "name": node.name,
@@ -130,18 +163,6 @@ def _node(node: fx.Node) -> dict[str, Any]:
         "kwargs": {k: _encode(v) for k, v in node.kwargs.items()},
         "source": node.meta.get("source"),
     }
-
-
-def _target(name: str) -> Any:
-    if name in _PYTHON:
-        return _PYTHON[name]
-    try:
-        namespace, operation, overload = name.split(".")
-        return getattr(getattr(getattr(torch.ops, namespace), operation), overload)
-    except (ValueError, AttributeError) as error:
-        raise GraphFormatError(
-            f"the graph calls {name}, which this torch ({torch.__version__}) lacks"
-        ) from error
 
 
 def _encode(value: Any) -> Any:
@@ -165,13 +186,12 @@ def _encode(value: Any) -> Any:
 def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
     if isinstance(value, list):
         return [_decode(v, nodes) for v in value]
-    if isinstance(value, dict):
-        ((kind, content),) = value.items()
-        decoders: dict[str, Any] = {
-            "node": nodes.get,
-            "torch": lambda n: getattr(torch, n),
-            "device": torch.device,
-            "float": float.fromhex,
-        }
-        return decoders[kind](content)
-    return value
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "torch":
+        return named_type(content)
+    if kind == "node" and content not in nodes:
+        raise GraphFormatError(f"a node reads {content!r}, which does not come before it")
+    decoders: dict[str, Any] = {"node": nodes.get, "device": torch.device, "float": float.fromhex}
+    return decoders[kind](content)

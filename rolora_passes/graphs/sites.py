@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
@@ -60,9 +61,122 @@ def attention_roles(graph: fx.GraphModule) -> dict[fx.Node, set[str]]:
     return found
 
 
+# What becomes of logits on their way to the output: nothing that mixes channels.
+_ON_LOGITS = (
+    "mul", "div", "tanh", "neg", "clamp", "to", "type_as", "slice", "select", "squeeze", "unsqueeze",
+    "sigmoid", "softmax", "log_softmax", "view", "reshape", "flatten", "contiguous", "clone",
+)  # fmt: skip
+
+
 def is_head(node: fx.Node) -> bool:
-    """Whether a linear's result reaches the output through nothing that mixes channels."""
-    return any(
-        u.op == "output" or (is_op(u, "mul", "div", "tanh", "to", "slice", "add") and is_head(u))
-        for u in node.users
-    )
+    """Whether a linear makes what the graph returns."""
+    return node in heads(node.graph)
+
+
+def heads(graph: fx.Graph) -> set[fx.Node]:
+    """The linear that makes the output, alone or as a sum with its branches; none if none does.
+
+    A residual stream is a sum too, but of linears that read different values, or of these and something else.
+    """
+    found, known = set[fx.Node](), _constants(graph)
+    for value in graph.output_node().all_input_nodes:
+        summands = _summands(value, known)
+        if all(is_op(s, "linear") for s in summands) and len({_read_by(s) for s in summands}) == 1:
+            found |= summands
+    return found
+
+
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    known = set[fx.Node]()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" or (inputs and all(n in known for n in inputs)):
+            known.add(node)
+    return known
+
+
+def _summands(value: fx.Node, known: set[fx.Node]) -> set[fx.Node]:
+    """What a value is the sum of, looking back through operators that mix no channels."""
+    found, stack = set[fx.Node](), [value]
+    while stack:
+        node = stack.pop()
+        computed = [n for n in node.all_input_nodes if n not in known]
+        if is_op(node, "add", "sub") or (is_op(node, *_ON_LOGITS) and len(computed) == 1):
+            stack.extend(computed)
+        else:
+            found.add(node)
+    return found
+
+
+def _read_by(linear: fx.Node) -> fx.Node:
+    """What a linear reads; for the second half of a branch, what its first half reads."""
+    value = linear.all_input_nodes[0]
+    while is_op(value, "linear", "mul", "to"):
+        value = value.all_input_nodes[0]
+    return value
+
+
+# What is done to a router's scores before something is chosen by them, and what chooses.
+_ON_SCORES = (
+    *_ON_LOGITS, "add", "sub", "unflatten", "transpose", "masked_fill", "where", "sum", "relu", "getitem",
+)  # fmt: skip
+_CHOOSES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "multinomial", "one_hot", "kthvalue")
+
+
+def routers(graph: fx.GraphModule) -> set[fx.Node]:
+    """Linears whose output decides which experts run: their scores reach a choice, such as of the largest k.
+
+    An error there changes what is computed, not only how exactly.
+    """
+    head = heads(graph.graph)
+    return {n for n in graph.graph.nodes if is_op(n, "linear") and n not in head and _chosen_by(n)}
+
+
+def _chosen_by(linear: fx.Node) -> bool:
+    stack, seen = [*linear.users], set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if is_op(node, *_CHOOSES):
+            return True
+        if node not in seen and is_op(node, *_ON_SCORES):
+            seen.add(node)
+            stack.extend(node.users)
+    return False
+
+
+def by_name_only(graph: fx.GraphModule, shapes: Mapping[fx.Node, Any]) -> dict[fx.Node, str]:
+    """Linears that quantizers leave unless a target names them, each with the reason.
+
+    Args:
+        shapes: of the weights, as `infer_shapes` knows them.
+    """
+    found = dict.fromkeys(routers(graph), "a router: its scores choose which experts run")
+    head = heads(graph.graph)
+    for node in graph.graph.nodes:
+        weight = shapes.get(node.args[1]) if is_op(node, "linear") and node not in head else None
+        if weight is not None and weight.shape[0] == 1 and not any(is_op(u, "linear") for u in node.users):
+            found.setdefault(node, "a gate: one number that scales all of a branch")
+    return {node: f"{why}; name it in targets to quantize it" for node, why in found.items()}
+
+
+def named(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether a site is meant by a pattern of its own, not by "all-linear" alone."""
+    patterns = [targets] if isinstance(targets, str) else targets
+    return any(pattern != "all-linear" and _matches(name, pattern) for pattern in patterns)
+
+
+def why_left(
+    node: fx.Node,
+    name: str,
+    targets: str | Sequence[str],
+    exclude: Sequence[str],
+    special: Mapping[fx.Node, str],
+) -> str | None:
+    """Why options leave a linear as it is; None if they mean it.
+
+    Args:
+        special: linears that only a pattern of their own means (`by_name_only`).
+    """
+    if not matches(name, targets) or matches(name, exclude):
+        return "left in floating point by the options"
+    return special.get(node) if not named(name, targets) else None

@@ -41,7 +41,7 @@ class LearnScales(Training):
         PassError: no stored scales; what every pass that trains raises.
     """
 
-    kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
+    kind: ClassVar[Literal["trained"]] = "trained"
     requires: ClassVar[tuple[str, ...]] = ("canonical", "weights quantized")
     forbids: ClassVar[tuple[str, ...]] = ("activations quantized", "cache quantized")
 

@@ -186,7 +186,7 @@ class _Training:
         record = history(graph)[-1]
         if processes.rank() == 0:
             with writing_folder(self.folder) as temporary:
-                (temporary / "recipe.yaml").write_text(dump_recipe(write(temporary)))
+                (temporary / "recipe.yaml").write_text(dump_recipe(write(temporary)), "utf-8")
                 _write_account(temporary, record, self.source, self.data)
         return record
 
@@ -228,14 +228,14 @@ def _pyplot() -> Any:
 def _write_account(folder: Path, record: Record, source: str, data: Calibration) -> None:
     notes = dict(record.report.notes)
     losses, held = notes.pop("losses"), dict(notes.get("validation", []))
-    with (folder / "losses.csv").open("w", newline="") as file:
+    with (folder / "losses.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["step", "loss", *(["held out"] if held else [])])
         rows.writerows([n, loss, *([held.get(n, "")] if held else [])] for n, loss in enumerate(losses, 1))
     about = {"source": Path(source).name, "options": record.options, "windows": list(data.tokens.shape)}
     figures = {"first": losses[0], "last": losses[-1], "error": record.error, **notes}
     known = {**about, **figures, "trained": record.report.changed, "versions": versions()}
-    (folder / "learning.json").write_text(json.dumps(known, indent=1))
+    (folder / "learning.json").write_text(json.dumps(known, indent=1), "utf-8")
     draw_losses(losses, held, folder / "losses.png")
 
 

@@ -39,7 +39,7 @@ class TuneLoRA(Training):
         PassError: no branches; what every pass that trains raises.
     """
 
-    kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
+    kind: ClassVar[Literal["trained"]] = "trained"
     forbids: ClassVar[tuple[str, ...]] = ("activations quantized", "cache quantized")
 
     under: str | tuple[Any, ...] = "W16A16"

@@ -131,7 +131,7 @@ def _graphs(
     graph: fx.GraphModule, passes: Sequence[Pass], applying: dict[str, Any]
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """(the float twin, what the recipe makes): one graph where a recipe quantizes nothing."""
-    if any(not step.exact for step in passes):
+    if any(step.kind == "lossy" for step in passes):
         return with_float_twin(graph, passes, **applying)
     exact = apply_passes(graph, passes, **applying)
     return exact, exact

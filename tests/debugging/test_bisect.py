@@ -144,7 +144,7 @@ def test_a_pass_that_learns_from_the_graph_before_rounding_finds_it() -> None:
     steps = recipe(*ROTATED, "quantize-weights", "fold-constants", learns, "quantize-activations")
     tokens = tokens_for(wide(), 2, 12)
     losses, _ = bisect_passes(wide(), steps, tokens, calibration=Calibration(tokens))
-    assert losses[-2].name == "learn-scales" and losses[-2].kind == "lossy" and losses[-2].step > 0
+    assert losses[-2].name == "learn-scales" and losses[-2].kind == "trained" and losses[-2].step > 0
 
 
 def test_the_costliest_pass_is_the_one_that_the_divergence_grows_most_by() -> None:

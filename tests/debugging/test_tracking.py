@@ -13,12 +13,16 @@ from rich.console import Console
 from subjects import QUANTIZED, ROTATED, recipe, twins, wide, with_tensor
 from torch import Tensor
 
-from rolora_passes import apply_passes
+from rolora_passes import AddLoRA, QuantizeWeights, apply_passes
 from rolora_passes.debugging import ErrorTrace, float_twin_recipe, track_errors, with_float_twin
 from rolora_passes.debugging.tables import trace_table
 from rolora_passes.errors import GraphFormatError, PassError
 from rolora_passes.graphs.graph import parameters, run, values
 from rolora_passes.graphs.text import graph_text
+from rolora_passes.learning.rilq import RILQ
+from rolora_passes.learning.tune_lora import TuneLoRA
+from rolora_passes.sensitivity import split_recipe
+from rolora_passes.settings import method_passes
 
 
 def tracked(groups: bool = False) -> tuple[ErrorTrace, Tensor]:
@@ -136,6 +140,20 @@ def test_twins_share_what_comes_before_the_first_quantizer() -> None:
     assert "quantize" not in graph_text(twin) and "fake_quantize" in graph_text(quantized)
     with pytest.raises(PassError, match="expected a recipe with a pass that quantizes, found fuse-norm"):
         float_twin_recipe(recipe("fuse-norm"))
+
+
+def test_training_before_the_first_quantizer_is_no_loss() -> None:
+    """Both twins have it: what a site loses is what rounding loses. What repairs rounding is the recipe's."""
+    steps = method_passes("rolora-rtn:W4A4")
+    before, exact, rest = float_twin_recipe(steps)
+    names = [step.name for step in before]
+    assert names[-4:] == ["add-lora", "tune-lora", "merge-lora", "fold-constants"]
+    assert [step.name for step in exact] == ["fold-constants"] and rest[0].name == "quantize-weights"
+    assert split_recipe(steps)[0] == before
+    steps = [QuantizeWeights(), AddLoRA(), RILQ(steps=2)]
+    assert float_twin_recipe(steps)[1] == [AddLoRA()]
+    with pytest.raises(PassError, match="expected a recipe with a pass that quantizes, found add-lora, tune"):
+        float_twin_recipe([AddLoRA(), TuneLoRA()])
 
 
 def test_the_table() -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rolora_passes.errors import DataError, EvaluationError, MissingExtraError
 from rolora_passes.evaluation import Scorer, evaluate_tasks, open_scorer
 from rolora_passes.evaluation.harness import ScorerLM
-from rolora_passes.evaluation.tasks import GROUPS, _mean, check_tasks, questions
+from rolora_passes.evaluation.tasks import GROUPS, _mean, check_tasks, load_tasks, questions
 
 QUESTIONS = [
     {"question": "What is red?", "choices": ["a rose", "grass {{ and }} sky", "snow"], "answer": 0},
@@ -220,6 +220,37 @@ def test_a_yaml_task(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monke
     quiz = write(tmp_path / "quiz.jsonl", QUESTIONS)
     found = evaluate_tasks(scorer, tokenizer, [str(tmp_path / "mine.yaml"), quiz])["tasks"]
     assert found["mine"]["acc"] == found["quiz"]["acc"]
+
+
+def test_a_yaml_task_runs_no_python(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a function that it names, nor one that a file it includes names, nor a template's."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    mine, ran = tmp_path / "mine.yaml", tmp_path / "ran"
+    (tmp_path / "surprise.py").write_text(f"open({str(ran)!r}, 'w')\ndef text(doc): return ''\n")
+    (tmp_path / "base.yaml").write_text("doc_to_text: !function surprise.text\n")
+    for text in ("task: mine\ndoc_to_text: !function surprise.text\n", "task: mine\ninclude: base.yaml\n"):
+        mine.write_text(text)
+        with pytest.raises(
+            EvaluationError, match=r"has lm-eval run !function surprise\.text; a task file may"
+        ):
+            load_tasks([str(mine)])
+    mine.write_text("task: [")
+    with pytest.raises(EvaluationError, match=r"is not a task in YAML"):
+        load_tasks([str(mine)])
+    rows = write(tmp_path / "rows.jsonl", QUESTIONS)
+    code = "{{ cycler.__init__.__globals__.os.mkdir('" + str(ran) + "') }}"
+    mine.write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_target: answer\ndoc_to_choice: choices\n"
+        f'doc_to_text: "{code}"\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    with pytest.raises(EvaluationError, match="SecurityError"):
+        evaluate_tasks(*open_scorer(checkpoint), [str(mine)])
+    assert not ran.exists()
 
 
 def test_means_of_a_group(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:

@@ -285,6 +285,27 @@ def test_another_run_never_takes_the_files_of_one_that_was_killed(tmp_path: Path
     assert len(solved) == 8 - len(kept) and not list(tmp_path.iterdir())
 
 
+def test_stages_that_are_damaged_or_gone_are_solved_again(tmp_path: Path, solved: list[int]) -> None:
+    """Another run of the same removes its files when it ends, also while this one is going on."""
+    graph = captured("llama", torch.float32)
+    tokens = tokens_for(graph, 6, 20)
+    whole, _ = quantized(graph, tokens)
+    with pytest.raises(Killed):
+        quantized(graph, tokens, work=tmp_path, on_progress=killed_at(40))
+    first, *others = sorted(tmp_path.iterdir())
+    first.write_bytes(first.read_bytes()[:100])
+    solved.clear()
+
+    def removed(done: int, total: int) -> None:
+        if done == 7:
+            for file in tmp_path.iterdir():
+                file.unlink()
+
+    again, _ = quantized(graph, tokens, work=tmp_path, on_progress=removed)
+    same(again, whole)
+    assert others and len(solved) == 8 and not list(tmp_path.iterdir())
+
+
 GAIN = "model.layers.1.input_layernorm.weight"
 
 

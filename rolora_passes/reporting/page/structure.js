@@ -59,7 +59,7 @@ function pipeline() {
 
 function errorOf(step) {
   if (step.error !== null) return figures(step.error, 2);
-  return step.kind === "lossy" ? "lossy" : step.changed ? "not compared" : "unchanged";
+  return ["lossy", "trained"].includes(step.kind) ? step.kind : step.changed ? "not compared" : "unchanged";
 }
 
 function timeline(steps, place) {
