@@ -11,6 +11,7 @@ from torch import fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.adapters import check_base, load_adapter
+from rolora_passes.graphs.axis_maps import LowRank, forth
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import (
     add_parameter,
@@ -25,7 +26,7 @@ from rolora_passes.graphs.graph import (
 from rolora_passes.graphs.lora import add_branch, find_branches, low_rank, require_rank
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import attention_roles, is_head, matches
-from rolora_passes.graphs.transport import LowRank, forth, ways
+from rolora_passes.graphs.transport import ways
 from rolora_passes.passes import Pass, Report
 
 _INITS = ("zero", "gaussian", "svd", "loftq")

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from rolora_passes.graphs.affine import Grid
+from rolora_passes.graphs.axis_maps import CHANGED
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import (
     KEPT,
@@ -24,7 +25,7 @@ from rolora_passes.graphs.graph import (
 )
 from rolora_passes.graphs.lora import Branch, find_branches
 from rolora_passes.graphs.quantizers import encode_weight, quantize_weight
-from rolora_passes.graphs.transport import CHANGED, keep_ways, ways
+from rolora_passes.graphs.transport import keep_ways, ways
 from rolora_passes.passes import Pass, Report
 
 

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.axis_maps import LowRank, Way, back, forth
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.files import writing_folder
 from rolora_passes.graphs.graph import argument, dtype_of, site_names
 from rolora_passes.graphs.lora import Branch, find_branches
-from rolora_passes.graphs.transport import LowRank, Way, back, forth, plain, ways
+from rolora_passes.graphs.transport import plain, ways
 
 CONFIG, WEIGHTS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "rolora.json"
 _PREFIX = "base_model.model."

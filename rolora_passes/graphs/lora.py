@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.axis_maps import LowRank
 from rolora_passes.graphs.graph import (
     KEPT,
     add_parameter,
@@ -18,7 +19,6 @@ from rolora_passes.graphs.graph import (
     is_op,
     op_name,
 )
-from rolora_passes.graphs.transport import LowRank
 
 _OVERSAMPLING, _ITERATIONS = 8, 4
 
