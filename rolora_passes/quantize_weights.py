@@ -13,6 +13,7 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs.affine import Grid
 from rolora_passes.graphs.gptq_linears import gptq_linears
 from rolora_passes.graphs.graph import constants, finish, site_names
+from rolora_passes.graphs.lora import unnamed_branches
 from rolora_passes.graphs.quantizers import (
     encode_weight,
     quantize_weight,
@@ -49,7 +50,8 @@ class QuantizeWeights(Pass):
             graph computes with everything before already quantized), "nf" (NormalFloat, QLoRA) or
             "uniform" (LoftQ's table), codebooks scaled by each group's largest magnitude.
         clip_search: shrink each range to where sum |w - ŵ|^2.4 is least, over a grid of 80.
-        targets: "all-linear", or patterns over site names; the head is meant too.
+        targets: "all-linear", or patterns over site names; the head is meant too, and low-rank branches if
+            they are named ("lora_A", "lora_B").
         exclude: patterns of sites to leave.
         head: bits of the head, or None to leave it.
         damping: GPTQ: the part of the mean diagonal that is added to the Hessian's.
@@ -128,6 +130,7 @@ class QuantizeWeights(Pass):
         known = constants(graph)
         shapes = infer_shapes(graph, only=known)
         names = site_names(graph)
+        branches = unnamed_branches(graph, self.targets)
         require_match(self.name, self.targets, names.values())
         for node, name in names.items():
             bits = self.head if is_head(node) else self.bits
@@ -135,6 +138,8 @@ class QuantizeWeights(Pass):
             assert isinstance(weight, fx.Node)
             if bits is None or not matches(name, self.targets) or matches(name, self.exclude):
                 report.left.append((name, "left in floating point by the options"))
+            elif node in branches:
+                report.left.append((name, "a low-rank branch: name it in targets, or run merge-lora first"))
             elif weight not in known:
                 report.left.append((name, "its weight is quantized already"))
             else:
