@@ -1,4 +1,4 @@
-"""Whatever exact passes are run, in whatever order and folded where: an adapter computes what it did before."""
+"""After any exact passes, in any order, folded anywhere, an adapter computes what it did before."""
 
 from __future__ import annotations
 

@@ -51,12 +51,14 @@ class Way:
         steps: in the order they were done.
         tensors: what the steps name.
         reason: why there is none, if an operator on the weight is no map of one axis.
+        transposed: whether the parameter is [in, out], as GPT-2's are, and not folded yet.
     """
 
     root: str
     steps: tuple[Step, ...]
     tensors: Mapping[str, Tensor] = field(repr=False)
     reason: str | None = None
+    transposed: bool = False
 
     @property
     def changed(self) -> bool:

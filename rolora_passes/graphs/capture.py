@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from rolora_passes.errors import CaptureError, one_line
 from rolora_passes.graphs import ops as _ops  # noqa: F401  (registers the operators)
 from rolora_passes.graphs.canonical import canonicalize
+from rolora_passes.graphs.identity import remember_weights
 from rolora_passes.graphs.inputs import DECODER, ENCODER, ENCODER_DECODER, inputs_for
 from rolora_passes.graphs.verify import relative_error
 
@@ -92,6 +93,7 @@ def capture(model: PreTrainedModel, *, check: bool = True) -> fx.GraphModule:
             exported = _export(model, kind)
         graph = canonicalize(exported.module(check_guards=False))
         graph.meta["config"] = _config(model)
+        remember_weights(graph, exported.state_dict)
         graph.meta["facts"] = ["canonical"]
         if check:
             _compare(graph, model, kind)
@@ -104,6 +106,7 @@ def from_exported(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     """Canonical form of an ExportedProgram whose forward takes what `graphs.inputs` names, to one tensor."""
     graph = canonicalize(exported.module(check_guards=False))
     graph.meta["config"] = {}
+    remember_weights(graph, exported.state_dict)
     graph.meta["facts"] = ["canonical"]
     return graph
 

@@ -51,7 +51,8 @@ def save_graph(graph: fx.GraphModule, path: str | Path) -> Path:
             tensors[name] = value.detach().contiguous().clone() if _shared(value) else value.detach()
         else:
             aliases[name] = first
-    facts = {k: v for k, v in graph.meta.items() if k in ("config", "facts", "rotations", "ways")}
+    kept = ("config", "facts", "rotations", "ways", "weights", "tied", "replaced")
+    facts = {k: v for k, v in graph.meta.items() if k in kept}
     described = {
         "format": FORMAT, "nodes": [_node(n) for n in graph.graph.nodes], "aliases": aliases, "meta": facts,
     }  # fmt: skip

@@ -114,7 +114,8 @@ class _Reader:
         found += self._pushed(shift, node)
         steps = (*map(_step, kept["steps"]), *reversed(found))
         names = {name for step in steps for name in step.tensors}
-        return Way(kept["root"], steps, {name: self.tensors[name] for name in names})
+        tensors = {name: self.tensors[name] for name in names}
+        return Way(kept["root"], steps, tensors, transposed=sides == ["in", "out"])
 
     def _steps(self, node: Any, sides: list[str]) -> list[Step]:
         """The map that a node is, and `sides` as they are of its operand."""
