@@ -10,22 +10,21 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.adapters import check_base, load_adapter
+from rolora_passes.graphs.adapters import branches_of, check_base, linears_of
+from rolora_passes.graphs.axis_maps import LowRank
+from rolora_passes.graphs.base_changes import change_base
 from rolora_passes.graphs.evaluate import compute
-from rolora_passes.graphs.graph import (
-    add_parameter,
-    aten,
-    constants,
-    dtype_of,
-    finish,
-    insert,
-    is_op,
-    site_names,
+from rolora_passes.graphs.graph import constants, dtype_of, finish, is_op, site_names
+from rolora_passes.graphs.lora import (
+    add_branch,
+    find_branches,
+    low_rank,
+    require_rank,
+    weight_shapes,
+    without,
 )
-from rolora_passes.graphs.lora import add_branch, find_branches, low_rank, require_rank
-from rolora_passes.graphs.shapes import infer_shapes
+from rolora_passes.graphs.peft_format import load_adapter
 from rolora_passes.graphs.sites import attention_roles, is_head, matches
-from rolora_passes.graphs.transport import LowRank, forth, ways
 from rolora_passes.passes import Pass, Report
 
 _INITS = ("zero", "gaussian", "svd", "loftq")
@@ -44,9 +43,9 @@ class AddLoRA(Pass):
     computes what is deployed.
 
     Options:
-        targets: "all-linear" (every linear but the head); "queries", "keys", "values", what makes those of
-            attention; or patterns over site names: the last part
-            ("q_proj"), or a regular expression ("re:.*layers\\.[0-9]+\\.mlp.*").
+        targets: "all-linear" (every linear but the head and branches); "queries", "keys", "values", what
+            makes those of attention; or patterns over site names: the last part ("q_proj"), or a regular
+            expression ("re:.*layers\\.[0-9]+\\.mlp.*").
         rank, alpha: of the branch; its scale is alpha / rank.
         rslora: scale by alpha / sqrt(rank) (rank-stabilised; Kalajdzievski, 2023).
         init: "zero": A Gaussian, B zero, so that the function is kept (PEFT's default draws A otherwise,
@@ -56,12 +55,15 @@ class AddLoRA(Pass):
             it (LoftQ's last step, Li et al., 2023; the pass loftq alternates).
         seed: of the draws.
         adapter: a folder that PEFT, or `save_adapter`, wrote: its branches, carried into the bases that the
-            graph's weights are in, in place of all options above.
+            graph's weights are in, in place of all options above. What else it changes is done too, before
+            fold-constants: what a start (PiSSA, OLoRA, LoftQ) takes from the base's weights, as PEFT takes it
+            when it loads; whole parameters (`modules_to_save`, biases, resized embeddings), and rows of new
+            tokens. All other adapters are refused by the entry or the tensor that makes them so.
 
     Raises:
         PassError: no linear matches a target, rank exceeds a matched linear's size, "loftq" on a weight that
-        no
-            quantizer reads, or an adapter that is not of this base, or not of this basis.
+            no quantizer reads, or an adapter that is not of this base, not of this basis, or more than is
+            said above.
     """
 
     targets: str | tuple[str, ...] = "all-linear"
@@ -91,7 +93,7 @@ class AddLoRA(Pass):
 
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
-        found = self._loaded(graph) if self.adapter is not None else self._made(graph)
+        found = self._made(graph) if self.adapter is None else self._loaded(graph, report)
         names, dtype = site_names(graph), dtype_of(graph)
         for node, branch in found.items():
             add_branch(graph, node, names[node], branch.to(dtype))
@@ -99,6 +101,14 @@ class AddLoRA(Pass):
         report.notes["parameters"] = sum(b.a.numel() + b.b.numel() for b in found.values())
         finish(graph)
         return report
+
+    def _loaded(self, graph: fx.GraphModule, report: Report) -> dict[fx.Node, LowRank]:
+        """The adapter's branches, in the graph's bases, once the base is what they were trained beside."""
+        adapter = load_adapter(cast("str | Path", self.adapter))
+        check_base(adapter, graph)
+        linears = linears_of(adapter, graph)
+        report.changed += change_base(graph, adapter, linears)  # first: gains may be among what it replaces
+        return branches_of(adapter, graph, linears)
 
     def _made(self, graph: fx.GraphModule) -> dict[fx.Node, LowRank]:
         """A branch for every linear that is meant, float64."""
@@ -117,7 +127,7 @@ class AddLoRA(Pass):
 
     def _chosen(self, graph: fx.GraphModule) -> dict[fx.Node, tuple[str, list[int]]]:
         """The linears that are meant, with their names and their weights' sizes."""
-        names, shapes = site_names(graph), _weight_shapes(graph)
+        names, shapes = site_names(graph), weight_shapes(graph)
         others = {n for branch in find_branches(graph) for n in (branch.low, branch.high)}
         roles = attention_roles(graph)
         wanted = {self.targets} if isinstance(self.targets, str) else set(self.targets)
@@ -149,48 +159,5 @@ class AddLoRA(Pass):
             raise PassError(f"add-lora: init svd takes from {name}, whose weight is quantized already")
         (exact,) = compute(graph, [weight], dtype=torch.float64)
         branch = low_rank(exact, self.rank, self.scale).to(dtype_of(graph))
-        product = branch.scale * branch.b.double() @ branch.a.double()
-        taken = add_parameter(graph, f"{name}.lora_taken", product.to(dtype_of(graph)))
-        node.update_arg(1, insert(graph, node, aten.sub.Tensor, weight, taken))
+        node.update_arg(1, without(graph, weight, name, branch, dtype_of(graph)))
         return branch
-
-    def _loaded(self, graph: fx.GraphModule) -> dict[fx.Node, LowRank]:
-        """The adapter's branches, in the graph's bases."""
-        adapter = load_adapter(cast("str | Path", self.adapter))
-        check_base(adapter, graph)
-        names, shapes, found = site_names(graph), _weight_shapes(graph), dict[fx.Node, LowRank]()
-        traced = ways(graph)
-        own = {n: names[n] if adapter.basis else traced[n].module for n in names}
-        missing = sorted(set(adapter.modules) - set(own.values()))
-        if missing:
-            raise PassError(
-                f"add-lora: {self.adapter} adapts {len(missing)} modules that this graph lacks, such as "
-                f"{missing[0]}; its linears are named like {', '.join(list(own.values())[:3])}"
-            )
-        for node, module in own.items():
-            branch = adapter.modules.get(module)
-            if branch is None:
-                continue
-            way, shape = traced[node], shapes[node]
-            _require_fit(branch, module, shape if adapter.basis else way.root_shape(shape))
-            if way.reason and not adapter.basis:
-                raise PassError(f"add-lora: no adapter can be carried to {names[node]}: {way.reason}")
-            found[node] = branch if adapter.basis else forth(way, branch.to(torch.float64))
-        return found
-
-
-def _require_fit(branch: LowRank, module: str, shape: list[int]) -> None:
-    found = [branch.b.shape[0], branch.a.shape[1]]
-    if found != shape:
-        raise PassError(
-            f"add-lora: expected an adapter of {module} for {shape[0]} x {shape[1]}, found one for "
-            f"{found[0]} x {found[1]}: it was trained on another base"
-        )
-
-
-def _weight_shapes(graph: fx.GraphModule) -> dict[fx.Node, list[int]]:
-    """[out, in] of every linear's weight."""
-    names = site_names(graph)
-    read = cast("set[fx.Node]", {n.args[1] for n in names})
-    shapes = infer_shapes(graph, only=constants(graph) | read)
-    return {n: list(shapes[n.args[1]].shape) for n in names}  # type: ignore[index]

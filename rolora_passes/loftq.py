@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.affine import Grid, absmax, codebook, decode, encode, fake_quantize_weight
 from rolora_passes.graphs.evaluate import compute
-from rolora_passes.graphs.graph import add_parameter, aten, constants, finish, insert, site_names
+from rolora_passes.graphs.graph import constants, finish, site_names
 from rolora_passes.graphs.layers import find_layers
-from rolora_passes.graphs.lora import add_branch, low_rank, require_rank
+from rolora_passes.graphs.lora import add_branch, low_rank, require_rank, unnamed_branches, without
 from rolora_passes.graphs.quantizers import encode_weight, quantize_weight, require_float32, require_group
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import is_head, matches, require_match
@@ -43,7 +43,7 @@ class LoftQ(Pass):
             quantize-weights has them, which the runtimes' kernels multiply by.
         rank, alpha: of the branches; their scale is alpha / rank.
         iterations: 1 is one decomposition of what plain quantization takes.
-        targets: "all-linear" (every linear but the head), or patterns over site names.
+        targets: "all-linear" (every linear but the head and branches), or patterns over site names.
         exclude: patterns of sites to leave.
 
     Raises:
@@ -87,12 +87,14 @@ class LoftQ(Pass):
         require_float32(graph, self.name)
         known, names = constants(graph), site_names(graph)
         shapes = infer_shapes(graph, only=known)
-        bits = bits_by_layer(graph, self.bits)
+        bits, branches = bits_by_layer(graph, self.bits), unnamed_branches(graph, self.targets)
         require_match(self.name, self.targets, names.values())
         for node, name in names.items():
             weight: Any = node.args[1]
             if is_head(node) or not matches(name, self.targets) or matches(name, self.exclude):
                 report.left.append((name, "left in floating point by the options"))
+            elif node in branches:
+                report.left.append((name, "a low-rank branch: name it in targets, or run merge-lora first"))
             elif weight not in known:
                 report.left.append((name, "its weight is quantized already"))
             else:
@@ -109,12 +111,11 @@ class LoftQ(Pass):
         left = exact - self._rounded(exact, bits)
         plain, branch = float(left.norm()), low_rank(left, self.rank, scale)
         for _ in range(self.iterations - 1):
-            taken = scale * branch.b @ branch.a
-            left = exact - self._rounded(exact - taken, bits)
+            taken = branch
+            left = exact - self._rounded(exact - scale * taken.b @ taken.a, bits)
             branch = low_rank(left, self.rank, scale)
         if self.iterations > 1:
-            known = add_parameter(graph, f"{name}.loftq_taken", taken)
-            weight = insert(graph, node, aten.sub.Tensor, weight, known)
+            weight = without(graph, weight, name, taken, exact.dtype)
         node.update_arg(1, self._quantized(graph, node, weight, bits))
         add_branch(graph, node, name, branch)
         return plain, float((left - scale * branch.b @ branch.a).norm())

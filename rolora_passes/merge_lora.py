@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from rolora_passes.graphs.affine import Grid
+from rolora_passes.graphs.axis_maps import CHANGED
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import (
     KEPT,
@@ -24,7 +25,7 @@ from rolora_passes.graphs.graph import (
 )
 from rolora_passes.graphs.lora import Branch, find_branches
 from rolora_passes.graphs.quantizers import encode_weight, quantize_weight
-from rolora_passes.graphs.transport import CHANGED, keep_ways, ways
+from rolora_passes.graphs.transport import keep_ways, ways
 from rolora_passes.passes import Pass, Report
 
 
@@ -36,7 +37,8 @@ class MergeLoRA(Pass):
         y' = linear(x, W, b)                                  y = linear(x, W + (B @ A) * s, b)
         y = y' + linear(linear(x, A), B) * s
 
-    Branches are found by structure, so it does not matter what made them, nor in which basis they are.
+    Branches are found by structure, so it does not matter what made them, nor in which basis they are, nor
+    whether they are stored on a grid.
 
     Options:
         requantize: merge into quantized weights too, and round the sum to a grid of the same kind, whose
@@ -81,18 +83,30 @@ class MergeLoRA(Pass):
 
 def _merge(graph: fx.GraphModule, linear: fx.Node, branch: Branch) -> fx.Node:
     """One linear in place of a linear and its branch."""
-    node, low, high = branch.total, branch.low, branch.high
-    product = insert(graph, node, aten.matmul.default, high.args[1], low.args[1])
+    node = branch.total
+    a, b = (_constant(graph, half.args[1]) for half in (branch.low, branch.high))
+    product = insert(graph, node, aten.matmul.default, b, a)
     scaled = insert(graph, node, aten.mul.Tensor, product, branch.scale)
     if is_op(linear.args[1], *KEPT):
         weight = _requantized(graph, node, linear.args[1], scaled)
     else:
         weight = insert(graph, node, aten.add.Tensor, linear.args[1], scaled)
-    bias = _merged_bias(graph, node, linear, branch)
+    bias = _merged_bias(graph, linear, branch, b)
     tensors = (weight,) if bias is None else (weight, bias)
     whole = insert(graph, node, aten.linear.default, linear.args[0], *tensors)
     node.replace_all_uses_with(whole)
     return whole
+
+
+def _constant(graph: fx.GraphModule, weight: Any) -> Any:
+    """A half of a branch as a constant expression: of one on a grid, its values there.
+
+    The sum of a weight and what is dequantized as the graph runs would be no weight that a pass can see.
+    """
+    if not is_op(weight, *KEPT):
+        return weight
+    (value,) = compute(graph, [weight], dtype=torch.float64)
+    return add_parameter(graph, root_names(weight)[0].removesuffix("_q"), value.to(dtype_of(graph)))
 
 
 def _requantized(graph: fx.GraphModule, before: fx.Node, old: Any, added: fx.Node) -> fx.Node:
@@ -109,15 +123,12 @@ def _requantized(graph: fx.GraphModule, before: fx.Node, old: Any, added: fx.Nod
     return quantize_weight(graph, before, weight, Grid(bits, group, symmetric, False))
 
 
-def _merged_bias(graph: fx.GraphModule, before: fx.Node, linear: fx.Node, branch: Branch) -> fx.Node | None:
-    """b + s·(B·a + b') where the branch's halves have biases a and b' (fuse-norm gives them some)."""
+def _merged_bias(graph: fx.GraphModule, linear: fx.Node, branch: Branch, high: Any) -> fx.Node | None:
+    """b + s·(B·a + b'), B: high, where the halves have biases a and b' (fuse-norm gives them some)."""
     own: fx.Node | None
+    before = branch.total
     own, inner, outer = (argument(n, "bias") for n in (linear, branch.low, branch.high))
-    pushed = (
-        outer
-        if inner is None
-        else insert(graph, before, aten.linear.default, inner, branch.high.args[1], outer)
-    )
+    pushed = outer if inner is None else insert(graph, before, aten.linear.default, inner, high, outer)
     if pushed is None:
         return own
     scaled = insert(graph, before, aten.mul.Tensor, pushed, branch.scale)

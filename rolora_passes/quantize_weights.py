@@ -14,6 +14,7 @@ from rolora_passes.graphs.accounting import remaining
 from rolora_passes.graphs.affine import Grid
 from rolora_passes.graphs.gptq_linears import gptq_linears
 from rolora_passes.graphs.graph import constants, finish, site_names
+from rolora_passes.graphs.lora import unnamed_branches
 from rolora_passes.graphs.quantizers import (
     encode_weight,
     quantize_weight,
@@ -52,8 +53,9 @@ class QuantizeWeights(Pass):
             graph computes with everything before already quantized), "nf" (NormalFloat, QLoRA) or
             "uniform" (LoftQ's table), codebooks scaled by each group's largest magnitude.
         clip_search: shrink each range to where sum |w - ŵ|^2.4 is least, over a grid of 80.
-        targets: "all-linear", or patterns over site names; the head is meant too. A mixture's routers, and
-            gates with one output, stay in floating point unless a pattern names them.
+        targets: "all-linear", or patterns over site names; the head is meant too. A mixture's routers, gates
+            with one output, and low-rank branches ("lora_A", "lora_B") stay in floating point unless a pattern
+            names them.
         exclude: patterns of sites to leave.
         head: bits of the head, or None to leave it.
         damping: GPTQ: the part of the mean diagonal that is added to the Hessian's.
@@ -133,7 +135,9 @@ class QuantizeWeights(Pass):
         known, names = constants(graph), site_names(graph)
         shapes = infer_shapes(graph, only=known)
         require_match(self.name, self.targets, names.values())
+        branch = "a low-rank branch: name it in targets, or run merge-lora first"
         special = by_name_only(graph, shapes)
+        special |= dict.fromkeys(unnamed_branches(graph, self.targets), branch)
         for node, name in names.items():
             bits = self.head if is_head(node) else self.bits
             weight = node.args[1]

@@ -125,6 +125,13 @@ def test_merged_into_quantized_weights_or_kept() -> None:
     assert difference(merged, graph) < 0.2
 
 
+def test_branches_of_before_are_left() -> None:
+    adapted = apply_passes(captured("llama", torch.float32), [AddLoRA(rank=3)])
+    report = history(apply_passes(adapted, [LoftQ(4, 8, rank=2)]))[-1].report
+    assert len(report.changed) == 14
+    assert sum("a low-rank branch" in reason for _, reason in report.left) == 28
+
+
 @pytest.mark.parametrize("init", ["svd", "gaussian", "zero"])
 def test_inits_of_add_lora(init: Any) -> None:
     graph = captured("llama")

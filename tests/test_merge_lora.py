@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from helpers import captured, check_exact, check_idempotent, count, randomized
 
 from rolora_passes import (
@@ -12,10 +15,12 @@ from rolora_passes import (
     InsertHadamard,
     MergeLoRA,
     Pass,
+    QuantizeWeights,
     Rotate,
     apply_passes,
+    history,
 )
-from rolora_passes.graphs.graph import aten, finish, insert_after, is_op
+from rolora_passes.graphs.graph import aten, finish, insert_after, is_op, site_names
 
 BETWEEN: dict[str, list[Pass]] = {
     "nothing": [],
@@ -64,6 +69,22 @@ def test_a_linear_that_something_else_reads_is_left() -> None:
     after = insert_after(graph, total, aten.add.Tensor, total, base)
     total.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
     check_exact(finish(graph), [MergeLoRA()])
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("method", ["rtn", "nf"])
+def test_branches_on_a_grid_leave_weights_that_passes_see(folded: bool, method: Any) -> None:
+    """Sums of a weight and what is dequantized as the graph runs would be no sites any more."""
+    base = captured("opt", torch.float32)
+    graph = randomized(apply_passes(base, [AddLoRA(rank=4), FuseNorm()], verify=False), "lora_")
+    stored = QuantizeWeights(8, None, method=method, targets=("lora_A", "lora_B"), head=None)
+    graph = apply_passes(graph, [stored, *([FoldConstants()] if folded else [])])
+    merged = check_exact(graph, [MergeLoRA()], tolerance=1e-5)
+    assert not count(merged, "dequantize", "decode")
+    sites = {n for n in site_names(base).values() if n != "lm_head"}
+    assert set(history(merged)[-1].report.changed) == sites
+    last = history(apply_passes(merged, [QuantizeWeights(group_size=8, head=None)]))[-1].report
+    assert {entry.partition(":")[0] for entry in last.changed} == sites
 
 
 def test_nothing_to_merge() -> None:

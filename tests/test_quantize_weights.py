@@ -11,7 +11,7 @@ from architectures import tiny_wide
 from helpers import captured, check, count, difference, tokens_for
 from torch import Tensor, fx
 
-from rolora_passes import FoldConstants, FuseNorm, QuantizeWeights, Rotate, apply_passes, history
+from rolora_passes import AddLoRA, FoldConstants, FuseNorm, QuantizeWeights, Rotate, apply_passes, history
 from rolora_passes.errors import PassError
 from rolora_passes.graphs import affine
 from rolora_passes.graphs.accounting import weigh
@@ -227,3 +227,17 @@ def test_a_graph_in_another_type_is_refused() -> None:
         PassError, match=r"expected a graph in torch.float32, found torch.float64; convert it"
     ):
         apply_passes(captured("llama"), [QuantizeWeights(group_size=None)])
+
+
+@pytest.mark.parametrize("method", ["rtn", "nf"])
+@pytest.mark.parametrize("rank", [16, 12])
+def test_branches_are_left_unless_they_are_named(rank: int, method: Any) -> None:
+    """Whether groups divide the rank does not decide what becomes of them."""
+    adapted = apply_passes(captured("llama", torch.float32), [AddLoRA(rank=rank)])
+    found = apply_passes(adapted, [QuantizeWeights(group_size=8, method=method)])
+    report = history(found)[-1].report
+    assert len(report.changed) == 15 and not any("lora_" in entry for entry in report.changed)
+    left = [reason for name, reason in report.left if "lora_" in name]
+    assert len(left) == 28 and {*left} == {"a low-rank branch: name it in targets, or run merge-lora first"}
+    named = apply_passes(adapted, [QuantizeWeights(8, None, targets=("lora_A", "lora_B"), method=method)])
+    assert len(history(named)[-1].report.changed) == 28

@@ -29,9 +29,10 @@ from rolora_passes import (
 )
 from rolora_passes.errors import PassError
 from rolora_passes.graphs import load_graph, run, save_graph
-from rolora_passes.graphs.adapters import load_adapter, save_adapter
+from rolora_passes.graphs.adapters import save_adapter
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import parameters
+from rolora_passes.graphs.peft_format import load_adapter
 from rolora_passes.graphs.sites import is_head
 from rolora_passes.graphs.transport import ways
 from rolora_passes.graphs.verify import relative_error
@@ -188,7 +189,9 @@ def test_of_another_base(adapter: Path) -> None:
         PassError, match=r"q_proj for 64 x 64, found one for 32 x 24: it was trained on another"
     ):
         apply_passes(wide, [AddLoRA(adapter=adapter)])
-    with pytest.raises(PassError, match=r"adapts 2 modules that this graph lacks, such as model\.layers\.0"):
+    with pytest.raises(
+        PassError, match=r"branches for 2 modules that this graph lacks, such as 'model\.layers\.0"
+    ):
         apply_passes(captured("gpt2"), [AddLoRA(adapter=adapter)])
 
 
@@ -196,11 +199,14 @@ def test_of_another_base(adapter: Path) -> None:
     ("values", "message"),
     [
         ({"peft_type": "IA3"}, "expected peft_type LORA, found 'IA3'"),
-        ({"use_dora": True}, "found use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "found modules_to_save"),
-        ({"bias": "all"}, "expected bias none, found 'all'"),
+        (
+            {"use_dora": True},
+            "found 'use_dora', DoRA scales weights by their norms; merge it with PEFT first",
+        ),
+        ({"modules_to_save": ["lm_head"]}, "expected tensors of the module 'lm_head', found none"),
+        ({"bias": "some"}, "expected bias to be none, all or lora_only, found 'some'"),
         ({"r": 3}, "expected rank 3 of model.layers.0.self_attn.q_proj, found 2"),
-        ({"target_modules": ["q_proj", "k_proj"]}, "expected tensors of the target module k_proj"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "expected tensors of the module 'k_proj'"),
     ],
 )
 def test_adapters_that_are_refused(values: dict[str, Any], message: str, adapter: Path) -> None:

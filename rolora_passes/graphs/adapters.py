@@ -1,7 +1,7 @@
-"""LoRA adapters as PEFT keeps them: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+"""LoRA adapters onto a graph in any basis, and from it, as PEFT keeps them.
 
-Nothing here imports PEFT: the format is two files, and what it says is checked before any of it is used. A
-third, `rolora.json`, says of ours which base and basis they are for; PEFT does not read it.
+Beside PEFT's two files ours have a third, `rolora.json`, which says which base and basis they are for; PEFT
+does not read it.
 """
 
 from __future__ import annotations
@@ -9,78 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.axis_maps import LowRank, Way, back, forth
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.files import writing_folder
 from rolora_passes.graphs.graph import argument, dtype_of, site_names
-from rolora_passes.graphs.lora import Branch, find_branches
-from rolora_passes.graphs.transport import LowRank, Way, back, forth, plain, ways
-
-CONFIG, WEIGHTS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "rolora.json"
-_PREFIX = "base_model.model."
-_PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
-# What an adapter may say that a branch y += s·B A x is not.
-_UNSUPPORTED = {
-    "use_dora": "DoRA scales weights by their norms",
-    "modules_to_save": "it replaces whole modules",
-    "trainable_token_indices": "it changes rows of the embedding",
-    "target_parameters": "it adapts parameters that no linear holds",
-    "layer_replication": "it repeats layers",
-    "alora_invocation_tokens": "it acts from some tokens on (aLoRA)",
-    "use_bdlora": "its matrices are in blocks (BD-LoRA)",
-}
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """Branches by module, or by site where they are in a graph's own basis.
-
-    Attributes:
-        modules: A [rank, in], B [out, rank], the scale, and B's bias if there is one.
-        basis: the hash of the graph's bases; None: those of the model.
-        base: the hash of the model's configuration; None: not known (PEFT keeps a name).
-    """
-
-    modules: Mapping[str, LowRank]
-    basis: str | None = None
-    base: str | None = None
-
-
-def load_adapter(folder: str | Path) -> Adapter:
-    """Read an adapter that PEFT or `save_adapter` wrote.
-
-    Raises:
-        PassError: no adapter there, a damaged one, or one that is more than low-rank branches on linears.
-    """
-    folder = Path(folder)
-    known = _config(folder)
-    for key, meaning in _UNSUPPORTED.items():
-        if known.get(key):
-            raise PassError(f"{folder}: expected low-rank branches alone, found {key}: {meaning}")
-    if known.get("bias", "none") != "none":
-        raise PassError(
-            f"{folder}: expected bias none, found {known['bias']!r}: it changes the base's biases"
-        )
-    tensors, modules = _tensors(folder), dict[str, dict[str, Tensor]]()
-    for name, value in tensors.items():
-        part = next((p for p in _PARTS if name.endswith(f".{p}")), None)
-        if part is None:
-            raise PassError(f"{folder}: expected tensors that end in {', '.join(_PARTS)}, found {name}")
-        modules.setdefault(name.removesuffix(f".{part}").removeprefix(_PREFIX), {})[part] = value
-    _require_targets(folder, known.get("target_modules"), modules)
-    found = {module: _branch(folder, module, parts, known) for module, parts in modules.items()}
-    about = _json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
-    return Adapter(found, about.get("basis"), about.get("base"))
+from rolora_passes.graphs.identity import base_hash
+from rolora_passes.graphs.lora import Branch, find_branches, weight_shapes
+from rolora_passes.graphs.peft_format import ABOUT, CONFIG, PREFIX, WEIGHTS, Adapter
+from rolora_passes.graphs.peft_format import load_adapter as load_adapter
+from rolora_passes.graphs.transport import plain, ways
 
 
 def save_adapter(
@@ -97,11 +43,18 @@ def save_adapter(
     Raises:
         PassError: no branches, or they cannot be carried back: a weight that is no longer the model's (init
             svd, a merged branch), a branch that was added after a LayerNorm's centring was folded and writes
-            a mean, a gain of zero, an operator that no adapter can be carried over.
+            a mean, a gain of zero, an operator that no adapter can be carried over; weights that an adapter
+            replaced; a folder that holds other files.
     """
+    _require_own(Path(folder))
     branches = find_branches(graph)
     if not branches:
         raise PassError("expected a graph with low-rank branches, found none: run add-lora first")
+    if replaced := graph.meta.get("replaced"):
+        raise PassError(
+            f"an adapter replaced {', '.join(replaced[:3])} of the base, which a folder of branches does "
+            "not hold: keep that adapter's folder, or save the graph"
+        )
     names, traced = site_names(graph), ways(graph)
     pieces: dict[str, dict[fx.Node, list[LowRank]]] = {}
     for branch in branches:
@@ -112,7 +65,7 @@ def save_adapter(
         module = names[linear] if basis == "graph" else traced[linear].module
         pieces.setdefault(module, {}).setdefault(linear, []).append(own)
     modules = {m: _of_module(m, parts, traced).to(dtype_of(graph)) for m, parts in pieces.items()}
-    about = {"base": base_hash(graph), "basis": basis_hash(graph) if basis == "graph" else None}
+    about = {"weights": base_hash(graph), "basis": basis_hash(graph) if basis == "graph" else None}
     with writing_folder(folder) as temporary:
         _write(temporary, modules, base)
         (temporary / ABOUT).write_text(json.dumps(about, indent=1), "utf-8")
@@ -125,15 +78,65 @@ def check_base(adapter: Adapter, graph: fx.GraphModule) -> None:
     Raises:
         PassError: it does.
     """
-    if adapter.base is not None and adapter.base != base_hash(graph):
+    if adapter.base is not None and adapter.base != (found := base_hash(graph)):
+        known = (
+            f"weights {found}" if found else "a graph of an older version, which does not know its weights"
+        )
         raise PassError(
-            f"expected an adapter of this base (configuration {base_hash(graph)}), found one of "
-            f"{adapter.base}"
+            f"expected an adapter of this base ({known}), found one of weights {adapter.base}: load the "
+            "model that "
+            f"it was made on; or, if this is that model in another form, delete the adapter's {ABOUT}"
         )
     if adapter.basis is not None and adapter.basis != (own := basis_hash(graph)):
         raise PassError(
             f"expected an adapter in the basis of this graph ({own}), found one in {adapter.basis}: save it "
             "with basis='model', which any graph of the base takes, or load it onto the graph it was made on"
+        )
+
+
+def linears_of(adapter: Adapter, graph: fx.GraphModule) -> dict[fx.Node, str]:
+    """The linears that an adapter's branches go beside, and what the adapter calls them.
+
+    Raises:
+        PassError: it adapts what the graph lacks, or another size, or a weight that no branch can be carried
+            to.
+    """
+    names, shapes, traced = site_names(graph), weight_shapes(graph), ways(graph)
+    own = {n: names[n] if adapter.basis else traced[n].module for n in names}
+    missing = sorted(set(adapter.modules) - set(own.values()))
+    if missing:
+        raise PassError(
+            f"the adapter has branches for {len(missing)} modules that this graph lacks, such as "
+            f"{missing[0]!r:.120}; its linears are named like {', '.join(list(own.values())[:3])}"
+        )
+    found = {node: module for node, module in own.items() if module in adapter.modules}
+    for node, module in found.items():
+        way, shape = traced[node], shapes[node]
+        _require_fit(adapter.modules[module], module, shape if adapter.basis else way.root_shape(shape))
+        if way.reason and not adapter.basis:
+            raise PassError(f"no adapter can be carried to {names[node]}: {way.reason}")
+    return found
+
+
+def branches_of(
+    adapter: Adapter, graph: fx.GraphModule, linears: Mapping[fx.Node, str]
+) -> dict[fx.Node, LowRank]:
+    """An adapter's branches beside linears, which `linears_of` found, in the bases of the graph's weights."""
+    traced = ways(graph)
+    return {
+        node: adapter.modules[module]
+        if adapter.basis
+        else forth(traced[node], adapter.modules[module].to(torch.float64))
+        for node, module in linears.items()
+    }
+
+
+def _require_fit(branch: LowRank, module: str, shape: list[int]) -> None:
+    found = [branch.b.shape[0], branch.a.shape[1]]
+    if found != shape:
+        raise PassError(
+            f"expected an adapter of {module} for {shape[0]} x {shape[1]}, found one for "
+            f"{found[0]} x {found[1]}: it was trained on another base"
         )
 
 
@@ -152,71 +155,14 @@ def basis_hash(graph: fx.GraphModule) -> str:
     return digest.hexdigest()[:16]
 
 
-def base_hash(graph: fx.GraphModule) -> str:
-    """A name for what the graph was captured from: its configuration."""
-    text = json.dumps(graph.meta.get("config", {}), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise PassError(f"expected an adapter in {folder}, found no {CONFIG}")
-    known = _json(path)
-    if known.get("peft_type") != "LORA":
-        raise PassError(f"{path}: expected peft_type LORA, found {known.get('peft_type')!r}")
-    return known
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        known: Any = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise PassError(f"{path} is damaged: {error}") from error
-    if not isinstance(known, dict):
-        raise PassError(f"expected an object in {path}, found {type(known).__name__}")
-    return known
-
-
-def _require_targets(folder: Path, targets: Any, modules: Collection[str]) -> None:
-    """That there are tensors for every module that a list of targets names."""
-    for target in targets if isinstance(targets, list) else []:
-        if not any(module == target or module.endswith(f".{target}") for module in modules):
-            raise PassError(f"{folder}: expected tensors of the target module {target}, found none")
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise PassError(f"expected {WEIGHTS} in {folder}, found none; save the adapter as safetensors")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise PassError(f"{path} is damaged: {error}") from error
-    return tensors
-
-
-def _branch(folder: Path, module: str, parts: dict[str, Tensor], known: dict[str, Any]) -> LowRank:
-    a, b = parts.get("lora_A.weight"), parts.get("lora_B.weight")
-    if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-        found = {p: list(t.shape) for p, t in parts.items()}
-        raise PassError(f"{folder}: expected A [rank, in] and B [out, rank] of {module}, found {found}")
-    if not all(bool(t.isfinite().all()) for t in parts.values()):
-        raise PassError(f"{folder}: {module} holds values that are NaN or infinite")
-    rank = _pattern(known.get("rank_pattern"), module, known.get("r"))
-    if rank != a.shape[0]:
-        raise PassError(f"{folder}: expected rank {rank} of {module}, found {a.shape[0]}")
-    alpha = _pattern(known.get("alpha_pattern"), module, known.get("lora_alpha"))
-    scale = alpha / (rank**0.5 if known.get("use_rslora") else rank)
-    return LowRank(a, b, scale, None, parts.get("lora_B.bias"))
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that fits the module's name, or its last parts."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _require_own(folder: Path) -> None:
+    """That what a folder holds may be replaced."""
+    others = {p.name for p in folder.iterdir()} - {CONFIG, WEIGHTS, ABOUT} if folder.is_dir() else set()
+    if others or (folder.exists() and not folder.is_dir()):
+        found = sorted(others)[0] if others else "a file"
+        raise PassError(
+            f"expected no folder {folder}, or an adapter alone in it, found {found}: choose another"
+        )
 
 
 def _values(graph: fx.GraphModule, branch: Branch) -> LowRank:
@@ -295,7 +241,7 @@ def _write(folder: Path, modules: dict[str, LowRank], base: str) -> None:
         parts = {"lora_A.weight": branch.a, "lora_B.weight": branch.b} | (
             {"lora_B.bias": outer} if biased else {}
         )
-        tensors |= {f"{_PREFIX}{module}.{part}": value.contiguous() for part, value in parts.items()}
+        tensors |= {f"{PREFIX}{module}.{part}": value.contiguous() for part, value in parts.items()}
     config = {
         "peft_type": "LORA",
         "task_type": None,

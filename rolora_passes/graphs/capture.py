@@ -23,6 +23,7 @@ from rolora_passes.graphs import ops as _ops  # noqa: F401  (registers the opera
 from rolora_passes.graphs.canonical import canonicalize
 from rolora_passes.graphs.evaluate import values_in
 from rolora_passes.graphs.graph import is_op
+from rolora_passes.graphs.identity import remember_weights
 from rolora_passes.graphs.inputs import DECODER, ENCODER, ENCODER_DECODER, inputs_for
 from rolora_passes.graphs.masks import Mask, Masks
 from rolora_passes.graphs.precision import InFloat32
@@ -98,6 +99,7 @@ def capture(model: PreTrainedModel, *, check: bool = True) -> fx.GraphModule:
         exported = _export(model, kind)
         graph = canonicalize(exported.module(check_guards=False))
         graph.meta["config"] = _config(model)
+        remember_weights(graph, exported.state_dict)
         if check:
             _compare(graph, model, kind)
     return graph
@@ -119,6 +121,7 @@ def from_exported(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     """Canonical form of an ExportedProgram whose forward takes what `graphs.inputs` names, to one tensor."""
     graph = canonicalize(exported.module(check_guards=False))
     graph.meta["config"] = {}
+    remember_weights(graph, exported.state_dict)
     return graph
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
+from rolora_passes.graphs.axis_maps import Step
 from rolora_passes.graphs.graph import (
     add_parameter,
     aten,
@@ -21,7 +22,7 @@ from rolora_passes.graphs.graph import (
     root_names,
     site_names,
 )
-from rolora_passes.graphs.transport import Step, keep_ways, ways
+from rolora_passes.graphs.transport import keep_ways, name_of, ways
 
 
 def insert_gains(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
@@ -52,12 +53,14 @@ def insert_gains(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
 def keep_gains(graph: fx.GraphModule, gains: Mapping[str, list[fx.Node]]) -> None:
     """Take gains, as they are now, into the ways of the weights behind them: adapters read the product."""
     traced = ways(graph)
-    for name, readers in gains.items():
-        vector = get_tensor(graph, name).double()
+    found = {}
+    for gain, readers in gains.items():
+        vector = get_tensor(graph, gain).detach().double()
+        name = name_of(vector)
         for linear in readers:
-            tensors = {**traced[linear].tensors, name: vector}
             way = traced[linear].then(Step("div", "in", 0, (), (name,)))
-            keep_ways(graph, {linear: dataclasses.replace(way, tensors=tensors)})
+            found[linear] = dataclasses.replace(way, tensors={**way.tensors, name: vector})
+    keep_ways(graph, found)
 
 
 def _weight(linear: fx.Node) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.axis_maps import LowRank
 from rolora_passes.graphs.graph import (
     KEPT,
     add_parameter,
@@ -16,9 +18,12 @@ from rolora_passes.graphs.graph import (
     constants,
     insert_after,
     is_op,
+    linears,
     op_name,
+    site_names,
 )
-from rolora_passes.graphs.transport import LowRank
+from rolora_passes.graphs.shapes import infer_shapes
+from rolora_passes.graphs.sites import matches
 
 _OVERSAMPLING, _ITERATIONS = 8, 4
 
@@ -58,12 +63,21 @@ def find_branches(graph: fx.GraphModule) -> list[Branch]:
     base of a second branch on one linear is the first one's sum, and its `linear` the same linear.
     """
     known, totals, found = constants(graph), dict[fx.Node, fx.Node](), list[Branch]()
+    sites = {*linears(graph)}  # and not what makes a merged bias, which looks like a branch
     for node in graph.graph.nodes:
         branch = _branch(node, known, totals)
-        if branch is not None:
+        if branch is not None and sites.issuperset((branch.linear, branch.low, branch.high)):
             totals[branch.total] = branch.linear
             found.append(branch)
     return found
+
+
+def unnamed_branches(graph: fx.GraphModule, targets: str | Sequence[str]) -> set[fx.Node]:
+    """The linears of branches that targets do not name: "all-linear" means the model's own."""
+    names, patterns = site_names(graph), [targets] if isinstance(targets, str) else targets
+    named = [pattern for pattern in patterns if pattern != "all-linear"]
+    halves = {n for branch in find_branches(graph) for n in (branch.low, branch.high)}
+    return {n for n in halves if not matches(names[n], named)}
 
 
 def _branch(node: fx.Node, known: set[fx.Node], totals: dict[fx.Node, fx.Node]) -> Branch | None:
@@ -123,3 +137,29 @@ def low_rank(matrix: Tensor, rank: int, scale: float) -> LowRank:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     root = (s[:rank] / scale).sqrt()
     return LowRank(root[:, None] * vh[:rank], u[:, :rank] * root, scale)
+
+
+def weight_shapes(graph: fx.GraphModule) -> dict[fx.Node, list[int]]:
+    """[out, in] of every linear's weight."""
+    names = site_names(graph)
+    read = cast("set[fx.Node]", {n.args[1] for n in names})
+    shapes = infer_shapes(graph, only=constants(graph) | read)
+    return {n: list(shapes[n.args[1]].shape) for n in names}  # type: ignore[index]
+
+
+def without(
+    graph: fx.GraphModule, weight: fx.Node, name: str, branch: LowRank, dtype: torch.dtype
+) -> fx.Node:
+    """W - s·B A as an expression on a weight, for what a branch is to hold that the weight held.
+
+    A [rank, in] and B [out, rank] become parameters `{name}.taken_A` and `{name}.taken_B`; the difference is
+    computed in their type and cast to `dtype`.
+    """
+    a, b = (
+        add_parameter(graph, f"{name}.taken_{half}", t.clone())
+        for half, t in (("A", branch.a), ("B", branch.b))
+    )
+    product = insert_after(graph, max(weight, a, b), aten.matmul.default, b, a)
+    scaled = insert_after(graph, product, aten.mul.Tensor, product, branch.scale)
+    rest = insert_after(graph, scaled, aten.sub.Tensor, weight, scaled)
+    return rest if branch.a.dtype == dtype else insert_after(graph, rest, aten.to.dtype, rest, dtype)

@@ -31,7 +31,7 @@ from rolora_passes.graphs.graph import TENSORS, parameters, set_tensor
 
 FORMAT = "rolora-graph-2"
 # What of a graph's metadata is saved, and how each part begins.
-_META = {"config": dict, "rotations": dict, "ways": dict}
+_META = {"config": dict, "rotations": dict, "ways": dict, "weights": dict, "tied": dict, "replaced": list}
 _TYPES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 

@@ -1,0 +1,52 @@
+"""Which model a graph was captured from, by a sample of its weights: names of folders do not count."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from rolora_passes.graphs.graph import get_tensor, parameters
+
+_SAMPLE = 64
+
+
+def remember_weights(graph: fx.GraphModule, state: Mapping[str, Tensor]) -> None:
+    """Keep a hash of every weight of a graph that was captured just now, in `graph.meta["weights"]`.
+
+    What else a tied weight is called in the model's state goes to `graph.meta["tied"]`.
+    """
+    found = {n: v for n, v in parameters(graph).items() if isinstance(v, torch.nn.Parameter)}
+    names = {id(value): name for name, value in found.items()}
+    called = {n.removeprefix("model."): names[id(v)] for n, v in state.items() if id(v) in names}
+    graph.meta["weights"] = {name: fingerprint(value) for name, value in found.items()}
+    graph.meta["tied"] = {other: name for other, name in called.items() if other != name}
+
+
+def base_hash(graph: fx.GraphModule) -> str | None:
+    """A name for the model's weights, whatever passes did since; None if the graph does not know them.
+
+    It is equal for a checkpoint that was loaded in float32 and in bfloat16.
+    """
+    known = graph.meta.get("weights")
+    return hashlib.sha256(json.dumps(sorted(known.items())).encode()).hexdigest()[:16] if known else None
+
+
+def is_original(graph: fx.GraphModule, name: str) -> bool:
+    """Whether a parameter still has the values that were captured."""
+    known: str | None = graph.meta.get("weights", {}).get(name)
+    return known is not None and known == fingerprint(get_tensor(graph, name))
+
+
+def fingerprint(value: Tensor) -> str:
+    """A hash of a tensor's shape and of up to 64 of its values, evenly spaced and rounded to bfloat16."""
+    digest = hashlib.sha256(json.dumps(list(value.shape)).encode())
+    if value.numel() and not value.is_meta:
+        count = min(_SAMPLE, value.numel())
+        places = torch.arange(count, device=value.device) * (value.numel() - 1) // max(1, count - 1)
+        sample = value.detach().reshape(-1)[places].to(torch.bfloat16).cpu()
+        digest.update(sample.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
