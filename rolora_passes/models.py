@@ -82,6 +82,11 @@ def _load_checkpoint(source: str, place: Path, dtype: torch.dtype) -> PreTrained
         if (folder := place if place.is_dir() else _snapshot(source)) is not None:
             require_loadable(folder)
             require_read(folder, model, info)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if (
+        head is not None and head.weight is not table.weight
+    ):  # the files hold a head of its own, which is used
+        model.config.tie_word_embeddings = False
     return model  # type: ignore[no-any-return]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from rolora_passes.errors import DataError, one_line
 
 _WORD = "answer"
 
@@ -29,7 +31,11 @@ def end_tokens(model: Any, tokenizer: Any, more: Iterable[int] = ()) -> list[int
     """
     generation = getattr(model, "generation_config", None)
     text = model.config.get_text_config()
-    said = [getattr(generation, "eos_token_id", None), getattr(text, "eos_token_id", None), tokenizer.eos_token_id]
+    said = [
+        getattr(generation, "eos_token_id", None),
+        getattr(text, "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ]
     found = [i for value in said for i in (value if isinstance(value, (list, tuple)) else [value])]
     found += [*more, turn_end(tokenizer)]
     return list(dict.fromkeys(int(i) for i in found if i is not None))
@@ -49,3 +55,22 @@ def turn_end(tokenizer: Any) -> int | None:
         i for i, token in tokenizer.added_tokens_decoder.items() if token.special
     }
     return int(after[0]) if after and after[0] in special else None
+
+
+def in_template(
+    tokenizer: Any, turns: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
+) -> str:
+    """Turns of a chat as the model's template writes them.
+
+    Raises:
+        DataError: the template refuses them; says its words.
+    """
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+    except Exception as error:  # whatever a template's code raises
+        roles = ", ".join(str(turn.get("role")) for turn in turns)
+        raise DataError(f"the model's chat template refuses turns of {roles}: {one_line(error)}") from error

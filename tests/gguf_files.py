@@ -1,4 +1,4 @@
-"""GGUF files of tiny models, as llama.cpp's converter writes them, and entries and tensors changed at will."""
+"""GGUF files of tiny models, as llama.cpp's converter writes them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ MODELS: dict[str, Callable[[], t.PretrainedConfig]] = {
     "gpt2": lambda: t.GPT2Config(**GPT2, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True),
     "qwen3moe": lambda: t.Qwen3MoeConfig(**SIZES, **MOE, norm_topk_prob=True),
     "qwen2moe": lambda: t.Qwen2MoeConfig(**FLAT, **MOE, shared_expert_intermediate_size=16),
-    "lfm2": lambda: t.Lfm2Config(**FLAT, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "lfm2": lambda: t.Lfm2Config(
+        **FLAT, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
+    ),
 }
 
 
@@ -116,7 +118,9 @@ def tensors_of(name: str, model: t.PreTrainedModel) -> dict[str, np.ndarray]:
         array = value.float().numpy()
         if stem.endswith("experts.gate_up_proj"):
             block = f"blk.{stem.split('.')[2]}"
-            found[f"{block}.ffn_gate_exps.weight"], found[f"{block}.ffn_up_exps.weight"] = np.split(array, 2, 1)
+            found[f"{block}.ffn_gate_exps.weight"], found[f"{block}.ffn_up_exps.weight"] = np.split(
+                array, 2, 1
+            )
             continue
         known = names.get_name(stem)
         assert known is not None, key
@@ -129,7 +133,11 @@ def _converted(name: str, key: str, array: np.ndarray, config: Any) -> np.ndarra
     heads["attn_k"] = getattr(config, "num_key_value_heads", None) or heads["attn_q"]
     count = heads.get(key.split(".")[-2])
     if name == "llama" and count:
-        return array.reshape(count, 2, len(array) // count // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        return (
+            array.reshape(count, 2, len(array) // count // 2, *array.shape[1:])
+            .swapaxes(1, 2)
+            .reshape(array.shape)
+        )
     if name in ("gemma2", "gemma3", "nemotron") and key.endswith("norm.weight"):
         return array + 1
     if name == "gpt2" and array.ndim == 2 and key.startswith("blk"):

@@ -32,7 +32,8 @@ def require_loadable(folder: Path) -> None:
         _open(path)
     if (folder / "adapter_config.json").is_file():
         raise CaptureError(
-            f"expected a model alone in {folder}, found an adapter beside it (adapter_config.json): move it to "
+            f"expected a model alone in {folder}, found an adapter beside it (adapter_config.json): "
+            "move it to "
             "another folder, and give that to add-lora"
         )
     config = _json(folder / "config.json")
@@ -45,7 +46,9 @@ def require_loadable(folder: Path) -> None:
             )
     files = _files(folder)
     if missing := [path.name for path in files if not path.is_file()]:
-        raise CaptureError(f"expected the files of the index in {folder}, found no {some(missing)}: fetch them")
+        raise CaptureError(
+            f"expected the files of the index in {folder}, found no {some(missing)}: fetch them"
+        )
     if files and files[0].suffix == ".safetensors":
         _require_no_other(folder, files)
 
@@ -63,13 +66,15 @@ def require_read(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> 
     where, kind = f"in {folder}", type(model).__name__
     if missing := sorted(info["missing_keys"]):
         raise CaptureError(
-            f"expected all weights of a {kind} {where}, found no {some(missing)}: it is incomplete, or was saved "
+            f"expected all weights of a {kind} {where}, found no {some(missing)}: it is incomplete, "
+            "or was saved "
             "from another kind of model"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         name, found, expected = mismatched[0]
         raise CaptureError(
-            f"expected {name} as {list(expected)}, which config.json says of a {kind}, found {list(found)} {where}"
+            f"expected {name} as {list(expected)}, which config.json says of a {kind}, found "
+            f"{list(found)} {where}"
             f"{f' ({len(mismatched)} tensors have another shape)' if len(mismatched) > 1 else ''}: "
             "config.json is not that of these weights"
         )
@@ -79,7 +84,8 @@ def require_read(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> 
     if unread := {name for name in unread if not _without_effect(name, names.get(name), model)}:
         raise CaptureError(
             f"a {kind} as config.json describes it does not read {some(sorted(unread))} {where}: "
-            "the model that these files hold computes something else. If config.json lacks an option (such as "
+            "the model that these files hold computes something else. If config.json lacks an "
+            "option (such as "
             "attention_bias), add it; if the tensors are of no use, remove them from the files"
         )
     _require_floats(files, model)
@@ -111,7 +117,8 @@ def _require_no_other(folder: Path, files: list[Path]) -> None:
     for path in sorted(folder.glob("model-*.safetensors")):
         if path not in files and _PARTS.fullmatch(path.name) and (more := sorted({*_kinds(path)} - known)):
             raise CaptureError(
-                f"{path} holds {some(more)}, and nothing reads that file: {', '.join(f.name for f in files[:3])} "
+                f"{path} holds {some(more)}, and nothing reads that file: "
+                f"{', '.join(f.name for f in files[:3])} "
                 "are what the index lists, or come first. Remove it, or mend the index"
             )
 
@@ -125,7 +132,7 @@ def _dropped(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
 
 
 def _without_effect(name: str, path: Path | None, model: PreTrainedModel) -> bool:
-    """Whether a tensor changes nothing: it is what the model computes, or of a part that its class leaves out.
+    """Whether a tensor changes nothing: the model computes it, or it is of a part that the class leaves out.
 
     A class lists what its checkpoints have beyond it (a vision tower, layers for drafts of tokens). That is
     believed of modules that the model lacks, not of a tensor of a module that it has.
@@ -143,7 +150,9 @@ def _is_computed(name: str, value: Tensor, model: PreTrainedModel) -> bool:
         return value.flatten().tolist() == list(range(value.numel()))
     held = [b for n, b in model.named_buffers() if n.endswith(leaf) and b.shape == value.shape]
     # Saved in half precision they are the same frequencies, rounded.
-    return any(torch.allclose(b.float(), value.float(), rtol=1e-2 if value.itemsize < 4 else 1e-5) for b in held)
+    return any(
+        torch.allclose(b.float(), value.float(), rtol=1e-2 if value.itemsize < 4 else 1e-5) for b in held
+    )
 
 
 def _require_floats(files: list[Path], model: PreTrainedModel) -> None:
@@ -153,7 +162,8 @@ def _require_floats(files: list[Path], model: PreTrainedModel) -> None:
         for name, kind in _kinds(path).items():
             if held.get(name) and re.match(r"[IU]\d|BOOL|torch\.(u?int|bool)", kind):
                 raise CaptureError(
-                    f"expected floating-point values of {name} in {path}, found {kind}: are the weights quantized? "
+                    f"expected floating-point values of {name} in {path}, found {kind}: are the "
+                    "weights quantized? "
                     "Give the model that they were quantized from"
                 )
 
@@ -201,4 +211,3 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CaptureError(f"expected an object in {path}, found {type(found).__name__}")
     return found
-

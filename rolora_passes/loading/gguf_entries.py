@@ -88,13 +88,16 @@ def configuration(entries: dict[str, Any], tensors: dict[str, Any], found: dict[
         elif value not in _NEUTRAL.get(name, ()):
             unread.append(f"{prefix}{name} = {value!r:.40}")
     if missing := [prefix + n for n in _NEEDED if n not in own] + _missing_epsilon(prefix, own, probe):
-        raise CaptureError(f"expected the entry {some(missing)} in a GGUF file of this architecture, found none")
+        raise CaptureError(
+            f"expected the entry {some(missing)} in a GGUF file of this architecture, found none"
+        )
     said |= _heads(own, probe, unread, prefix) | _windows(own, probe, unread, prefix)
     said |= {key: entries.get(f"tokenizer.ggml.{entry}") for key, entry in _TOKENS.items()}
     said |= rope_parameters(own, tensors, probe, said, unread, prefix)
     if unread:
         raise CaptureError(
-            f"a {kind} of transformers has no word for the GGUF file's {some(unread)}: it would compute something "
+            f"a {kind} of transformers has no word for the GGUF file's {some(unread)}: it would "
+            "compute something "
             "else. Give the checkpoint that the file was made of"
         )
     return AutoConfig.for_model(kind, **{k: v for k, v in (found | said).items() if k != "model_type"})
@@ -161,7 +164,7 @@ def _windows(own: dict[str, Any], probe: Any, unread: list[str], prefix: str) ->
         types = {}
     if window is None and alternate:
         unread.append(f"lack of {prefix}attention.sliding_window")
-    elif window and not hasattr(probe, "sliding_window") or hasattr(probe, "use_sliding_window"):
+    elif (window and not hasattr(probe, "sliding_window")) or hasattr(probe, "use_sliding_window"):
         if window and window < own["context_length"]:
             unread.append(f"{prefix}attention.sliding_window = {window}")
         return {}

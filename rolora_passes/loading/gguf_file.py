@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
 _NO_EFFECT = ("GGUF.", "general.", "quantize.imatrix.", "split.")
 # Options that add parameters to a model, which GGUF says by the tensors that it has.
-_OPTIONS = ("attention_bias", "mlp_bias", "use_bias", "use_qkv_bias", "qk_layernorm", "lm_head_bias", "conv_bias")
+_OPTIONS = (
+    "attention_bias",
+    "mlp_bias",
+    "use_bias",
+    "use_qkv_bias",
+    "qk_layernorm",
+    "lm_head_bias",
+    "conv_bias",
+)
 
 
 class GgufFile:
@@ -39,7 +47,9 @@ class GgufFile:
         try:
             self.entries, _ = read_gguf_metadata(str(path))  # arrays of strings by their length: that is fast
         except Exception as error:  # as many as there are ways to be no such file
-            raise CaptureError(f"cannot load {path}: expected a whole GGUF file ({one_line(error)})") from error
+            raise CaptureError(
+                f"cannot load {path}: expected a whole GGUF file ({one_line(error)})"
+            ) from error
         self._require_known()
         require_tokens_known(self.entries, path)
 
@@ -69,7 +79,8 @@ class GgufFile:
             )
         if self.entries.get("split.count", 1) > 1:
             raise CaptureError(
-                f"{self.path} is one of {self.entries['split.count']} parts (split.count): join them with llama.cpp's "
+                f"{self.path} is one of {self.entries['split.count']} parts (split.count): join "
+                "them with llama.cpp's "
                 "gguf-split --merge"
             )
         prefixes = (*_NO_EFFECT, "tokenizer.", f"{self.architecture}.")
@@ -138,13 +149,14 @@ class GgufFile:
                     config, unread, added = other, fewer, added | (more - held)
         if unread:
             raise CaptureError(
-                f"a {config.model_type} of transformers does not read {some(sorted(unread))} of {self.path}: it would "
+                f"a {config.model_type} of transformers does not read {some(sorted(unread))} of "
+                f"{self.path}: it would "
                 "compute something else. Give the checkpoint that the file was made of"
             )
         return config, added
 
     def _unread(self, config: Any) -> tuple[set[str], set[str]]:
-        """Tensors of the file that a model of a configuration does not read, and the parameters that it has."""
+        """Tensors of the file that a model of a configuration does not read, and the model's parameters."""
         from transformers import AutoModelForCausalLM
         from transformers.integrations.gguf import is_gguf_arch_supported
         from transformers.modeling_gguf_pytorch_utils import (
@@ -161,7 +173,9 @@ class GgufFile:
             return set(), held
         processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=config.to_dict())
         known = get_gguf_hf_weights_map(model, processor)
-        names = {name for name in self.tensors if name not in known and name.removesuffix(".weight") not in known}
+        names = {
+            name for name in self.tensors if name not in known and name.removesuffix(".weight") not in known
+        }
         return names - set(TENSORS), held
 
     def _own(self) -> dict[str, Any]:
@@ -180,6 +194,7 @@ class GgufFile:
         if mismatched := sorted(info["mismatched_keys"]):
             name, found, expected = mismatched[0]
             raise CaptureError(
-                f"expected {name} as {list(expected)}, which the entries of {self.path} say of a {kind}, found "
+                f"expected {name} as {list(expected)}, which the entries of {self.path} say of a "
+                f"{kind}, found "
                 f"{list(found)}"
             )

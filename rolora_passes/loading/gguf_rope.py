@@ -16,12 +16,22 @@ FACTORS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 TENSORS = (FACTORS, LONG, SHORT)
 ROPE = (
-    *("rope.freq_base", "rope.freq_base_swa", "rope.dimension_count", "rope.scale_linear", "rope.scaling.type"),
+    *(
+        "rope.freq_base",
+        "rope.freq_base_swa",
+        "rope.dimension_count",
+        "rope.scale_linear",
+        "rope.scaling.type",
+    ),
     *("rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor"),
     *("rope.scaling.finetuned", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"),
     *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier"),
 )
-_NEUTRAL = {"rope.scaling.yarn_ext_factor": 1, "rope.scaling.yarn_attn_factor": 1, "rope.scaling.attn_factor": 1}
+_NEUTRAL = {
+    "rope.scaling.yarn_ext_factor": 1,
+    "rope.scaling.yarn_attn_factor": 1,
+    "rope.scaling.attn_factor": 1,
+}
 
 
 def rope_parameters(
@@ -103,13 +113,15 @@ def require_rotary_width(model: PreTrainedModel, own: dict[str, Any], prefix: st
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and expected is not None and 2 * buffer.numel() != expected:
             raise CaptureError(
-                f"a {model.config.model_type} of transformers rotates {2 * buffer.numel()} channels of a head, and "
-                f"the GGUF file's {prefix}rope.dimension_count is {expected}: give the checkpoint that it was made of"
+                f"a {model.config.model_type} of transformers rotates {2 * buffer.numel()} channels "
+                "of a head, and "
+                f"the GGUF file's {prefix}rope.dimension_count is {expected}: give the checkpoint "
+                "that it was made of"
             )
 
 
 def scale_frequencies(model: PreTrainedModel, factors: torch.Tensor) -> None:
-    """Divide a model's rotary frequencies by factors [head_dim / 2], as Llama 3.1's scaling is written in GGUF."""
+    """Divide rotary frequencies by factors [head_dim / 2], as Llama 3.1's scaling is written in GGUF."""
     held = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), torch.Tensor)]
     if not held or any(m.inv_freq.shape != factors.shape for m in held):
         shapes = [list(m.inv_freq.shape) for m in held]

@@ -16,11 +16,28 @@ _READ = (
 _NO_EFFECT = (  # on the tokens of a text
     *("seperator_token_id", "separator_token_id", "cls_token_id", "mask_token_id", "token_type_count"),
     *("fim_pre_token_id", "fim_suf_token_id", "fim_mid_token_id", "fim_pad_token_id", "fim_rep_token_id"),
-    *("fim_sep_token_id", "prefix_token_id", "suffix_token_id", "middle_token_id", "remove_extra_whitespaces"),
+    *(
+        "fim_sep_token_id",
+        "prefix_token_id",
+        "suffix_token_id",
+        "middle_token_id",
+        "remove_extra_whitespaces",
+    ),
 )
-# How llama.cpp cuts a text into words, by the name in a file: digits one by one before GPT-2's words, GPT-2's alone.
+# How llama.cpp cuts a text into words, by a name: digits one by one and the rest as GPT-2, or all as GPT-2.
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-_PLAIN = ("gpt-2", "default", "phi-2", "jina-es", "jina-de", "gigachat", "jina-v2-es", "jina-v2-de", "olmo", "mpt")
+_PLAIN = (
+    "gpt-2",
+    "default",
+    "phi-2",
+    "jina-es",
+    "jina-de",
+    "gigachat",
+    "jina-v2-es",
+    "jina-v2-de",
+    "olmo",
+    "mpt",
+)
 # Those that begin a text with BOS, and take a word whole that is a token, where a file does not say so.
 _BEGIN = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -47,7 +64,8 @@ def require_tokens_known(entries: dict[str, Any], path: Path) -> None:
     pre = own.get("pre", "default")
     if own.get("model") == "gpt2" and pre not in (*GGUF_PRE_TOKENIZER_SPLITS, *_DIGITS, *_PLAIN):
         raise CaptureError(
-            f"tokenizer.ggml.pre of {path} is {pre!r}, and how that cuts a text into words is not known here: give the "
+            f"tokenizer.ggml.pre of {path} is {pre!r}, and how that cuts a text into words is not "
+            "known here: give the "
             "checkpoint that the file was made of"
         )
 
@@ -104,8 +122,10 @@ def _require_prefix(tokenizer: Any, own: dict[str, Any], path: Path) -> None:
     found = (tokenizer.tokenize("a") or [""])[0][:1] in ("▁", "Ġ")
     if "add_space_prefix" in own and bool(expected) != found:
         raise CaptureError(
-            f"tokenizer.ggml.add_space_prefix of {path} is {expected}, and transformers' tokenizer of this kind "
-            f"writes {'a' if found else 'no'} space before a text: give the checkpoint that the file was made of"
+            f"tokenizer.ggml.add_space_prefix of {path} is {expected}, and transformers' tokenizer "
+            "of this kind "
+            f"writes {'a' if found else 'no'} space before a text: give the checkpoint that the "
+            "file was made of"
         )
 
 
