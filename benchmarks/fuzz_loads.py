@@ -3,8 +3,8 @@
     python benchmarks/fuzz_loads.py [--count 1000] [--seed 0] [--verbose]
 
 A variant removes, adds, renames, reshapes or replaces tensors, or changes or removes keys of config.json or
-entries of a GGUF. What it means is computed beside the library, by transformers' class filled by hand with the
-tensors that the files hold. A load is right if its logits are those. A refusal is right for any variant that was
+entries of a GGUF. What it means is computed beside the library: by transformers' class, filled by hand with
+the tensors of the files. A load is right if its logits are those. A refusal is right for any variant that was
 spoilt, and wrong for one that means the same as before. A key that config.json lacks takes the default of its
 class: that is what the file then means.
 """

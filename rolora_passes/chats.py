@@ -59,7 +59,8 @@ def examples(row: dict[str, Any], tokenizer: Any, where: str) -> Iterator[Pieces
     if not getattr(tokenizer, "chat_template", None):
         yield _without_template(row, tokenizer, where)
         return
-    written, pieces = "", []
+    written = ""
+    pieces: Pieces = []
     try:
         for place, turn in enumerate(turns):
             if turn["role"] != "assistant":

@@ -87,7 +87,7 @@ def _load_checkpoint(source: str, place: Path, dtype: torch.dtype) -> PreTrained
         head is not None and head.weight is not table.weight
     ):  # the files hold a head of its own, which is used
         model.config.tie_word_embeddings = False
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:

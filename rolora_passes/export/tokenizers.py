@@ -13,7 +13,7 @@ from rolora_passes.export.extras import require
 from rolora_passes.models import load_tokenizer, tokenizer_files
 
 Encode = Callable[[str], list[int]]
-"""A text's tokens, without what begins or ends it."""
+"""A text's tokens, without what begins or ends it; none, if the runtime fails on it."""
 
 # What people write every day, on which ids must agree; and what a runtime's tokenizer may not know.
 _COMMON = (
@@ -130,7 +130,7 @@ def _executorch(folder: Path) -> Encode:
             f"ExecuTorch's tokenizer cannot load the model's tokenizer.json: {one_line(error)}; the "
             "target onnx may"
         ) from error
-    return lambda text: list(runtime.encode(text, 0, 0))
+    return lambda text: _tokens(lambda: runtime.encode(text, 0, 0))
 
 
 def _onnx(folder: Path) -> Encode:
@@ -149,7 +149,14 @@ def _onnx(folder: Path) -> Encode:
                 "target executorch may"
             ) from error
     runtime.update_options(add_special_tokens="false")
-    return lambda text: [int(i) for i in runtime.encode(text)]
+    return lambda text: _tokens(lambda: runtime.encode(text))
+
+
+def _tokens(encode: Callable[[], Sequence[int]]) -> list[int]:
+    try:
+        return [int(i) for i in encode()]
+    except RuntimeError:  # a text with something that is not in the vocabulary, for some
+        return []
 
 
 _GENAI = """{"model": {"type": "decoder", "context_length": 16, "eos_token_id": 0, "vocab_size": 1,
