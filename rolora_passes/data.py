@@ -7,30 +7,38 @@ one text, and cut into windows that pay no heed to where a document ends. WikiTe
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rolora_passes.chats import examples, turns_of
 from rolora_passes.errors import DataError, MissingExtraError, one_line
 
 HUB = "hub:"
 
 
-def load_text(source: str | Path) -> list[str]:
+Written = Callable[[dict[str, Any], str], list[str]]
+"""(a line of conversations, where it stands) -> its texts."""
+
+
+def load_text(source: str | Path, written: Written | None = None) -> list[str]:
     """The documents of a text source, in order.
 
     Args:
         source: a `.txt` file, which is one document; a `.jsonl` file, whose lines are objects with a field
-            "text"; or a data set of the Hugging Face hub with a column "text", written
+            "text", or conversations as `rolora_passes.chats` has them; or a data set of the "
+            "Hugging Face hub with a column "text", written
             `hub:Salesforce/wikitext/wikitext-2-raw-v1:test` (name, configuration, split).
+        written: writes conversations as text; without it, they are refused.
 
     Raises:
         DataError: nothing there, not text of that form, or nothing in it.
         MissingExtraError: a hub data set, and `datasets` is not installed.
     """
-    texts = _hub(str(source)) if str(source).startswith(HUB) else _file(Path(source).expanduser())
+    texts = _hub(str(source)) if str(source).startswith(HUB) else _file(Path(source).expanduser(), written)
     if not any(text.strip() for text in texts):
         raise DataError(f"expected text in {source}, found none")
     return texts
@@ -56,7 +64,13 @@ def calibration_tokens(
     Raises:
         DataError: fewer tokens than one window has, or what `load_text` raises.
     """
-    return random_windows(token_stream(load_text(source), tokenizer), samples, length, seed, str(source))
+    return random_windows(
+        token_stream(load_text(source, conversations(tokenizer)), tokenizer),
+        samples,
+        length,
+        seed,
+        str(source),
+    )
 
 
 def random_windows(stream: Tensor, samples: int, length: int, seed: int, source: str) -> Tensor:
@@ -73,7 +87,7 @@ def random_windows(stream: Tensor, samples: int, length: int, seed: int, source:
     return stream[starts[:, None] + torch.arange(length)]
 
 
-def _file(path: Path) -> list[str]:
+def _file(path: Path, written: Written | None) -> list[str]:
     if not path.is_file():
         raise DataError(f"expected a text file at {path}, found nothing")
     if path.suffix not in (".txt", ".jsonl"):
@@ -82,11 +96,22 @@ def _file(path: Path) -> list[str]:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8: {error}") from error
-    return [text] if path.suffix == ".txt" else _documents(text, path)
+    if path.suffix == ".txt":
+        return [text]
+    rows = [(row, f"line {number} of {path}") for number, row in read_lines(text, path)]
+    chats = written is not None and any({"messages", "instruction"} & row.keys() for row, _ in rows)
+    return [
+        text
+        for row, where in rows
+        for text in (written(row, where) if chats and written else [_document(row, where)])
+    ]
 
 
-def _documents(text: str, path: Path) -> list[str]:
-    return [_document(row, f"line {number} of {path}") for number, row in read_lines(text, path)]
+def conversations(tokenizer: Any = None) -> Written:
+    """Writes conversations in a tokenizer's chat template; without a tokenizer, checks that they are some."""
+    if tokenizer is None:
+        return lambda row, where: [turn["content"] for turn in turns_of(row, where)]
+    return lambda row, where: ["".join(t for t, _ in pieces) for pieces in examples(row, tokenizer, where)]
 
 
 def read_lines(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -112,6 +112,8 @@ def print_summary(compiled: Compiled) -> None:
             table.add_row(target, row)
             target = ""
     table.add_row("seconds", ", ".join(f"{name} {value:.0f}" for name, value in compiled.seconds.items()))
+    for note in compiled.notes:
+        table.add_row("note", note)
     Console().print(table)
     if compiled.parity:
         Console().print(parity_table(compiled.parity))

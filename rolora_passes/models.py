@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from rolora_passes.errors import CaptureError, one_line
+from rolora_passes.errors import CaptureError, RoloraError, one_line
+from rolora_passes.loading import gguf_tokens
+from rolora_passes.loading.checkpoint import require_loadable, require_read
+from rolora_passes.loading.gguf_file import GgufFile
+from rolora_passes.tokens import end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,50 +22,109 @@ if TYPE_CHECKING:
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
     """A model and tokenizer from a folder, a hub name, or a `.gguf` file.
 
-    Weights of a quantized GGUF are dequantized.
+    Weights of a quantized GGUF are dequantized. Every tensor of a checkpoint, and every entry of a GGUF, is
+    read or is known to have no effect. The model's `generation_config.eos_token_id` has all tokens that end
+    a text or a turn: see `rolora_passes.tokens.end_tokens`.
 
     Raises:
-        CaptureError: nothing there; a damaged checkpoint, or one that lacks weights; not a causal language
-            model.
+        CaptureError: nothing there; a damaged checkpoint, or one that lacks weights, or has some that the
+            model does not read; quantized weights other than a GGUF's; not a causal language model.
     """
-    place, options = _resolve(source)
-    if not options:
-        _require_whole(Path(place))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with _explained(f"a causal language model from {source}"):
-        known = {"dtype": dtype, "output_loading_info": True, **options}
-        model, info = AutoModelForCausalLM.from_pretrained(place, **known)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise CaptureError(
-            f"expected all weights of a {type(model).__name__} in {source}, found no {some}: "
-            "it is incomplete, or was saved from another kind of model"
-        )
-    with _explained(f"the tokenizer of {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are floating point now
+    place = _resolve(source)
+    model = _load_gguf(place, dtype) if place.suffix == ".gguf" else _load_checkpoint(source, place, dtype)
+    tokenizer = load_tokenizer(source)
+    if model.generation_config is not None:
+        ends = end_tokens(model, tokenizer, _gguf_ends(place))
+        model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     return model.eval(), tokenizer
 
 
-def _resolve(source: str) -> tuple[str, dict[str, str]]:
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a model's folder, hub name or `.gguf` file, without its weights.
+
+    Raises:
+        CaptureError: nothing there, or nothing that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    place = _resolve(source)
+    with _explained(f"the tokenizer of {source}"):
+        if place.suffix == ".gguf":
+            return gguf_tokens.load_tokenizer(place, GgufFile(place).entries)
+        return AutoTokenizer.from_pretrained(str(place) if place.is_dir() else source)
+
+
+def tokenizer_files(source: str) -> list[Path]:
+    """The files of a model's own tokenizer, as it was published; none, if its source is a GGUF file."""
+    place = _resolve(source)
+    folder = place if place.is_dir() else _snapshot(source) if place.suffix != ".gguf" else None
+    return [path for name in _TOKENIZER if folder is not None and (path := folder / name).is_file()]
+
+
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"),
+)
+
+
+def _load_checkpoint(source: str, place: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    if place.is_dir():
+        require_loadable(place)
+    with _explained(f"a causal language model from {source}"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(place) if place.is_dir() else source,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+        )
+        if (folder := place if place.is_dir() else _snapshot(source)) is not None:
+            require_loadable(folder)
+            require_read(folder, model, info)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if (
+        head is not None and head.weight is not table.weight
+    ):  # the files hold a head of its own, which is used
+        model.config.tie_word_embeddings = False
+    return model
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    file = GgufFile(path)
+    with _explained(f"a causal language model from {path}"):
+        return file.load(dtype)
+
+
+def _gguf_ends(place: Path) -> list[int]:
+    return gguf_tokens.end_tokens(GgufFile(place).entries) if place.suffix == ".gguf" else []
+
+
+def _resolve(source: str) -> Path:
+    """A `.gguf` file, a model's folder, or else a hub name."""
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CaptureError(f"expected a GGUF file at {path}, found nothing")
-        return str(path.parent), {"gguf_file": path.name}
+        return path
     if path.is_dir():
         found = sorted(path.glob("*.gguf"))
         if not (path / "config.json").is_file() and len(found) == 1:
-            return str(path), {"gguf_file": found[0].name}
+            return found[0]
         if not (path / "config.json").is_file():
             raise CaptureError(f"expected config.json or one .gguf in {path}, found {len(found)} .gguf files")
-        return str(path), {}
+        return path
     if source.startswith((".", "/", "~")):
         raise CaptureError(f"expected a model folder or .gguf file at {path}, found nothing")
-    return source, {}
+    return path
+
+
+def _snapshot(source: str) -> Path | None:
+    """The folder where the files of a hub name lie, once they have been fetched."""
+    from transformers.utils import cached_file
+
+    found = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found).parent
 
 
 @contextmanager
@@ -70,19 +132,7 @@ def _explained(what: str) -> Iterator[None]:
     """Say what could not be loaded when transformers fails, however it does."""
     try:
         yield
-    except (MemoryError, CaptureError):
+    except (MemoryError, RoloraError):
         raise
     except Exception as error:
         raise CaptureError(f"cannot load {what}: {one_line(error)}") from error
-
-
-def _require_whole(folder: Path) -> None:
-    """Name the file that was cut short, if one was: transformers does not."""
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise CaptureError(
-                f"{path} is damaged or cut short ({path.stat().st_size} bytes): {error}; fetch it again"
-            ) from error

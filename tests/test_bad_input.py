@@ -408,16 +408,16 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "model.safetensors").unlink(),
         "cannot load a causal language model from .*tiny: OSError: .*no file named model.safetensors",
     ),
-    "a shard lost": (sharded_with_one_lost, "cannot load a causal language model from .*tiny: .*model-00001"),
+    "a shard lost": (sharded_with_one_lost, "the files of the index in .*tiny, found no model-00001"),
     "no head": (without_head, "all weights of a LlamaForCausalLM in .*tiny, found no lm_head.weight: it is"),
     "no tokenizer": (without_tokenizer, "cannot load the tokenizer of .*tiny: "),
     "config": (
         lambda folder: (folder / "config.json").write_text("{"),
-        "cannot load .*not a valid JSON file",
+        "cannot read .*config.json: JSONDecodeError",
     ),
     "not a causal model": (masked_model, "found bidirectional attention in BertSelfAttention|expected all"),
     "NaN": (not_numbers, "found 1 NaN or infinite values in lm_head.weight"),
-    "GGUF": (gguf_only, "cannot load a causal language model from .*GGUF"),
+    "GGUF": (gguf_only, r"cannot load .*model\.gguf: expected a whole GGUF file"),
 }
 
 

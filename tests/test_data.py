@@ -12,7 +12,7 @@ import torch
 from tiny_checkpoint import TEXT, character_tokenizer
 from tokenizers import processors
 
-from rolora_passes.data import calibration_tokens, load_text, token_stream
+from rolora_passes.data import calibration_tokens, conversations, load_text, token_stream
 from rolora_passes.errors import DataError, MissingExtraError
 
 
@@ -63,6 +63,17 @@ def test_every_start_can_be_drawn(text: Path) -> None:
     assert torch.equal(calibration_tokens(text, tokenizer, 1, len(whole))[0], whole)
     drawn = calibration_tokens(text, tokenizer, 200, len(whole) - 1)
     assert {tuple(row.tolist()) for row in drawn} == {tuple(whole[:-1].tolist()), tuple(whole[1:].tolist())}
+
+
+def test_conversations_calibrate(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    turns = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"messages": turns}, {"instruction": "say", "output": "it"}])))
+    window = calibration_tokens(path, tokenizer, 1, 47)
+    assert tokenizer.decode(window[0]) == "[user]who?[assistant]me\n\n[user]say[assistant]it"[:47]
+    assert load_text(path, conversations()) == ["who?", "me", "say", "it"]
 
 
 def test_too_little_text(text: Path) -> None:

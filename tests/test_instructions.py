@@ -67,7 +67,7 @@ def test_nothing_is_padded_and_a_seed_shuffles(data: Path, tokenizer: Any) -> No
         ("{", "line 1 of .* is not JSON"),
         (
             '{"instruction": "a"}',
-            'expected "instruction" and "output" .* in line 1 .* found the fields instruction',
+            'expected "messages", or "instruction" and "output" .* in line 1 .* found the fields instruction',
         ),
         ('{"instruction": "a", "output": 3}', "that hold strings in line 1"),
         ('{"instruction": "a", "output": "b"}', "expected 5000 tokens or more"),
@@ -80,3 +80,66 @@ def test_bad_files(text: str, message: str, tmp_path: Path, tokenizer: Any) -> N
         instruction_windows(path, tokenizer, 5000)
     with pytest.raises(DataError, match=r"expected instructions in a \.jsonl file"):
         instruction_windows(tmp_path / "none.jsonl", tokenizer)
+
+
+TURNS = [
+    {"role": "user", "content": "what is a model?"},
+    {"role": "assistant", "content": "<think>hm</think>a thing"},
+    {"role": "user", "content": "and a graph?"},
+    {"role": "assistant", "content": "another"},
+]
+# R1's distillates: a prompt ends in an opened thought, which finished turns leave out.
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}{% else %}<Assistant>"
+    "{{ m.content.split('</think>')[-1] }}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<Assistant><think>\n{% endif %}"
+)
+# Qwen3: thoughts of the last turn alone are kept, and an answer without one gets an empty one.
+QWEN3 = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}"
+    "{% if '</think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+    "{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "answers"),
+    [
+        (CHAT, ["<think>hm</think>a thing</s>", "another</s>"]),
+        (R1, ["a thing<end>", "another<end>"]),
+        (QWEN3, ["<think>hm</think>a thing<end>", "<think>\n\n</think>\n\nanother<end>"]),
+    ],
+)
+def test_every_answer_of_a_conversation_is_predicted(
+    template: str, answers: list[str], tmp_path: Path, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = template
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": TURNS}))
+    tokens, labels = (part.flatten() for part in instruction_windows(path, tokenizer, 1))
+    predicted = labels != -100
+    assert tokenizer.decode(tokens[predicted]) == "".join(answers)
+    prompt = tokenizer.decode(tokens[~predicted])
+    assert "what is a model?" in prompt and "and a graph?" in prompt and "another" not in prompt
+
+
+def test_a_template_that_raises_says_its_words(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('a system message must come first') }}"
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": TURNS}))
+    with pytest.raises(
+        DataError, match=r"refuses turns of user: .*a system message must come first, in line 1"
+    ):
+        instruction_windows(path, tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match='a tokenizer with a chat template for the "messages" in line 1'):
+        instruction_windows(path, tokenizer)
+
+
+@pytest.mark.parametrize("messages", [[], "x", [{"role": "user"}], TURNS[:1]])
+def test_messages_that_are_none(messages: Any, tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": messages}))
+    with pytest.raises(DataError, match=r'expected "messages" .* line 1'):
+        instruction_windows(path, tokenizer)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers as t
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 CHARACTERS = "?\n" + "".join(chr(code) for code in range(32, 127) if chr(code) != "?")
 TEXT = "The quick brown fox jumps over the lazy dog; and then, of course, it sleeps.\n" * 4
@@ -14,9 +14,10 @@ TEXT = "The quick brown fox jumps over the lazy dog; and then, of course, it sle
 
 def character_tokenizer() -> t.PreTrainedTokenizerFast:
     """Ids below 97: 0 is `?` and whatever is unknown, the others are characters."""
-    words = Tokenizer(models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    words.decoder = decoders.Fuse()
+    spelled = CHARACTERS.replace("\n", "Ċ").replace(" ", "Ġ")  # a form that every runtime reads
+    words = Tokenizer(models.BPE({c: i for i, c in enumerate(spelled)}, [], unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words.decoder = decoders.ByteLevel()
     return t.PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="~", bos_token=None, clean_up_tokenization_spaces=False
     )

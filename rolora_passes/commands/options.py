@@ -136,13 +136,13 @@ def calibration_of(options: argparse.Namespace, display: Display) -> Callable[[A
     """Makes, with the model's tokenizer, what passes that look at data are given."""
     if options.calibration is None:
         return None
-    from rolora_passes.data import load_text, random_windows, token_stream
+    from rolora_passes.data import conversations, load_text, random_windows, token_stream
     from rolora_passes.passes import Calibration
 
-    texts = load_text(options.calibration)
+    load_text(options.calibration, conversations())  # what is wrong with it is said before a model is loaded
 
     def make(tokenizer: Any) -> Calibration:
-        stream = token_stream(texts, tokenizer)
+        stream = token_stream(load_text(options.calibration, conversations(tokenizer)), tokenizer)
         tokens = random_windows(
             stream, options.samples, options.length, options.seed or 0, options.calibration
         )

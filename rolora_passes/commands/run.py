@@ -39,14 +39,14 @@ def run(options: argparse.Namespace) -> None:
     target = options.target or (there[0] if there else None)
     if target not in there:
         raise RunError(f"expected a program for {target or ' or '.join(_PROGRAMS)} in {folder}, found none")
-    prompt = options.prompt if options.raw else _chat(folder, options.prompt)
+    prompt, begin = _prompt(folder, options.prompt, options.raw)
     descriptor = os.dup(sys.stdout.fileno())  # ExecuTorch prints too, and is put aside
     screen = os.fdopen(descriptor, "w", encoding=sys.stdout.encoding)
 
     def show(text: str) -> None:
         print(text, end="", flush=True, file=screen)
 
-    given = (prompt, options.max_new_tokens, options.temperature, show)
+    given = (prompt, options.max_new_tokens, options.temperature, show, begin)
     try:
         if target == "onnx":
             onnx_runner.generate(folder, *given)
@@ -57,12 +57,15 @@ def run(options: argparse.Namespace) -> None:
     print(file=screen, flush=True)
 
 
-def _chat(folder: Path, prompt: str) -> str:
-    """The prompt in the model's own chat template, where the tokenizer has one."""
-    from transformers import AutoTokenizer
+def _prompt(folder: Path, prompt: str, raw: bool) -> tuple[str, int]:
+    """A prompt as the program is to read it, and how many tokens the tokenizer begins it with.
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.chat_template:
-        return prompt
-    messages = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    That is the model's own chat template, which has its own beginning, or else the prompt as it is.
+    """
+    from rolora_passes.evaluation.scorers import load_tokenizer
+    from rolora_passes.tokens import beginning, in_template
+
+    tokenizer = load_tokenizer(folder)
+    if raw or not tokenizer.chat_template:
+        return prompt, len(beginning(tokenizer))
+    return in_template(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True), 0

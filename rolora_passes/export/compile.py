@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from rolora_passes.export.executorch import LoweringReport, require_methods, to_
 from rolora_passes.export.extras import require
 from rolora_passes.export.kv_cache import require_context
 from rolora_passes.export.onnx import Flavor, OnnxReport, write_onnx
+from rolora_passes.export.tokenizers import require_tokenizer, save_tokenizer
 from rolora_passes.graphs.accounting import Weights, weigh
 from rolora_passes.graphs.adapters import load_adapter
 from rolora_passes.graphs.capture import capture
@@ -43,6 +44,7 @@ class Compiled:
     Attributes:
         lowerings: by target.
         parity: what `check` returned.
+        notes: what users should know, such as texts that a runtime's tokenizer reads otherwise.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class Compiled:
     lowerings: dict[str, LoweringReport | OnnxReport]
     parity: list[dict[str, Any]]
     seconds: dict[str, float]
+    notes: list[str] = field(default_factory=list)
 
 
 def compile_model(
@@ -110,6 +113,7 @@ def compile_model(
     if calibration is None:
         require_calibration(passes, None)
     _require_replaceable(Path(folder))
+    notes = require_tokenizer(source, targets)
     seconds: dict[str, float] = {}
 
     def stage(name: str) -> _Clock:
@@ -148,9 +152,9 @@ def compile_model(
         for target in dict.fromkeys(targets):
             with stage(f"lower to {target}"):
                 lowerings[target] = lower[target]()
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(source, tokenizer, temporary)
         _keep_inputs(temporary, graph, passes, adapters)
-        compiled = Compiled(Path(folder), weigh(graph), history(graph), lowerings, [], seconds)
+        compiled = Compiled(Path(folder), weigh(graph), history(graph), lowerings, [], seconds, notes)
         manifest = temporary / "manifest.json"
         known = _manifest(source, graph.meta.get("config", {}), compiled, max_length)
         manifest.write_text(json.dumps(known, indent=1), "utf-8")
@@ -238,6 +242,7 @@ def _manifest(source: str, config: dict[str, Any], compiled: Compiled, max_lengt
             "by_bits": weights.by_bits,
         },
         "seconds": compiled.seconds,
+        "notes": compiled.notes,
     }
 
 

@@ -22,10 +22,12 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     on_text: Callable[[str], None] | None = None,
+    begin: int = 0,
 ) -> str:
     """Continue a prompt with onnxruntime-genai's generator; returns the new text.
 
     Args:
+        begin: 1 or more, if the tokenizer is to write what begins a text (BOS) before the prompt.
         on_text: called with each piece of text as it is generated.
 
     Raises:
@@ -36,6 +38,7 @@ def generate(
     try:
         model = genai.Model(os.fspath(folder))
         tokenizer = genai.Tokenizer(model)
+        tokenizer.update_options(add_special_tokens="true" if begin else "false")
         tokens, stream = tokenizer.encode(prompt), tokenizer.create_stream()
         generator = genai.Generator(
             model, _parameters(genai, model, len(tokens) + max_new_tokens, temperature)

@@ -23,10 +23,13 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     on_text: Callable[[str], None] | None = None,
+    begin: int = 0,
 ) -> str:
     """Continue a prompt with ExecuTorch's `TextLLMRunner`; returns the new text.
 
     Args:
+        begin: how many tokens that begin a text (BOS) the runner is to write before the prompt. Nothing in a
+            program tells it: an app says so in its generation configuration.
         on_text: called with each piece of text as it is generated.
     """
     _load_kernels()
@@ -38,7 +41,9 @@ def generate(
         if on_text is not None:
             on_text(text)
 
-    config = llm.GenerationConfig(echo=False, max_new_tokens=max_new_tokens, temperature=temperature)
+    config = llm.GenerationConfig(
+        echo=False, max_new_tokens=max_new_tokens, temperature=temperature, num_bos=begin
+    )
     with _put_aside_output():
         llm.TextLLMRunner(os.fspath(pte), os.fspath(tokenizer_json)).generate(prompt, config, collect)
     return "".join(pieces)

@@ -1,0 +1,164 @@
+"""The model's own tokenizer in a compiled folder, compared with what the runtime's tokenizer makes of it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rolora_passes.errors import LoweringError, one_line
+from rolora_passes.export.extras import require
+from rolora_passes.models import load_tokenizer, tokenizer_files
+
+Encode = Callable[[str], list[int]]
+"""A text's tokens, without what begins or ends it; none, if the runtime fails on it."""
+
+# What people write every day, on which ids must agree; and what a runtime's tokenizer may not know.
+_COMMON = (
+    "The quick brown fox jumps over the lazy dog.",
+    "What is 12 + 7? Answer in one word, please!",
+    "It's John's: he said \"yes\" (and we'll see).",
+    "First line\nsecond line",
+)
+_RARE = (
+    " two  spaces  and   three ",
+    "a\n\n\nb\n",
+    "\tdef f(x):\n\t\treturn x",
+    "café naïve Straße",
+    "你好，世界 こんにちは",
+    "Привет мир",
+    "🙂 emoji 👩‍👩‍👧",
+    "1234567890 3.14159",
+    "https://example.com/a_b?c=d#e",
+)
+
+
+def require_tokenizer(source: str, targets: Sequence[str]) -> list[str]:
+    """Refuse a model whose tokenizer a runtime cannot load, or with which it gives other tokens.
+
+    It takes no weights: this can be said before they are loaded. Returns what users should know, such as
+    texts on which a runtime differs.
+
+    Raises:
+        CaptureError: the model has no tokenizer that transformers loads.
+        LoweringError: names the runtime, and a text on which it differs.
+    """
+    tokenizer = load_tokenizer(source)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(source, tokenizer, Path(folder))
+        return require_same_tokens(Path(folder), tokenizer, targets)
+
+
+def save_tokenizer(source: str, tokenizer: Any, folder: Path) -> None:
+    """Put a model's tokenizer into a folder: its own files as they are, or what transformers made of a GGUF.
+
+    Where a model has no tokenizer.json, which the runtimes read, transformers writes all files.
+    """
+    own = tokenizer_files(source)
+    if not any(path.name == "tokenizer.json" for path in own):
+        tokenizer.save_pretrained(folder)
+        return
+    for path in own:
+        shutil.copyfile(path, folder / path.name)
+
+
+def require_same_tokens(folder: Path, tokenizer: Any, targets: Sequence[str]) -> list[str]:
+    """Compare the tokenizer in a folder, as each target's runtime loads it, with the model's own.
+
+    Everyday texts must have the same tokens, and special tokens must be found in a text. What else differs is
+    returned, a line for each target.
+
+    Raises:
+        LoweringError: the runtime cannot load it, or differs.
+    """
+    notes = []
+    for target in targets:
+        encode = _RUNTIMES[target](folder)
+        for text in _COMMON:
+            if (found := encode(text)) != (expected := _own(tokenizer, text)):
+                raise LoweringError(
+                    f"expected the tokens of the model's own tokenizer from that of {target}'s "
+                    "runtime, found "
+                    f"{found[:12]} for {text!r}, not {expected[:12]}: the program would read other words"
+                )
+        for token, number in _special(tokenizer).items():
+            if number not in encode(f"a{token}"):
+                raise LoweringError(
+                    f"expected the tokenizer of {target}'s runtime to know the special token "
+                    f"{token} ({number}), found "
+                    f"{encode(token)[:12]}: is it missing from tokenizer.json's added_tokens?"
+                )
+        rare = [*_RARE, *(f"{token}words" for token in _special(tokenizer)), *_chat(tokenizer)]
+        if wrong := [text for text in rare if encode(text) != _own(tokenizer, text)]:
+            notes.append(
+                f"the tokenizer of {target}'s runtime gives other tokens than transformers' on "
+                f"{len(wrong)} of "
+                f"{len(rare)} rarer texts, such as {wrong[0]!r:.80}"
+            )
+    return notes
+
+
+def _special(tokenizer: Any) -> dict[str, int]:
+    """Special tokens that a chat or a text has, by what they are written as."""
+    pairs = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return dict(list(pairs)[:32])
+
+
+def _chat(tokenizer: Any) -> list[str]:
+    """A question in the model's chat template; nothing, if there is none or it takes no single question."""
+    if not tokenizer.chat_template:
+        return []
+    turns = [{"role": "user", "content": _COMMON[0]}]
+    try:
+        return [str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))]
+    except Exception:  # a template may refuse these turns, in any way
+        return []
+
+
+def _own(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _executorch(folder: Path) -> Encode:
+    runtime = require("pytorch_tokenizers", "executorch").CppHFTokenizer()
+    try:
+        runtime.load(str(folder / "tokenizer.json"))
+    except Exception as error:  # as many as there are ways to fail
+        raise LoweringError(
+            f"ExecuTorch's tokenizer cannot load the model's tokenizer.json: {one_line(error)}; the "
+            "target onnx may"
+        ) from error
+    return lambda text: _tokens(lambda: runtime.encode(text, 0, 0))
+
+
+def _onnx(folder: Path) -> Encode:
+    """onnxruntime-genai's tokenizer, which asks for a configuration that says of which model it is."""
+    genai = require("onnxruntime_genai", "onnx")
+    with tempfile.TemporaryDirectory() as other:
+        for path in folder.iterdir():
+            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
+                shutil.copyfile(path, Path(other) / path.name)
+        (Path(other) / "genai_config.json").write_text(_GENAI)
+        try:
+            runtime = genai.Tokenizer(other)
+        except Exception as error:
+            raise LoweringError(
+                f"onnxruntime-genai cannot load the model's tokenizer: {one_line(error)}; the "
+                "target executorch may"
+            ) from error
+    runtime.update_options(add_special_tokens="false")
+    return lambda text: _tokens(lambda: runtime.encode(text))
+
+
+def _tokens(encode: Callable[[], Sequence[int]]) -> list[int]:
+    try:
+        return [int(i) for i in encode()]
+    except RuntimeError:  # a text with something that is not in the vocabulary, for some
+        return []
+
+
+_GENAI = """{"model": {"type": "decoder", "context_length": 16, "eos_token_id": 0, "vocab_size": 1,
+"decoder": {}}, "search": {"max_length": 16}}"""
+_RUNTIMES: dict[str, Callable[[Path], Encode]] = {"executorch": _executorch, "onnx": _onnx}

@@ -1,0 +1,213 @@
+"""Checkpoints of which every tensor is read, or has no effect, or is named in a refusal."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rolora_passes.errors import CaptureError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What transformers drops without a word: buffers that old versions saved and new ones compute.
+_COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+_PARTS = re.compile(r"model-\d+-of-\d+\.safetensors")  # of a checkpoint in several files
+
+
+def require_loadable(folder: Path) -> None:
+    """Refuse, before anything is loaded, what is damaged, quantized, incomplete, or an adapter.
+
+    Raises:
+        CaptureError: says which file, and what to do.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        _open(path)
+    if (folder / "adapter_config.json").is_file():
+        raise CaptureError(
+            f"expected a model alone in {folder}, found an adapter beside it (adapter_config.json): "
+            "move it to "
+            "another folder, and give that to add-lora"
+        )
+    config = _json(folder / "config.json")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if isinstance(method := part.get("quantization_config"), dict):
+            raise CaptureError(
+                f"expected floating-point weights in {folder}, found weights quantized with "
+                f"{method.get('quant_method', 'an unnamed method')} (quantization_config in config.json): "
+                "give the model that they were quantized from"
+            )
+    files = _files(folder)
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise CaptureError(
+            f"expected the files of the index in {folder}, found no {some(missing)}: fetch them"
+        )
+    if files and files[0].suffix == ".safetensors":
+        _require_no_other(folder, files)
+
+
+def require_read(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint, after it was loaded, if a tensor was not read, or a parameter not found.
+
+    Args:
+        folder: of the checkpoint.
+        info: transformers' loading info.
+
+    Raises:
+        CaptureError: names up to three tensors.
+    """
+    where, kind = f"in {folder}", type(model).__name__
+    if missing := sorted(info["missing_keys"]):
+        raise CaptureError(
+            f"expected all weights of a {kind} {where}, found no {some(missing)}: it is incomplete, "
+            "or was saved "
+            "from another kind of model"
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise CaptureError(
+            f"expected {name} as {list(expected)}, which config.json says of a {kind}, found "
+            f"{list(found)} {where}"
+            f"{f' ({len(mismatched)} tensors have another shape)' if len(mismatched) > 1 else ''}: "
+            "config.json is not that of these weights"
+        )
+    files = _files(folder)
+    names = {name: path for path in files for name in _kinds(path)}
+    unread = {str(name) for name in info["unexpected_keys"]} | _dropped(model, names)
+    if unread := {name for name in unread if not _without_effect(name, names.get(name), model)}:
+        raise CaptureError(
+            f"a {kind} as config.json describes it does not read {some(sorted(unread))} {where}: "
+            "the model that these files hold computes something else. If config.json lacks an "
+            "option (such as "
+            "attention_bias), add it; if the tensors are of no use, remove them from the files"
+        )
+    _require_floats(files, model)
+
+
+def some(names: Iterable[str]) -> str:
+    """Up to three names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of weights that transformers reads, in the order in which it looks for them."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            listed = _json(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+                raise CaptureError(f"expected a weight_map of tensors to files in {index}, found none")
+            return [folder / file for file in sorted(set(listed.values()))]
+    return []
+
+
+def _require_no_other(folder: Path, files: list[Path]) -> None:
+    """Refuse parts of a checkpoint that its index does not list, unless they hold the same tensors again."""
+    known = {name for path in files for name in _kinds(path)}
+    for path in sorted(folder.glob("model-*.safetensors")):
+        if path not in files and _PARTS.fullmatch(path.name) and (more := sorted({*_kinds(path)} - known)):
+            raise CaptureError(
+                f"{path} holds {some(more)}, and nothing reads that file: "
+                f"{', '.join(f.name for f in files[:3])} "
+                "are what the index lists, or come first. Remove it, or mend the index"
+            )
+
+
+def _dropped(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Names in the files that the model lacks and that transformers does not report."""
+    held = set(model.state_dict())
+    own = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    patterns = [re.compile(pattern) for pattern in (*own, *_COMPUTED)]
+    return {n for n in names if n not in held and any(p.search(n) for p in patterns)}
+
+
+def _without_effect(name: str, path: Path | None, model: PreTrainedModel) -> bool:
+    """Whether a tensor changes nothing: the model computes it, or it is of a part that the class leaves out.
+
+    A class lists what its checkpoints have beyond it (a vision tower, layers for drafts of tokens). That is
+    believed of modules that the model lacks, not of a tensor of a module that it has.
+    """
+    if path is not None and any(re.search(pattern, name) for pattern in _COMPUTED):
+        return _is_computed(name, _read(path, name), model)
+    own = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    modules = {module for module, _ in model.named_modules()}
+    return name.rpartition(".")[0] not in modules and any(re.search(pattern, name) for pattern in own)
+
+
+def _is_computed(name: str, value: Tensor, model: PreTrainedModel) -> bool:
+    leaf = name.rpartition(".")[2]
+    if leaf == "position_ids":
+        return value.flatten().tolist() == list(range(value.numel()))
+    held = [b for n, b in model.named_buffers() if n.endswith(leaf) and b.shape == value.shape]
+    # Saved in half precision they are the same frequencies, rounded.
+    return any(
+        torch.allclose(b.float(), value.float(), rtol=1e-2 if value.itemsize < 4 else 1e-5) for b in held
+    )
+
+
+def _require_floats(files: list[Path], model: PreTrainedModel) -> None:
+    """Refuse integers where the model has floating-point weights: those of a quantizer nobody mentions."""
+    held = {name: value.is_floating_point() for name, value in model.state_dict().items()}
+    for path in files:
+        for name, kind in _kinds(path).items():
+            if held.get(name) and re.match(r"[IU]\d|BOOL|torch\.(u?int|bool)", kind):
+                raise CaptureError(
+                    f"expected floating-point values of {name} in {path}, found {kind}: are the "
+                    "weights quantized? "
+                    "Give the model that they were quantized from"
+                )
+
+
+def _kinds(path: Path) -> dict[str, str]:
+    """The tensors of a file and their types, without reading them."""
+    if path.suffix != ".safetensors":
+        return {name: str(value.dtype) for name, value in _unpickled(path).items()}
+    with _open(path) as file:
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+
+
+def _read(path: Path, name: str) -> Tensor:
+    if path.suffix != ".safetensors":
+        return _unpickled(path)[name]
+    with _open(path) as file:
+        found: Tensor = file.get_tensor(name)
+    return found
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.bin`; nothing but tensors is unpickled."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # as many as there are ways to be no such file
+        raise CaptureError(f"{path} is not a file of tensors: {one_line(error)}; fetch it again") from error
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _open(path: Path) -> Any:
+    """Open a file, or name the one that was cut short: transformers does not."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CaptureError(
+            f"{path} is damaged or cut short ({path.stat().st_size} bytes): {error}; fetch it again"
+        ) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CaptureError(f"cannot read {path}: {one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise CaptureError(f"expected an object in {path}, found {type(found).__name__}")
+    return found
