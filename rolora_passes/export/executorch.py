@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.embeddings import fuse_embeddings
 from rolora_passes.export.extras import require
 from rolora_passes.export.fuse_heads import fuse_heads
 from rolora_passes.export.kv_cache import add_kv_cache
+from rolora_passes.export.ready import ready
 from rolora_passes.export.rotary import expand_rotary
-from rolora_passes.export.shapes import Shape, infer_shapes
+from rolora_passes.export.shapes import Shape, infer_shapes, written
 from rolora_passes.graphs.files import writing
-from rolora_passes.graphs.graph import copy_graph, dtype_of, parameters
+from rolora_passes.graphs.graph import get_tensor
 from rolora_passes.graphs.inputs import require_decoder
 
 CANONICAL: dict[str, Shape] = {"tokens": (1, None), "positions": (1, None)}
@@ -104,32 +105,24 @@ def to_executorch(
     require_methods(methods or {})
     graphs = {"forward": graph, **(methods or {})}
     stages, lowered, lengths, count = _Stages(), dict[str, fx.GraphModule](), dict[str, int](), 0
+    caches: dict[str, dict[str, Tensor]] = {}
     for name, each in graphs.items():
-        _require_float32(each)
         with stages.stage("prepare"):
             prepared = _prepare(each, max_length, last_token, fused=len(graphs) == 1)
         with stages.stage("delegate"):
             lowered[name], delegates = _delegate(prepared, fast_prefill)
         lengths[name] = prepared.meta["max_length"]
+        caches[name] = {b: get_tensor(prepared, b) for b in written(prepared.graph)}
         count += delegates
     if len({*lengths.values()}) > 1:
         raise LoweringError(f"expected methods whose caches hold equally many tokens, found {lengths}")
     length = lengths["forward"]
-    caches = {name: t for name, t in parameters(prepared).items() if name.startswith("cache.")}
-    metadata = _metadata(caches, graph.meta.get("config", {}), length)
+    metadata = _metadata(caches["forward"], graph.meta.get("config", {}), length)
     program = _program(lowered, length, metadata, stages)
     with stages.stage("write"):
         size = _write(program, Path(path))
-    held = sum(t.nbytes for t in caches.values())
+    held = max(sum(t.nbytes for t in each.values()) for each in caches.values())
     return LoweringReport(Path(path), size, count, _operators(program), held, stages.seconds)
-
-
-def _require_float32(graph: fx.GraphModule) -> None:
-    if dtype_of(graph) != torch.float32:
-        raise LoweringError(
-            f"expected a graph in torch.float32, which the kernels compute in, found {dtype_of(graph)}; "
-            "convert it first: rolora_passes.graphs.convert(graph, torch.float32)"
-        )
 
 
 def require_methods(names: Iterable[str]) -> None:
@@ -159,7 +152,7 @@ def _prepare(graph: fx.GraphModule, max_length: int, last_token: bool, fused: bo
     cached = "max_length" in graph.meta
     if not cached:
         require_decoder(graph, "ExecuTorch's runner")
-    result = copy_graph(graph)
+    result = ready(graph)
     if fused:
         fuse_heads(result)
     shapes = infer_shapes(result, CACHED if cached else CANONICAL)
@@ -210,7 +203,7 @@ def _program(
 
 def _metadata(caches: Iterable[str], config: dict[str, Any], length: int) -> dict[str, Any]:
     """The constant methods the runner reads."""
-    layers = sum(re.fullmatch(r"cache\.key_\d+", name) is not None for name in caches)
+    layers = sum(re.fullmatch(r"cache_*\.key_\d+", name) is not None for name in caches)
     ends = config.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     found = {

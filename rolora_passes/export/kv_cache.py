@@ -13,7 +13,7 @@ from rolora_passes.export.extras import require
 from rolora_passes.export.kv_storage import Cache, Held, held, read_cache, write_cache
 from rolora_passes.export.positions import position_only, tabulate
 from rolora_passes.export.shapes import Shape, drop_unused, infer_shapes
-from rolora_passes.graphs.graph import argument, copy_graph, set_tensor
+from rolora_passes.graphs.graph import argument, copy_graph, parameter_names, set_tensor
 from rolora_passes.graphs.inputs import require_decoder
 
 _aten = torch.ops.aten
@@ -69,6 +69,9 @@ class _Window:
     def __init__(self, module: fx.GraphModule, max_length: int) -> None:
         self.module, self.max_length = module, max_length
         self.masks: dict[int | None, fx.Node] = {}
+        self.cache = "cache"  # where caches are named, which is no name of the model's own
+        while any(name.startswith(f"{self.cache}.") for name in parameter_names(module)):
+            self.cache += "_"
         graph = module.graph
         tokens, self.positions = graph.find_nodes(op="placeholder")
         for size in [n for n in self.positions.users if n.target is _aten.sym_size.int]:
@@ -125,8 +128,8 @@ def _cache_attention(
         if (k, v) not in caches:
             number, place = len(caches), (window.start, window.max_length)
             caches[k, v] = (
-                write_cache(module, f"cache.key_{number}", k, stored[0], *place),
-                write_cache(module, f"cache.value_{number}", v, stored[1], *place),
+                write_cache(module, f"{window.cache}.key_{number}", k, stored[0], *place),
+                write_cache(module, f"{window.cache}.value_{number}", v, stored[1], *place),
             )
         # Float caches need no copy, and a mask has a column for every one of their rows.
         end = window.end if mask is None and (k.int8 or v.int8) else None

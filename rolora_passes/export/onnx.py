@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-import torch
 from torch import fx
 
 from rolora_passes.errors import LoweringError
@@ -17,9 +16,9 @@ from rolora_passes.export.extras import require
 from rolora_passes.export.fuse_heads import fuse_heads
 from rolora_passes.export.kv_cache import require_context
 from rolora_passes.export.positions import position_only, tabulate
-from rolora_passes.fold_constants import FoldConstants
+from rolora_passes.export.ready import ready
 from rolora_passes.graphs.files import writing_folder
-from rolora_passes.graphs.graph import KEPT, argument, copy_graph, dtype_of, is_op, op_name
+from rolora_passes.graphs.graph import KEPT, argument, is_op, op_name
 from rolora_passes.graphs.sites import is_head
 from rolora_passes.version import __version__
 
@@ -138,11 +137,6 @@ def write_onnx(
 ) -> OnnxReport:
     """`to_onnx` into a folder that is there already."""
     ir = require("onnx_ir", "onnx")
-    if dtype_of(graph) != torch.float32:
-        raise LoweringError(
-            f"expected a graph in torch.float32, which the kernels compute in, found {dtype_of(graph)}; "
-            "convert it first: rolora_passes.graphs.convert(graph, torch.float32)"
-        )
     from rolora_passes.export.onnx_emitter import Emitter, Settings
     from rolora_passes.export.onnx_genai import write_genai_config
     from rolora_passes.export.onnx_ort import ORT
@@ -150,8 +144,7 @@ def write_onnx(
     from rolora_passes.export.onnx_store import Store
 
     start = time.perf_counter()
-    prepared = copy_graph(graph)
-    FoldConstants().run(prepared)
+    prepared = ready(graph)
     fuse_heads(prepared)
     table = ORT if flavor == "ort" else PORTABLE
     e = Emitter(prepared, table, Store(folder, DATA), Settings(max_length, accuracy_level))

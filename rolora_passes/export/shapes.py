@@ -122,6 +122,11 @@ def is_written(node: fx.Node) -> bool:
     )
 
 
+def written(graph: fx.Graph) -> list[str]:
+    """The names of the buffers that some operator writes to: the state of a graph with caches."""
+    return list(dict.fromkeys(str(n.target) for n in graph.nodes if is_written(n)))
+
+
 def drop_unused(graph: fx.Graph) -> None:
     """Remove nodes nothing reads, except those with an effect: cache updates and assertions."""
 
