@@ -99,15 +99,23 @@ def _run(
 
 
 def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on parameters alone; a buffer that is written to is not one."""
+    """Nodes that depend on parameters and numbers alone; a buffer that is written to is not one."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "get_attr":
             if not is_written(node):
                 found.add(node)
-        elif node.op == "call_function" and node.all_input_nodes and found.issuperset(node.all_input_nodes):
-            found.add(node)
+        elif node.op == "call_function" and found.issuperset(node.all_input_nodes):
+            if node.all_input_nodes or _counts(node):
+                found.add(node)
     return found
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node without operands gives one tensor, always (arange(8), not rand(8))."""
+    target = node.target
+    seeded = torch.Tag.nondeterministic_seeded
+    return isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and seeded not in target.tags
 
 
 def is_written(node: fx.Node) -> bool:

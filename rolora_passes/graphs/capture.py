@@ -8,6 +8,7 @@ where the model has a head, else the last hidden state. Rows are unpadded: there
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -132,15 +133,33 @@ def _export(model: PreTrainedModel, kind: _Kind) -> torch.export.ExportedProgram
     given = {name: samples[name] for name in kind.inputs}
     shapes = {name: {0: auto, 1: auto} for name in given}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _same_attributes(model):
             return torch.export.export(_Forward(model, kind), (), given, dynamic_shapes=shapes, strict=False)
     except (CaptureError, MemoryError):
         raise
     except Exception as error:  # whatever the model's own code does with what it is given
         raise CaptureError(
             f"{type(model).__name__} cannot be captured without a cache, with one node for attention: "
-            f"{one_line(error)}"
+            f"{one_line(error)}{_place(error)}"
         ) from error
+
+
+def _place(error: BaseException) -> str:
+    """The line of the model that raised an error, where there is one."""
+    own = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name.startswith("modeling_")]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
+
+
+@contextmanager
+def _same_attributes(model: PreTrainedModel) -> Iterator[None]:
+    """Undo what tracing leaves in the model's own attributes: tensors without values (longrope's factors)."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, kept in before:
+            vars(module).clear()
+            vars(module).update(kept)
 
 
 def _kind(model: object) -> _Kind:
