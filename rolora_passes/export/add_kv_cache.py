@@ -49,7 +49,7 @@ class AddKVCache(Pass):
         graph.graph = cached.graph
         for name, value in parameters(cached).items():
             set_tensor(graph, name, value)
-        graph.meta["max_length"] = self.max_length
+        graph.meta.update({key: cached.meta[key] for key in ("max_length", "call_length")})
         graph.recompile()
         return Report(changed=sites)
 

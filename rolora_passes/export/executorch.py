@@ -104,21 +104,22 @@ def to_executorch(
     _require_executorch()
     require_methods(methods or {})
     graphs = {"forward": graph, **(methods or {})}
-    stages, lowered, lengths, count = _Stages(), dict[str, fx.GraphModule](), dict[str, int](), 0
+    stages, lowered, lengths, count = _Stages(), dict[str, fx.GraphModule](), dict[str, tuple[int, int]](), 0
     caches: dict[str, dict[str, Tensor]] = {}
     for name, each in graphs.items():
         with stages.stage("prepare"):
             prepared = _prepare(each, max_length, last_token, fused=len(graphs) == 1)
         with stages.stage("delegate"):
             lowered[name], delegates = _delegate(prepared, fast_prefill)
-        lengths[name] = prepared.meta["max_length"]
+        lengths[name] = (prepared.meta["max_length"], prepared.meta["call_length"])
         caches[name] = {b: get_tensor(prepared, b) for b in written(prepared.graph)}
         count += delegates
-    if len({*lengths.values()}) > 1:
-        raise LoweringError(f"expected methods whose caches hold equally many tokens, found {lengths}")
-    length = lengths["forward"]
-    metadata = _metadata(caches["forward"], graph.meta.get("config", {}), length)
-    program = _program(lowered, length, metadata, stages)
+    length, call = (min(each) for each in zip(*lengths.values(), strict=True))
+    if any(held != length for held, _ in lengths.values()):
+        found = {name: held for name, (held, _) in lengths.items()}
+        raise LoweringError(f"expected methods whose caches hold equally many tokens, found {found}")
+    metadata = _metadata(caches["forward"], graph.meta.get("config", {}), length, call)
+    program = _program(lowered, call, metadata, stages)
     with stages.stage("write"):
         size = _write(program, Path(path))
     held = max(sum(t.nbytes for t in each.values()) for each in caches.values())
@@ -201,13 +202,13 @@ def _program(
         return edge.to_executorch(backend)
 
 
-def _metadata(caches: Iterable[str], config: dict[str, Any], length: int) -> dict[str, Any]:
-    """The constant methods the runner reads."""
+def _metadata(caches: Iterable[str], config: dict[str, Any], length: int, call: int) -> dict[str, Any]:
+    """The constant methods the runner reads; a prompt of more than `call` tokens it gives in pieces."""
     layers = sum(re.fullmatch(r"cache_*\.key_\d+", name) is not None for name in caches)
     ends = config.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     found = {
-        "get_max_seq_len": length,
+        "get_max_seq_len": call,
         "get_max_context_len": length,
         "get_bos_id": config.get("bos_token_id"),
         "get_eos_ids": ends,
