@@ -12,7 +12,9 @@ from rolora_passes.errors import VerificationError
 from rolora_passes.export.kv_cache import add_kv_cache, require_context
 from rolora_passes.export.ready import ready
 from rolora_passes.export.shapes import written
+from rolora_passes.export.state import require_state
 from rolora_passes.graphs.graph import get_tensor, parameters, run, set_tensor
+from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.verify import relative_error, sample_tokens
 from rolora_passes.passes import Pass, Report
 
@@ -44,7 +46,10 @@ class AddKVCache(Pass):
         require_context(self.max_length)
 
     def run(self, graph: fx.GraphModule) -> Report:
-        cached = add_kv_cache(ready(graph), self.max_length)
+        require_decoder(graph, "a cache")
+        folded = ready(graph)
+        require_state(folded)
+        cached = add_kv_cache(folded, self.max_length)
         sites = [n.name for n in graph.graph.nodes if "attention" in str(n.target)]
         graph.graph = cached.graph
         for name, value in parameters(cached).items():
