@@ -10,7 +10,11 @@ from torch import fx
 
 from rolora_passes.errors import VerificationError
 from rolora_passes.export.kv_cache import add_kv_cache, require_context
+from rolora_passes.export.ready import ready
+from rolora_passes.export.shapes import written
+from rolora_passes.export.state import require_state
 from rolora_passes.graphs.graph import get_tensor, parameters, run, set_tensor
+from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.verify import relative_error, sample_tokens
 from rolora_passes.passes import Pass, Report
 
@@ -26,7 +30,8 @@ class AddKVCache(Pass):
              s = custom_sdpa(q, k_cache, v_cache, start, …, scale)
 
     Keys and values that QuantizeKVCache rounded to 8 bits are held in int8, each token and head with its own
-    scale. `to_executorch` does this itself; the pass is for looking at the result, or going on from it.
+    scale. Constant expressions are folded first, for none can be told from a cache's content afterwards.
+    `to_executorch` does all this itself; the pass is for looking at the result, or going on from it.
 
     Options:
         max_length: tokens the caches hold.
@@ -41,12 +46,15 @@ class AddKVCache(Pass):
         require_context(self.max_length)
 
     def run(self, graph: fx.GraphModule) -> Report:
-        cached = add_kv_cache(graph, self.max_length)
+        require_decoder(graph, "a cache")
+        folded = ready(graph)
+        require_state(folded)
+        cached = add_kv_cache(folded, self.max_length)
         sites = [n.name for n in graph.graph.nodes if "attention" in str(n.target)]
         graph.graph = cached.graph
         for name, value in parameters(cached).items():
             set_tensor(graph, name, value)
-        graph.meta["max_length"] = self.max_length
+        graph.meta.update({key: cached.meta[key] for key in ("max_length", "call_length")})
         graph.recompile()
         return Report(changed=sites)
 
@@ -55,9 +63,8 @@ class AddKVCache(Pass):
         tokens = sample_tokens(before, batch=1)
         with torch.no_grad():
             pieces = [after(tokens[:, :5], torch.tensor([0])), after(tokens[:, 5:], torch.tensor([5]))]
-        for name in parameters(after):
-            if "cache" in name:
-                get_tensor(after, name).zero_()
+        for cache in written(after.graph):
+            set_tensor(after, cache, torch.zeros_like(get_tensor(after, cache)))
         error = relative_error(torch.cat(pieces, 1), run(before, tokens))
         if not error <= 1e-3:
             raise VerificationError(

@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError
+from rolora_passes.export.checking import Checked, Reference, check_decoder, rows
 from rolora_passes.export.embeddings import fuse_embeddings
 from rolora_passes.export.extras import require
 from rolora_passes.export.fuse_heads import fuse_heads
 from rolora_passes.export.kv_cache import add_kv_cache
+from rolora_passes.export.ready import ready
 from rolora_passes.export.rotary import expand_rotary
-from rolora_passes.export.shapes import Shape, infer_shapes
+from rolora_passes.export.runner import load_pte
+from rolora_passes.export.shapes import Shape, infer_shapes, written
+from rolora_passes.export.state import require_state
 from rolora_passes.graphs.files import writing
-from rolora_passes.graphs.graph import copy_graph, dtype_of, parameters
+from rolora_passes.graphs.graph import copy_graph, get_tensor
 from rolora_passes.graphs.inputs import require_decoder
 
 CANONICAL: dict[str, Shape] = {"tokens": (1, None), "positions": (1, None)}
@@ -46,6 +50,8 @@ class LoweringReport:
     """What the caches of keys and values take in memory, for each method that is loaded."""
     seconds: dict[str, float]
     """CPU seconds by stage."""
+    checks: list[Checked] = field(default_factory=list)
+    """How every method compared with its graph."""
 
     def rows(self) -> list[str]:
         """Lines for people."""
@@ -54,6 +60,7 @@ class LoweringReport:
             f"{self.path.name}, {self.bytes / 1e6:.1f} MB",
             f"{self.delegates} XNNPACK delegates",
             f"{sum(self.operators.values())} instructions outside: {outside}",
+            *rows(self.checks),
         ]
 
 
@@ -78,8 +85,11 @@ def to_executorch(
     last_token: bool = True,
     fast_prefill: bool = False,
     methods: Mapping[str, fx.GraphModule] | None = None,
+    check: bool = True,
 ) -> LoweringReport:
     """Lower a canonical graph to `path` and say what became of it.
+
+    Constant expressions are folded, and a graph in half precision is widened to float32, first.
 
     Args:
         graph: `forward(tokens, positions) -> logits`, or what `add_kv_cache` made of it; weights plain,
@@ -94,42 +104,60 @@ def to_executorch(
         methods: other graphs, which the program has beside `forward` under these names: one base with one
             adapter or another. What they have in common with it is in the file once; each has caches of its
             own. The heads' projections are then not joined, for those with a branch cannot be.
+        check: run what was written, a prompt and decoded tokens, and leave it only if every method gives its
+            graph's logits; it takes seconds.
 
     Raises:
         MissingExtraError: ExecuTorch is not installed.
-        LoweringError: a graph is not in float32, attends in a way no kernel does, or quantizes as no kernel
-            or cache holds it; a method's name is no identifier, or taken.
+        LoweringError: a graph is in float64, attends in a way no kernel does, mixes positions without a cache, or
+            quantizes as no kernel or cache holds it; a method's name is no identifier, or taken; the program does
+            not compute what its graph does.
+        VerificationError: folding changed the function.
     """
     _require_executorch()
     require_methods(methods or {})
     graphs = {"forward": graph, **(methods or {})}
-    stages, lowered, lengths, count = _Stages(), dict[str, fx.GraphModule](), dict[str, int](), 0
+    stages, lowered, lengths, count = _Stages(), dict[str, fx.GraphModule](), dict[str, tuple[int, int]](), 0
+    caches: dict[str, dict[str, Tensor]] = {}
     for name, each in graphs.items():
-        _require_float32(each)
         with stages.stage("prepare"):
-            prepared = _prepare(each, max_length, last_token, fused=len(graphs) == 1)
+            graphs[name] = _ready(each)
+            prepared = _prepare(graphs[name], max_length, last_token, fused=len(graphs) == 1)
         with stages.stage("delegate"):
             lowered[name], delegates = _delegate(prepared, fast_prefill)
-        lengths[name] = prepared.meta["max_length"]
+        lengths[name] = (prepared.meta["max_length"], prepared.meta["call_length"])
+        caches[name] = {b: get_tensor(prepared, b) for b in written(prepared.graph)}
         count += delegates
-    if len({*lengths.values()}) > 1:
-        raise LoweringError(f"expected methods whose caches hold equally many tokens, found {lengths}")
-    length = lengths["forward"]
-    caches = {name: t for name, t in parameters(prepared).items() if name.startswith("cache.")}
-    metadata = _metadata(caches, graph.meta.get("config", {}), length)
-    program = _program(lowered, length, metadata, stages)
-    with stages.stage("write"):
-        size = _write(program, Path(path))
-    held = sum(t.nbytes for t in caches.values())
-    return LoweringReport(Path(path), size, count, _operators(program), held, stages.seconds)
+    length, call = (min(each) for each in zip(*lengths.values(), strict=True))
+    if any(held != length for held, _ in lengths.values()):
+        found = {name: held for name, (held, _) in lengths.items()}
+        raise LoweringError(f"expected methods whose caches hold equally many tokens, found {found}")
+    metadata = _metadata(caches["forward"], graph.meta.get("config", {}), length, call)
+    program = _program(lowered, call, metadata, stages)
+    path, held = Path(path), max(sum(t.nbytes for t in each.values()) for each in caches.values())
+    with writing(path) as temporary:
+        with stages.stage("write"), temporary.open("wb") as file:
+            program.write_to_file(file)
+        operators, size = _operators(program), temporary.stat().st_size
+        del program, lowered, caches, prepared  # what the runtime loads takes their place
+        with stages.stage("check"):
+            checks = [_check(temporary, name, each, length) for name, each in graphs.items() if check]
+    return LoweringReport(path, size, count, operators, held, stages.seconds, checks)
 
 
-def _require_float32(graph: fx.GraphModule) -> None:
-    if dtype_of(graph) != torch.float32:
-        raise LoweringError(
-            f"expected a graph in torch.float32, which the kernels compute in, found {dtype_of(graph)}; "
-            "convert it first: rolora_passes.graphs.convert(graph, torch.float32)"
-        )
+def _ready(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy for the kernels' arithmetic, of which a cache can be made, or has been."""
+    if "max_length" in graph.meta:
+        return ready(graph)
+    require_decoder(graph, "ExecuTorch's runner")
+    result = ready(graph)
+    require_state(result)
+    return result
+
+
+def _check(pte: Path, method: str, graph: fx.GraphModule, length: int) -> Checked:
+    forward = load_pte(pte, method)
+    return check_decoder(method, lambda t, start: forward(t, torch.tensor([start])), Reference(graph, length))
 
 
 def require_methods(names: Iterable[str]) -> None:
@@ -156,10 +184,7 @@ def _prepare(graph: fx.GraphModule, max_length: int, last_token: bool, fused: bo
     """A copy with caches, in the operators and the grouping that suit the kernels."""
     from rolora_passes.export.last_token import keep_last_token
 
-    cached = "max_length" in graph.meta
-    if not cached:
-        require_decoder(graph, "ExecuTorch's runner")
-    result = copy_graph(graph)
+    cached, result = "max_length" in graph.meta, copy_graph(graph)
     if fused:
         fuse_heads(result)
     shapes = infer_shapes(result, CACHED if cached else CANONICAL)
@@ -208,13 +233,13 @@ def _program(
         return edge.to_executorch(backend)
 
 
-def _metadata(caches: Iterable[str], config: dict[str, Any], length: int) -> dict[str, Any]:
-    """The constant methods the runner reads."""
-    layers = sum(re.fullmatch(r"cache\.key_\d+", name) is not None for name in caches)
+def _metadata(caches: Iterable[str], config: dict[str, Any], length: int, call: int) -> dict[str, Any]:
+    """The constant methods the runner reads; a prompt of more than `call` tokens it gives in pieces."""
+    layers = sum(re.fullmatch(r"cache_*\.key_\d+", name) is not None for name in caches)
     ends = config.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     found = {
-        "get_max_seq_len": length,
+        "get_max_seq_len": call,
         "get_max_context_len": length,
         "get_bos_id": config.get("bos_token_id"),
         "get_eos_ids": ends,
@@ -225,13 +250,6 @@ def _metadata(caches: Iterable[str], config: dict[str, Any], length: int) -> dic
         "enable_dynamic_shape": True,
     }
     return {name: value for name, value in found.items() if value not in (None, [])}
-
-
-def _write(program: Any, path: Path) -> int:
-    """Write beside `path` and rename, so that a failure leaves nothing under that name."""
-    with writing(path) as temporary, temporary.open("wb") as file:
-        program.write_to_file(file)
-    return path.stat().st_size
 
 
 def _operators(program: Any) -> dict[str, int]:

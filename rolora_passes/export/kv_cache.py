@@ -13,10 +13,15 @@ from rolora_passes.export.extras import require
 from rolora_passes.export.kv_storage import Cache, Held, held, read_cache, write_cache
 from rolora_passes.export.positions import position_only, tabulate
 from rolora_passes.export.shapes import Shape, drop_unused, infer_shapes
-from rolora_passes.graphs.graph import argument, copy_graph, set_tensor
+from rolora_passes.graphs.graph import argument, copy_graph, parameter_names, set_tensor
 from rolora_passes.graphs.inputs import require_decoder
 
 _aten = torch.ops.aten
+
+STEP = 1e6
+"""What masks a score is at least this large."""
+_MASK = 1 << 21  # elements of a mask: 8 MB are planned for each, whatever the context
+_LEAST = 128  # tokens that a call may have all the same
 
 
 def require_context(max_length: int) -> None:
@@ -41,7 +46,8 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     Keys and values that stand as `fake_quantize(k, 8)`, what QuantizeKVCache writes, are held in int8: see
     `kv_storage`. What depends on `positions` alone (rotary tables, learned position embeddings) is
     evaluated once for all positions below `max_length`, and read at `start`. The given graph is not
-    changed.
+    changed. The result's `meta["max_length"]` is what the caches hold, `meta["call_length"]` how many tokens a
+    call may have: fewer, if attentions take a mask [S, max_length], which memory is planned for.
     """
     require_context(max_length)
     require_decoder(graph, "a cache")
@@ -60,6 +66,7 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     rebuilt = fx.GraphModule(result, result.graph)  # a fresh signature, and only the tensors in use
     rebuilt.meta.update(result.meta)
     rebuilt.meta["max_length"] = max_length
+    rebuilt.meta["call_length"] = min(max_length, max(_LEAST, _MASK // max_length)) if window.masks else max_length
     return rebuilt
 
 
@@ -69,6 +76,9 @@ class _Window:
     def __init__(self, module: fx.GraphModule, max_length: int) -> None:
         self.module, self.max_length = module, max_length
         self.masks: dict[int | None, fx.Node] = {}
+        self.cache = "cache"  # where caches are named, which is no name of the model's own
+        while any(name.startswith(f"{self.cache}.") for name in parameter_names(module)):
+            self.cache += "_"
         graph = module.graph
         tokens, self.positions = graph.find_nodes(op="placeholder")
         for size in [n for n in self.positions.users if n.target is _aten.sym_size.int]:
@@ -92,6 +102,12 @@ class _Window:
             whole = self.module.graph.get_attr(name)
             arguments = (whole, dim, self.start, self.length)
             return self.module.graph.call_function(_aten.narrow.default, arguments)
+
+    def places(self, ahead: int) -> fx.Node:
+        """Every position of the context, moved by so many: float32 [1, max_length]."""
+        name = f"positions.ahead_{ahead}"
+        set_tensor(self.module, name, torch.arange(self.max_length, dtype=torch.float32)[None] + ahead)
+        return self.module.graph.get_attr(name)
 
 
 def _read_tables(module: fx.GraphModule, window: _Window) -> None:
@@ -125,8 +141,8 @@ def _cache_attention(
         if (k, v) not in caches:
             number, place = len(caches), (window.start, window.max_length)
             caches[k, v] = (
-                write_cache(module, f"cache.key_{number}", k, stored[0], *place),
-                write_cache(module, f"cache.value_{number}", v, stored[1], *place),
+                write_cache(module, f"{window.cache}.key_{number}", k, stored[0], *place),
+                write_cache(module, f"{window.cache}.value_{number}", v, stored[1], *place),
             )
         # Float caches need no copy, and a mask has a column for every one of their rows.
         end = window.end if mask is None and (k.int8 or v.int8) else None
@@ -142,16 +158,22 @@ def _cache_attention(
 
 
 def _mask(module: fx.GraphModule, sliding: int | None, window: _Window) -> fx.Node:
-    """Additive mask [S, max_length] of the positions each row sees; one per width of the window."""
+    """Additive mask [S, max_length]: 0 where a row sees a position, else at most -STEP; one per width.
+
+    -STEP (relu(column - row) + relu(row - column - sliding + 1)), from the positions of this call: a table for
+    every row would grow with the square of the context.
+    """
     if sliding in window.masks:
         return window.masks[sliding]
-    index = torch.arange(window.max_length)
-    seen = index[None, :] <= index[:, None]
-    if sliding is not None:
-        seen &= index[None, :] > index[:, None] - sliding
-    mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-    name = f"positions.mask_{'full' if sliding is None else sliding}"
-    window.masks[sliding] = window.read(name, mask, 0)
+    graph, places = module.graph, torch.arange(window.max_length, dtype=torch.float32)
+    row = window.read("positions.row", places[:, None], 0)
+    call = graph.call_function
+    with graph.inserting_before(window.head):
+        unseen = call(_aten.relu.default, (call(_aten.sub.Tensor, (window.places(0), row)),))
+        if sliding is not None:
+            behind = call(_aten.sub.Tensor, (row, window.places(sliding - 1)))
+            unseen = call(_aten.add.Tensor, (unseen, call(_aten.relu.default, (behind,))))
+        window.masks[sliding] = call(_aten.mul.Tensor, (unseen, -STEP))
     return window.masks[sliding]
 
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-import torch
 from torch import fx
 
 from rolora_passes.errors import LoweringError
+from rolora_passes.export.checking import Checked, rows
 from rolora_passes.export.extras import require
 from rolora_passes.export.fuse_heads import fuse_heads
 from rolora_passes.export.kv_cache import require_context
 from rolora_passes.export.positions import position_only, tabulate
-from rolora_passes.fold_constants import FoldConstants
+from rolora_passes.export.ready import ready
+from rolora_passes.export.state import require_state
 from rolora_passes.graphs.files import writing_folder
-from rolora_passes.graphs.graph import KEPT, argument, copy_graph, dtype_of, is_op, op_name
+from rolora_passes.graphs.graph import KEPT, argument, copy_graph, is_op, op_name
 from rolora_passes.version import __version__
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 Flavor = Literal["ort", "portable"]
 MODEL, DATA = "model.onnx", "model.onnx.data"
+INPUTS = {"tokens": "input_ids", "decoder_tokens": "decoder_input_ids"}
+"""What a graph's inputs are called."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class OnnxReport:
         operators: ONNX nodes by operator.
         layers: key-value caches.
         notes: what is stored or computed otherwise than the graph says, with how often.
+        checks: how the program compared with its graph.
     """
 
     path: Path
@@ -47,6 +51,7 @@ class OnnxReport:
     layers: int
     notes: dict[str, int]
     seconds: float
+    checks: list[Checked] = field(default_factory=list)
 
     def rows(self) -> list[str]:
         """Lines for people."""
@@ -56,6 +61,7 @@ class OnnxReport:
             f"{self.path.name} ({self.flavor}), {self.bytes / 1e6:.1f} MB",
             f"{sum(self.operators.values())} nodes: {census}",
             *(f"{count} times: {note}" for note, count in self.notes.items()),
+            *rows(self.checks),
         ]
 
 
@@ -68,6 +74,7 @@ def to_onnx(
     accuracy_level: int | None = None,
     last_token: bool = True,
     tokenizer: Any = None,
+    check: bool = True,
 ) -> OnnxReport:
     """Lower a canonical graph to `folder`, which appears whole or not at all.
 
@@ -89,11 +96,17 @@ def to_onnx(
         last_token: return the logits of each row's last token alone, [B, 1, V], which is what is sampled
             from; otherwise [B, S, V].
         tokenizer: saved beside the model, with its chat template, if given.
+        check: run what was written in ONNX Runtime, a prompt, decoded tokens and padded rows, and leave it only
+            if it gives the graph's logits; it takes seconds.
+
+    Constant expressions are folded, and a graph in half precision is widened to float32, first.
 
     Raises:
-        MissingExtraError: onnx_ir is not installed.
+        MissingExtraError: onnx_ir is not installed; ONNX Runtime, to check.
         LoweringError: operators that have no lowering, widths or groups that no kernel has: all of them,
-            with where they come from; a graph that is not in float32.
+            with where they come from; operators that mix positions without a cache; a graph in float64; a model
+            that does not compute what its graph does.
+        VerificationError: folding changed the function.
         FileExistsError: `folder` is there and is not such a folder.
     """
     if flavor not in get_args(Flavor):
@@ -110,6 +123,7 @@ def to_onnx(
             max_length=max_length,
             accuracy_level=accuracy_level,
             last_token=last_token,
+            check=check,
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -134,23 +148,21 @@ def write_onnx(
     max_length: int,
     accuracy_level: int | None = None,
     last_token: bool = True,
+    check: bool = True,
 ) -> OnnxReport:
     """`to_onnx` into a folder that is there already."""
     ir = require("onnx_ir", "onnx")
-    if dtype_of(graph) != torch.float32:
-        raise LoweringError(
-            f"expected a graph in torch.float32, which the kernels compute in, found {dtype_of(graph)}; "
-            "convert it first: rolora_passes.graphs.convert(graph, torch.float32)"
-        )
+    if check:
+        require("onnxruntime", "onnx")
     from rolora_passes.export.onnx_emitter import Emitter, Settings
-    from rolora_passes.export.onnx_genai import write_genai_config
+    from rolora_passes.export.onnx_genai import session_entries, write_genai_config
     from rolora_passes.export.onnx_ort import ORT
     from rolora_passes.export.onnx_portable import PORTABLE
     from rolora_passes.export.onnx_store import Store
 
     start = time.perf_counter()
-    prepared = copy_graph(graph)
-    FoldConstants().run(prepared)
+    given = ready(graph)
+    prepared = copy_graph(given)
     fuse_heads(prepared)
     table = ORT if flavor == "ort" else PORTABLE
     e = Emitter(prepared, table, Store(folder, DATA), Settings(max_length, accuracy_level))
@@ -161,8 +173,15 @@ def write_onnx(
         write_genai_config(prepared, e, folder, layers, max_length, share_buffer=flavor == "ort")
     census = Counter(f"{n.domain}::{n.op_type}".removeprefix("::") for n in e.tape.nodes)
     size = sum((folder / name).stat().st_size for name in (MODEL, DATA) if (folder / name).exists())
+    checks = []
+    if check:
+        from rolora_passes.export.onnx_check import check_onnx
+        from rolora_passes.export.onnx_runner import OnnxProgram
+
+        program, padded = OnnxProgram(folder, session_entries(e)), e.inputs.mask in e.inputs.inputs
+        checks = [check_onnx(flavor, program, given, max_length, e.inputs.cached, padded)]
     seconds = round(time.perf_counter() - start, 3)
-    return OnnxReport(folder / MODEL, flavor, size, dict(census.most_common()), layers, e.notes, seconds)
+    return OnnxReport(folder / MODEL, flavor, size, dict(census.most_common()), layers, e.notes, seconds, checks)
 
 
 def _model(e: Emitter, flavor: Flavor) -> Any:
@@ -207,6 +226,8 @@ def _lower(e: Emitter, flavor: Flavor, last_token: bool) -> None:
         skipped |= position_only(graph, positions)
     nodes = [n for n in graph.nodes if n.op == "call_function" and n not in skipped]
     _require_lowerings(e, nodes)
+    if cached:
+        require_state(e.graph)
     if cached and last_token:
         _narrow(e)
     _walk(e, [n for n in nodes if not is_op(n, *_ON_DEMAND)])

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from rolora_passes.export.onnx import INPUTS
 from rolora_passes.export.onnx_emitter import Emitter
 from rolora_passes.graphs.graph import is_op
 
@@ -37,7 +38,7 @@ class Inputs:
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.given = {
-            name: self._input(_NAMES.get(name, name), ir.DataType.INT64, ["batch", _length(name)])
+            name: self._input(INPUTS.get(name, name), ir.DataType.INT64, ["batch", _length(name)])
             for name in names
             if name != "positions"
         }
@@ -210,9 +211,6 @@ class MaskedInputs(Inputs):
         """The last S along an axis."""
         start = self.e.op("Neg", self.count)
         return self.e.op("Slice", value, start, self.e.integers(_END), self.e.integers(axis))
-
-
-_NAMES = {"tokens": "input_ids", "decoder_tokens": "decoder_input_ids"}
 
 
 def _length(name: str) -> str:

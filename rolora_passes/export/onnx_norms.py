@@ -9,15 +9,33 @@ import torch
 from torch import fx
 
 from rolora_passes.export.onnx_emitter import Emitter, Node
-from rolora_passes.graphs.graph import is_op
+from rolora_passes.graphs.graph import argument, is_op
+
+
+def norm_form(node: Node) -> dict[str, Any]:
+    """From which axis a norm's operator goes, and its epsilon: the type's own, where torch is given none."""
+    epsilon = argument(node, "eps")
+    axis = -len(argument(node, "normalized_shape"))
+    return {"axis": axis, "epsilon": torch.finfo(torch.float32).eps if epsilon is None else epsilon}
 
 
 def norm_affine(e: Emitter, norm: Node) -> tuple[ir.Value, ir.Value]:
-    """Gain and bias [d] for a norm's operator: those that follow it directly, or ones and zeros."""
+    """Gain and bias of a norm's operator, in the sizes it normalises: those that follow it directly, or ones
+    and zeros."""
     gain, bias = _following(e, norm)
-    width = int(e.shape(norm)[-1])
-    ones, zeros = (e.numbers([n] * width, torch.float32) for n in (1.0, 0.0))
-    return (e.value(gain[1]) if gain else ones), (e.value(bias[1]) if bias else zeros)
+    return _affine(e, norm, gain, 1.0), _affine(e, norm, bias, 0.0)
+
+
+def _affine(e: Emitter, norm: Node, found: tuple[fx.Node, Any] | None, otherwise: float) -> ir.Value:
+    if found:
+        return e.value(found[1])
+    sizes = [int(n) for n in argument(norm, "normalized_shape")]
+    if len(sizes) == 1:
+        return e.numbers([otherwise] * sizes[0], torch.float32)
+    key = ("affine", otherwise, tuple(sizes))
+    if key not in e.shared:
+        e.shared[key] = e.store.add("constant", torch.full(sizes, otherwise))
+    return e.shared[key]
 
 
 def folded_norm(e: Emitter, node: Node) -> Node:
@@ -31,17 +49,18 @@ def folded_norm(e: Emitter, node: Node) -> Node:
 
 def _following(e: Emitter, norm: Node) -> tuple[tuple[fx.Node, Any] | None, tuple[fx.Node, Any] | None]:
     """The multiplication by a gain and the addition of a bias behind a norm."""
-    gain = _follower(e, norm, "mul")
-    bias = _follower(e, gain[0], "add") if gain and is_op(norm, "layer_norm") else None
+    axes = len(argument(norm, "normalized_shape"))
+    gain = _follower(e, norm, "mul", axes)
+    bias = _follower(e, gain[0], "add", axes) if gain and is_op(norm, "layer_norm") else None
     return gain, bias
 
 
-def _follower(e: Emitter, node: Node, kind: str) -> tuple[fx.Node, Any] | None:
-    """The only reader of a value, and what it multiplies or adds along the last axis."""
+def _follower(e: Emitter, node: Node, kind: str, axes: int) -> tuple[fx.Node, Any] | None:
+    """The only reader of a value, and what it multiplies or adds along the last axes."""
     readers = list(node.users)
     if len(readers) != 1 or not is_op(readers[0], kind) or (node in e.narrowed) != (readers[0] in e.narrowed):
         return None
     others = [a for a in readers[0].args[:2] if a is not node]
-    if len(others) == 1 and others[0] in e.constants and e.shape(others[0]) == e.shape(node)[-1:]:
+    if len(others) == 1 and others[0] in e.constants and e.shape(others[0]) == e.shape(node)[-axes:]:
         return readers[0], others[0]
     return None

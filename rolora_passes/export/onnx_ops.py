@@ -12,7 +12,7 @@ from torch import fx
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.onnx_emitter import Emitter, Heads, Lowering, Node, Result
 from rolora_passes.export.onnx_fake_quantize import fake_quantize, fake_quantize_static
-from rolora_passes.export.onnx_norms import folded_norm, norm_affine
+from rolora_passes.export.onnx_norms import folded_norm, norm_affine, norm_form
 from rolora_passes.graphs.graph import argument, get_tensor, is_op
 from rolora_passes.graphs.hadamard import few_factors
 
@@ -78,7 +78,7 @@ def _gelu(e: Emitter, node: Node) -> Result:
 
 def _layer_norm(e: Emitter, node: Node) -> Result:
     inputs = (e.value(node.args[0]), *norm_affine(e, node))
-    return e.op("LayerNormalization", *inputs, axis=-1, epsilon=argument(node, "eps"))
+    return e.op("LayerNormalization", *inputs, **norm_form(node))
 
 
 def float_linear(e: Emitter, node: Node) -> ir.Value:

@@ -12,7 +12,7 @@ from torch import fx
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.onnx_emitter import MICROSOFT, Emitter, Heads, Lowering, Node, Result
 from rolora_passes.export.onnx_inputs import CompactInputs
-from rolora_passes.export.onnx_norms import folded_norm, norm_affine
+from rolora_passes.export.onnx_norms import folded_norm, norm_affine, norm_form
 from rolora_passes.export.onnx_ops import STANDARD, float_linear
 from rolora_passes.export.onnx_rotary import Rotary, rotary_embedding, rotary_tables
 from rolora_passes.export.onnx_weights import (
@@ -74,8 +74,7 @@ def _embedding(e: Emitter, node: Node) -> Result:
 
 def _rms_norm(e: Emitter, node: Node) -> Result:
     gain, _ = norm_affine(e, node)
-    x, epsilon = e.value(node.args[0]), argument(node, "eps")
-    return e.op("SimplifiedLayerNormalization", x, gain, axis=-1, epsilon=epsilon, stash_type=1)
+    return e.op("SimplifiedLayerNormalization", e.value(node.args[0]), gain, **norm_form(node), stash_type=1)
 
 
 def _add(e: Emitter, node: Node) -> Result:
@@ -84,14 +83,15 @@ def _add(e: Emitter, node: Node) -> Result:
     operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in e.constants]
     alike = len(operands) == 2 and all(e.shapes[a] == e.shapes[node] for a in operands)
     same_tokens = (norm in e.narrowed) == (node in e.narrowed)
-    if norm is None or not alike or not same_tokens or e.rank(node) != 3 or folded_norm(e, node):
+    fused = norm is not None and norm_form(norm)["axis"] == -1 and alike and same_tokens
+    if not fused or e.rank(node) != 3 or folded_norm(e, node):
         return STANDARD["add"](e, node)
     gain, bias = norm_affine(e, norm)
     kind, affine = "SkipSimplifiedLayerNormalization", [gain]
     if is_op(norm, "layer_norm"):
         kind, affine = "SkipLayerNormalization", [gain, bias]
     values = [e.value(a) for a in operands]
-    found = e.ops(kind, *values, *affine, domain=MICROSOFT, outputs=4, epsilon=argument(norm, "eps"))
+    found = e.ops(kind, *values, *affine, domain=MICROSOFT, outputs=4, epsilon=norm_form(norm)["epsilon"])
     found[1].name = found[2].name = ""  # mean and deviation are for training; unnamed, they are left out
     e.results[norm] = found[0]
     return found[3]

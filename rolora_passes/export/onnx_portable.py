@@ -11,7 +11,7 @@ from torch import fx
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.onnx_emitter import Emitter, Heads, Lowering, Node, Result
 from rolora_passes.export.onnx_inputs import MaskedInputs
-from rolora_passes.export.onnx_norms import norm_affine
+from rolora_passes.export.onnx_norms import norm_affine, norm_form
 from rolora_passes.export.onnx_ops import STANDARD, float_linear
 from rolora_passes.export.onnx_rotary import rotary_embedding
 from rolora_passes.export.onnx_weights import Quantized, kernel_input, pack_signed, quantized_weight
@@ -78,7 +78,7 @@ def _scaled_rows(e: Emitter, parts: dict[str, ir.Value]) -> ir.Value:
 
 def _rms_norm(e: Emitter, node: Node) -> Result:
     gain, _ = norm_affine(e, node)
-    return e.op("RMSNormalization", e.value(node.args[0]), gain, axis=-1, epsilon=argument(node, "eps"))
+    return e.op("RMSNormalization", e.value(node.args[0]), gain, **norm_form(node))
 
 
 def _attention(e: Emitter, node: Node) -> Result:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rolora_passes.errors import RunError, one_line
 from rolora_passes.export.extras import require
-from rolora_passes.export.onnx import MODEL
+from rolora_passes.export.onnx import INPUTS, MODEL
 
 
 def generate(
@@ -65,16 +65,19 @@ def _parameters(genai: Any, model: Any, length: int, temperature: float) -> Any:
 class OnnxProgram:
     """A decoder with its caches: `program(tokens, position)` gives logits after tokens put at a position.
 
+    Args:
+        entries: settings of the session; None: what `genai_config.json` says, if there is one.
+
     Raises:
         RunError: ONNX Runtime refuses the model.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], entries: Mapping[str, str] | None = None) -> None:
         runtime = require("onnxruntime", "onnx")
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # what fails is raised
-        for name, value in _session_entries(Path(folder)).items():
+        for name, value in (_session_entries(Path(folder)) if entries is None else entries).items():
             options.add_session_config_entry(name, value)
         path = os.path.join(folder, MODEL)
         try:
@@ -108,6 +111,17 @@ class OnnxProgram:
             raise RunError(f"ONNX Runtime failed at position {position}: {one_line(error)}") from error
         self._caches = {name: results[name.replace("past_key_values", "present")] for name in self._empty}
         return torch.from_numpy(results["logits"])
+
+    def whole(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What a graph without caches gives for its inputs, by their names in the graph; every row is whole."""
+        feed = {INPUTS.get(name, name): value.contiguous().numpy() for name, value in inputs.items()}
+        feed["attention_mask"] = torch.ones_like(inputs["tokens"]).numpy()
+        taken = {i.name for i in self.session.get_inputs()}
+        try:
+            found = self.session.run(None, {name: value for name, value in feed.items() if name in taken})
+        except Exception as error:  # the runtime has a class for every status
+            raise RunError(f"ONNX Runtime failed: {one_line(error)}") from error
+        return torch.from_numpy(found[0])
 
 
 def _session_entries(folder: Path) -> dict[str, str]:

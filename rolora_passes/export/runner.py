@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rolora_passes.export.extras import require
@@ -72,13 +73,21 @@ def _put_aside_output() -> Iterator[None]:
 
 
 def load_pte(pte: str | os.PathLike[str], method: str = "forward") -> Forward:
-    """The program's `forward(tokens, input_pos) -> logits`, or another method, with its own caches."""
-    bindings = _load_kernels()
-    module = bindings._load_for_executorch(os.fspath(pte))
+    """The program's `forward(tokens, input_pos) -> logits`, or another method, with its own caches.
+
+    Tokens beyond what the program takes in a call (`get_max_seq_len`) are given in pieces, as the stock runner
+    does.
+    """
+    module = _load_kernels()._load_for_executorch(os.fspath(pte))
+    longest = int(module.run_method("get_max_seq_len", ())[0])
 
     def forward(tokens: Tensor, input_pos: Tensor) -> Tensor:
-        logits: Tensor = module.run_method(method, (tokens, input_pos))[0]
-        return logits.clone()  # the runtime reuses the memory
+        found, place = [], input_pos
+        for piece in tokens.split(longest, 1):
+            logits: Tensor = module.run_method(method, (piece.contiguous(), place))[0]
+            found.append(logits.clone())  # the runtime reuses the memory
+            place = place + piece.shape[1]
+        return torch.cat(found, 1) if found[0].shape[1] > 1 else found[-1]
 
     return forward
 

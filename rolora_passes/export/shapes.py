@@ -99,15 +99,23 @@ def _run(
 
 
 def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on parameters alone; a buffer that is written to is not one."""
+    """Nodes that depend on parameters and numbers alone; a buffer that is written to is not one."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "get_attr":
             if not is_written(node):
                 found.add(node)
-        elif node.op == "call_function" and node.all_input_nodes and found.issuperset(node.all_input_nodes):
-            found.add(node)
+        elif node.op == "call_function" and found.issuperset(node.all_input_nodes):
+            if node.all_input_nodes or _counts(node):
+                found.add(node)
     return found
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node without operands gives one tensor, always (arange(8), not rand(8))."""
+    target = node.target
+    seeded = torch.Tag.nondeterministic_seeded
+    return isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and seeded not in target.tags
 
 
 def is_written(node: fx.Node) -> bool:
@@ -120,6 +128,11 @@ def is_written(node: fx.Node) -> bool:
         )
         for user in node.users
     )
+
+
+def written(graph: fx.Graph) -> list[str]:
+    """The names of the buffers that some operator writes to: the state of a graph with caches."""
+    return list(dict.fromkeys(str(n.target) for n in graph.nodes if is_written(n)))
 
 
 def drop_unused(graph: fx.Graph) -> None:

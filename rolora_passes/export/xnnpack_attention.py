@@ -20,6 +20,7 @@ import torch
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import fx
 
+from rolora_passes.export.kv_cache import STEP
 from rolora_passes.export.kv_storage import cache_of
 from rolora_passes.export.shapes import Shape
 from rolora_passes.export.xnnpack_emitter import Typed
@@ -30,7 +31,6 @@ from rolora_passes.graphs.graph import get_tensor, set_tensor
 _aten, _llama = torch.ops.aten, torch.ops.llama
 
 _LONGEST = 512  # the scores of all heads are in memory at once: 1 MB a head
-_STEP = 1e6  # what masks a score is at least this large
 _OPERANDS = ("q", "k", "v", "ramp", "key_cache", "value_cache", "start")
 
 
@@ -71,7 +71,7 @@ def _head(module: fx.GraphModule, length: int) -> tuple[fx.Node, fx.Node]:
     """Whether a call of S tokens starts at 0 and is short enough; and 0, STEP, .., (S - 1) STEP."""
     tokens, position = module.graph.find_nodes(op="placeholder")
     # One longer than any call: reading all of a table would be a case of its own to torch.export.
-    set_tensor(module, "positions.ramp", torch.arange(length + 1) * _STEP)
+    set_tensor(module, "positions.ramp", torch.arange(length + 1) * STEP)
     with module.graph.inserting_before(position.next):
         call = module.graph.call_function
         size = call(_aten.sym_size.int, (tokens, 1))

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rolora_passes.errors import LoweringError
 from rolora_passes.export.shapes import Shape
 from rolora_passes.export.xnnpack_graph import Delegate
-from rolora_passes.graphs.graph import get_tensor, is_op, op_name
+from rolora_passes.graphs.evaluate import call
+from rolora_passes.graphs.graph import KEPT, get_tensor, is_op, op_name
 
 Typed = tuple[Shape, torch.dtype]
 
@@ -32,12 +34,19 @@ class Emitter:
         return self.values[item]
 
     def tensor(self, node: fx.Node) -> Tensor:
-        """A parameter, dequantized if it is stored quantized."""
+        """A parameter, dequantized if it is stored quantized.
+
+        Raises:
+            LoweringError: it is an expression; `ready` evaluates those.
+        """
         if node.op == "get_attr":
             return get_tensor(self.module, str(node.target))
-        arguments = [self.tensor(a) if isinstance(a, fx.Node) else a for a in node.args]
+        if not is_op(node, *KEPT) or any(n.op != "get_attr" for n in node.all_input_nodes):
+            raise LoweringError(
+                f"expected a parameter, found the expression `{node.name}` ({node.target}): run fold-constants"
+            )
         with torch.no_grad():
-            result: Tensor = node.target(*arguments, **node.kwargs)  # type: ignore[operator]
+            result: Tensor = call(node, self.tensor)
         return result
 
     def shape(self, node: fx.Node) -> Shape:

@@ -147,6 +147,12 @@ def _make_functional(gm: fx.GraphModule) -> None:
         if not node.target._schema.is_mutable:
             continue
         subject = node.args[0]
+        if is_op(node, "copy_") and isinstance(subject, fx.Node) and same_shape(*node.args[:2]):
+            node.replace_all_uses_with(node.args[1])  # a buffer that is written before it is read
+            for user in [u for u in subject.users if order.get(u, 0) > order[node]]:
+                user.replace_input_with(subject, node.args[1])
+            gm.graph.erase_node(node)
+            continue
         functional = getattr(aten, op_name(node).removesuffix("_"), None)
         shared = is_op(
             subject, "view", "slice", "select", "transpose", "expand", "split", "chunk", "unsqueeze"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -41,7 +42,7 @@ _IGNORED = {
     "output_router_logits", "return_dict", "deterministic",
 }  # fmt: skip
 # Rotary embeddings whose frequencies depend on the length of the text.
-_CHANGING = ("dynamic", "longrope")
+_CHANGING = ("dynamic",)
 # Lengths that a configuration may name and from which on something changes.
 _SIZES = ("sliding_window", "attention_chunk_size", "local_attention", "original_max_position_embeddings")
 _LONGEST_CHECK = 160  # tokens: longer windows than this allows are compared by what the masks say alone
@@ -150,7 +151,8 @@ def _export(model: PreTrainedModel, kind: _Kind) -> torch.export.ExportedProgram
     shapes = {name: {0: auto, 1: auto} for name in given}
     masks = Masks()
     try:
-        with torch.no_grad(), _static_experts(model), _one_node_attention(model, kind, masks):
+        own_attention = _one_node_attention(model, kind, masks)
+        with torch.no_grad(), _same_attributes(model), _static_experts(model), own_attention:
             forward = _Forward(model, kind)
             forward(**given)  # what masks say can be read of values alone
             masks.replay()
@@ -160,8 +162,26 @@ def _export(model: PreTrainedModel, kind: _Kind) -> torch.export.ExportedProgram
     except Exception as error:  # whatever the model's own code does with what it is given
         raise CaptureError(
             f"{type(model).__name__} cannot be captured without a cache, with one node for attention: "
-            f"{one_line(error)}"
+            f"{one_line(error)}{_place(error)}"
         ) from error
+
+
+def _place(error: BaseException) -> str:
+    """The line of the model that raised an error, where there is one."""
+    own = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name.startswith("modeling_")]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
+
+
+@contextmanager
+def _same_attributes(model: PreTrainedModel) -> Iterator[None]:
+    """Undo what tracing leaves in the model's own attributes: tensors without values (longrope's factors)."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, kept in before:
+            vars(module).clear()
+            vars(module).update(kept)
 
 
 def _kind(model: object) -> _Kind:
