@@ -28,7 +28,7 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     place, options = _resolve(source)
     if not options:
         _require_whole(Path(place))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     with _explained(f"a causal language model from {source}"):
         known = {"dtype": dtype, "output_loading_info": True, **options}
@@ -40,11 +40,38 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
             f"expected all weights of a {type(model).__name__} in {source}, found no {some}: "
             "it is incomplete, or was saved from another kind of model"
         )
-    with _explained(f"the tokenizer of {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    tokenizer = load_tokenizer(source)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are floating point now
     return model.eval(), tokenizer
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a model's folder, hub name or `.gguf` file, without its weights.
+
+    Raises:
+        CaptureError: nothing there, or nothing that can be loaded.
+    """
+    place, options = _resolve(source)
+    from transformers import AutoTokenizer
+
+    with _explained(f"the tokenizer of {source}"):
+        return AutoTokenizer.from_pretrained(place, **options)
+
+
+def load_outline(source: str) -> PreTrainedModel:
+    """The model of a folder, a hub name, or a `.gguf` file on the meta device: its modules, and no weights.
+
+    Raises:
+        CaptureError: nothing there; not the configuration of a causal language model.
+    """
+    place, options = _resolve(source)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _explained(f"a causal language model from {source}"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(place, **options)
+        found: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return found
 
 
 def _resolve(source: str) -> tuple[str, dict[str, str]]:
