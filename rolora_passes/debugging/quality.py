@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +26,7 @@ quarot-rtn:W4A4KV4 (7 times), 2.1 at rtn:W4A4 (400 times). Small random models l
 """
 REFUSED = 1.0
 """From here on a guess that never looks at the text is nearer to the model."""
-_TOKENS = 64  # to find what is to blame
+_TOKENS, _SITES = 64, 4  # to find what is to blame, and how many to name
 
 
 def require_likeness(
@@ -50,28 +50,29 @@ def require_likeness(
     if accept or loss.part < REFUSED:
         return loss
     on_stage("finding what is to blame")
-    blamed, sites = _blame(made, tokens[:, :_TOKENS], on_progress)
-    lines = [f"the quantized graph is far from the model: {loss}", *blamed, *_remedies(made, sites)]
+    blamed, found = _blame(made, tokens[:, :_TOKENS], on_progress)
+    lines = [f"the quantized graph is far from the model: {loss}", *blamed, *_remedies(made, found)]
     raise QualityError("\n  ".join([*lines, "or have it all the same: --accept-loss"]))
 
 
 def _blame(
     made: Made, tokens: Tensor, on_progress: Callable[[int, int], None] | None
-) -> tuple[list[str], list[str]]:
-    """Lines that name the pass and the sites that lose most, and those sites that are linears."""
+) -> tuple[list[str], SiteBisection | None]:
+    """Lines that name the pass and the sites that lose most; and the sites, where they can be told."""
     worst = costliest(measure_passes(made.captured, made.steps, tokens)[0])
     if worst is None:
-        return [], []
+        return [], None
     lines = [f"{worst.name} loses most: KL is {worst.kl:.2f} nats per token after it"]
     if worst.fault:
-        return [*lines, worst.fault], []
+        return [*lines, worst.fault], None
     try:
         found = _sites(made, tokens, on_progress)
-    except RoloraError as error:  # the twin cannot be made, or is not comparable: the pass is named, at least
-        return [*lines, f"which sites lose most is not known: {error}"], []
+    except (
+        RoloraError
+    ) as error:  # there is no float twin, or it is not comparable: the pass is named, at least
+        return [*lines, f"which sites lose most is not known: {error}"], None
     lines += [f"{f.site} alone: KL {f.kl:.2f} nats per token ({', '.join(f.differs)})" for f in found.faults]
-    known = set(site_names(made.graph).values())
-    return lines, [fault.site for fault in found.faults if fault.site in known]
+    return lines, found
 
 
 def _sites(made: Made, tokens: Tensor, on_progress: Callable[[int, int], None] | None) -> SiteBisection:
@@ -80,21 +81,25 @@ def _sites(made: Made, tokens: Tensor, on_progress: Callable[[int, int], None] |
     shared = made.steps[first - 1][1] if first else made.captured
     exact = [step for step, _ in made.steps[first:] if step.exact]
     twin = apply_passes(shared, exact, verify=False, calibration=made.calibration)
-    return bisect_sites(twin, made.graph, tokens, on_progress=on_progress)
+    return bisect_sites(twin, made.graph, tokens, most=_SITES, on_progress=on_progress)
 
 
-def _remedies(made: Made, sites: Sequence[str]) -> list[str]:
+def _remedies(made: Made, blamed: SiteBisection | None) -> list[str]:
     """What may lose less, of what the recipe does not do yet."""
     passes: list[Pass] = [step for step, _ in made.steps]
     weights: list[Any] = [step for step in passes if isinstance(step, QuantizeWeights)]
+    known = set(site_names(made.graph).values())
+    sites = [fault.site for fault in blamed.faults if fault.site in known] if blamed else []
     found = []
     if not any(isinstance(step, (Rotate, InsertHadamard)) for step in passes):
         found.append("rotate first, as rotated-8da4w does")
     if any(step.method != "gptq" for step in weights):
         found.append("round weights by GPTQ, as rotated-gptq-8da4w does (with --calibration TEXT)")
-    if weights and sites:
-        entry = f"- quantize-weights: {{bits: 8, head: 8, targets: [{', '.join(sites)}]}}"
-        found.append(f"give these sites more bits: put `{entry}` before the recipe's quantize-weights")
-    if not weights and not sites:
-        found.append("give it more bits, or leave the pass out of the recipe")
+    if weights and sites and blamed and blamed.left < blamed.kl:
+        option = f"exclude: [{', '.join(sites)}]"
+        found.append(
+            f"leave these sites in float, `{option}` of quantize-weights: KL is then {blamed.left:.2f}"
+        )
+    if not weights:
+        found.append("more bits, or leave the pass out of the recipe")
     return ["what may help: " + "; ".join(found)] if found else []

@@ -37,12 +37,13 @@ from rolora_passes.quantize_activations import QuantizeActivations
 from rolora_passes.quantize_embedding import QuantizeEmbedding
 from rolora_passes.quantize_kv_cache import QuantizeKVCache
 from rolora_passes.quantize_weights import QuantizeWeights
+from rolora_passes.smooth_quant import SmoothQuant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROWS = 16  # outputs of a linear of the stand-in; more where branches have a higher rank
-_FORMS = (QuantizeKVCache, QuantizeEmbedding, ObserveActivations, MergeLoRA, FoldConstants)
+_FORMS = (QuantizeKVCache, QuantizeEmbedding, ObserveActivations, SmoothQuant, MergeLoRA, FoldConstants)
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,13 @@ def _width(module: nn.Module) -> int | None:
 
 
 def _heads(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Those of all layers; where a configuration does not say them by these names, some that kernels have."""
     config: Any = model.config.get_text_config()
-    count = config.num_attention_heads
-    kv = getattr(config, "num_key_value_heads", None) or count
-    return count, kv, getattr(config, "head_dim", None) or config.hidden_size // count
+    count = getattr(config, "num_attention_heads", None)
+    if not isinstance(count, int):
+        return 1, 1, 64
+    kv, width = (getattr(config, name, None) for name in ("num_key_value_heads", "head_dim"))
+    return count, kv or count, width or config.hidden_size // count
 
 
 def require_vocabulary(known: Outline, tokenizer: Any) -> None:
@@ -145,7 +149,7 @@ def stand_in(known: Outline, passes: Sequence[Pass]) -> fx.GraphModule:
         targets = getattr(form, "targets", "all-linear")
         if any(matches(name, targets) for name in site_names(graph).values()):  # else of what is not sketched
             graph = apply_passes(graph, [form], verify=False, calibration=tokens)
-    return graph
+    return apply_passes(graph, [FoldConstants()], verify=False)
 
 
 def _one_of_each(linears: dict[str, int], passes: Sequence[Pass]) -> dict[str, int]:

@@ -92,6 +92,8 @@ RECIPES: dict[str, tuple[list[Any], str]] = {
     ),
     "LoftQ with a table": ([{"loftq": {"group_size": 32}}], "ort portable"),
     "LoftQ on integers": ([{"loftq": {"group_size": 32, "method": "rtn"}}, A8], ""),
+    "SmoothQuant": ([{"observe-activations": {"per": "channel"}}, "smooth-quant", W4, A8], ""),
+    "a static grid": (["observe-activations", W4, {"quantize-activations": {"static": True}}], "executorch"),
     "online Hadamards": (["fuse-norm", "rotate", "insert-hadamard", W4, A8], ""),
 }  # fmt: skip
 # A whole .pte takes seconds, and other tests write many: of recipes that ExecuTorch takes, three.
@@ -149,6 +151,12 @@ def test_an_outline_has_the_linears_of_the_graph(name: str, tmp_path: Path) -> N
         parts = {n: w for n, w in found.items() if n == site or n.startswith(site + ".")}
         assert parts and set(parts.values()) == {width}, site
     assert known.vocabulary == 97 and known.positions == 64
+
+
+def test_a_model_without_heads_has_an_outline(tmp_path: Path) -> None:
+    t.MambaConfig(vocab_size=97, hidden_size=16, state_size=4, num_hidden_layers=1).save_pretrained(tmp_path)
+    known = outline(str(tmp_path))
+    assert "backbone.layers.0.mixer.in_proj" in known.linears and known.positions is None
 
 
 # The command line.
