@@ -25,14 +25,18 @@ from rolora_passes.commands import (
     tune,
 )
 from rolora_passes.display import console
-from rolora_passes.errors import RoloraError
+from rolora_passes.errors import QualityError, RoloraError, is_out_of_memory, one_line
 from rolora_passes.log import logging_to
 
 COMMANDS = (compile, learn, tune, run, eval, sensitivity, track, bisect, ablate, inspect, diff, passes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (2 for an error the user can act on)."""
+    """Run a command.
+
+    Returns: the exit status. 0: done; 1: the reader of a pipe has gone; 2: an error that the user can act on;
+        3: the quantized graph is far from the model, and nothing was written; 130: interrupted.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options = _parser().parse_args(arguments)
     _hush()
@@ -43,16 +47,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RoloraError, OSError) as error:
-        console.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        console.print(str(error), markup=False, soft_wrap=True)
-        return 2
-    except MemoryError:
-        console.print("[bold red]error:[/] not enough memory for this model")
+        _tell(f"{type(error).__name__}: {error}")
+        return 3 if isinstance(error, QualityError) else 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _tell(f"not enough memory for this model ({one_line(error)})")
         return 2
     except KeyboardInterrupt:
-        console.print("interrupted; nothing was written")
+        console.print(_interrupted(options), markup=False, soft_wrap=True)
         return 130
     return 0
+
+
+def _tell(error: str) -> None:
+    console.print("[bold red]error:[/] ", end="")
+    console.print(error, markup=False, soft_wrap=True)
+
+
+def _interrupted(options: argparse.Namespace) -> str:
+    """What is left of a run that was stopped: no results, which appear whole, but what is kept on the way."""
+    kept = [(name, getattr(options, name, None)) for name in ("work", "log", "print_to")]
+    places = [f"--{name.replace('_', '-')} {place}" for name, place in kept if place is not None]
+    if not places:
+        return "interrupted; nothing was written"
+    return f"interrupted; no result was written, but what {' and '.join(places)} had by then is kept"
 
 
 def _hush() -> None:

@@ -111,9 +111,9 @@ def print_summary(compiled: Compiled) -> None:
         for row in lowering.rows():
             table.add_row(target, row)
             target = ""
+    if compiled.loss:
+        table.add_row("loss", compiled.loss["summary"])
     table.add_row("seconds", ", ".join(f"{name} {value:.0f}" for name, value in compiled.seconds.items()))
-    for note in compiled.notes:
-        table.add_row("note", note)
     Console().print(table)
     if compiled.parity:
         Console().print(parity_table(compiled.parity))

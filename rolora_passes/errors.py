@@ -49,6 +49,18 @@ class EvaluationError(RoloraError):
     """A model cannot be evaluated as asked."""
 
 
+class QualityError(RoloraError):
+    """A quantized graph says less of a text than no model would."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a CPU, torch says so by the text of a RuntimeError alone."""
+    kinds = ("OutOfMemoryError", "MemoryError")
+    texts = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
+    known = any(kind.__name__ in kinds for kind in type(error).__mro__)
+    return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
+
+
 def one_line(error: BaseException, length: int = 300) -> str:
     """Another library's error for a message of ours: its type and the beginning of what it says."""
     text = " ".join(str(error).split()) or "no message"

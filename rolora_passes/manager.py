@@ -107,6 +107,7 @@ def apply_passes(
     print_graph: Print = "never",
     print_to: str | Path | None = None,
     on_pass: Callable[[Record], None] | None = None,
+    on_graph: Callable[[Pass, fx.GraphModule], None] | None = None,
     on_failure: Callable[[Failure], None] | None = None,
 ) -> fx.GraphModule:
     """Apply passes in order to a copy of a graph; tensors are shared until a pass replaces them.
@@ -122,6 +123,7 @@ def apply_passes(
             pass that fails, what it made if it does not verify, else what it was given.
         print_to: the folder for that; standard error if None. With a folder, a failure is always written.
         on_pass: called with each pass's record as it is done (for progress).
+        on_graph: called with each pass and the graph that it made.
         on_failure: called when a pass fails, before its error is raised.
 
     Returns: the new graph; `history(graph)` has a Record for every pass.
@@ -151,6 +153,8 @@ def apply_passes(
         _log.info("%s", record)
         if on_pass:
             on_pass(record)
+        if on_graph:
+            on_graph(step, current)
     return current if pipeline else copy_graph(graph)
 
 

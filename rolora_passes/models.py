@@ -54,6 +54,25 @@ def load_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(str(place) if place.is_dir() else source)
 
 
+def load_outline(source: str) -> PreTrainedModel:
+    """The model of a folder, a hub name, or a `.gguf` file on the meta device: its modules, and no weights.
+
+    Raises:
+        CaptureError: nothing there; not the configuration of a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = _resolve(source)
+    with _explained(f"a causal language model from {source}"):
+        if place.suffix == ".gguf":
+            config = GgufFile(place).configuration()[0]
+        else:
+            config = AutoConfig.from_pretrained(str(place) if place.is_dir() else source)
+        with torch.device("meta"):
+            found: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return found
+
+
 def tokenizer_files(source: str) -> list[Path]:
     """The files of a model's own tokenizer, as it was published; none, if its source is a GGUF file."""
     place = _resolve(source)

@@ -593,17 +593,45 @@ def test_a_compile_cut_short_leaves_what_was_there(
         (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (MemoryError(), 2, "error: not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: not enough memory"),
     ]
     for error, expected, message in stops:
 
         def stop(graph: object, path: Path, error: BaseException = error, **_: object) -> None:
             path.write_bytes(b"half of a program")
-            raise error
+            if path.parent.name.startswith(".out"):  # not what is tried before the model is loaded
+                raise error
 
         monkeypatch.setattr("rolora_passes.export.compile.to_executorch", stop)
         status, said = rolora(*arguments)
         assert status == expected and message in said
         assert contents(tmp_path) == before
+
+
+def test_an_interruption_says_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rolora: Callable[..., tuple[int, str]]
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rolora_passes.export.compile.load_recipe", stop)
+    arguments = ("compile", "./none", "-o", tmp_path / "out", "--log", tmp_path / "log")
+    assert rolora(*arguments) == (
+        130,
+        f"interrupted; no result was written, but what --log {tmp_path / 'log'} had by then is kept\n",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_an_error_of_torch_that_is_not_about_memory_is_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rolora: Callable[..., tuple[int, str]]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("rolora_passes.export.compile.load_recipe", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        rolora("compile", "./none", "-o", tmp_path / "out")
 
 
 def test_a_folder_that_is_not_ours_is_not_replaced(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A tiny checkpoint with a tokenizer of one token a character, which spells any ASCII text."""
+"""Tiny checkpoints: with a token for every ASCII character, or with one for every byte."""
 
 from __future__ import annotations
 
@@ -38,4 +38,28 @@ def save_checkpoint(folder: Path, length: int = 256) -> Path:
                 parameter.mul_(6)
     model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_byte_checkpoint(folder: Path, layers: int = 2) -> Path:
+    """A random llama of 128 positions with a tokenizer of bytes, which both runtimes' own tokenizers read."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<end>"])}, []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    t.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ends = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
+    model = t.LlamaForCausalLM(
+        t.LlamaConfig(vocab_size=257, max_position_embeddings=128, **sizes, **heads, **ends)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)
+        strange = [i for i, c in enumerate([*alphabet, ""]) if not (c.isascii() and c.isprintable())]
+        model.lm_head.weight[strange] = 0  # text of other bytes is no text
+    model.save_pretrained(folder)
     return folder

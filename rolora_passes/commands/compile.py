@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rolora_passes.commands.options import (
     assignment,
@@ -15,7 +15,10 @@ from rolora_passes.commands.options import (
     printing_of,
     recipe_options,
 )
-from rolora_passes.display import Display, pass_line, print_summary
+from rolora_passes.display import Display, console, pass_line, print_summary
+
+if TYPE_CHECKING:
+    from rolora_passes.export.compile import Made
 
 
 def add(commands: Any) -> None:
@@ -55,12 +58,21 @@ def add(commands: Any) -> None:
         metavar="NAME=FOLDER",
         help="a PEFT adapter that is to be a method of the .pte, beside forward; more than once for several",
     )
+    parser.add_argument(
+        "--accept-loss", action="store_true", help="go on where the quantized graph is far from the model"
+    )
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not compare the model, the quantized graph and the programs on text",
+    )
     recipe_options(parser)
     print_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
+    from rolora_passes.debugging.quality import NOTED, require_likeness
     from rolora_passes.errors import LoweringError
     from rolora_passes.evaluation.parity import compare_programs
     from rolora_passes.export.compile import compile_model
@@ -69,7 +81,16 @@ def run(options: argparse.Namespace) -> None:
     if len(adapters) < len(options.adapter):
         names = ", ".join(name for name, _ in options.adapter)
         raise LoweringError(f"expected adapters of different names, found {names}")
+    warnings = list[str]()
     with Display() as display:
+
+        def judge(made: Made) -> dict[str, Any]:
+            tell = partial(display.count, "evaluations, at most")
+            loss = require_likeness(made, options.accept_loss, on_stage=display.stage, on_progress=tell)
+            if loss.part >= NOTED:
+                warnings.append(f"the quantized graph is far from the model: {loss}")
+            return loss.row()
+
         compiled = compile_model(
             options.model,
             options.recipe,
@@ -86,6 +107,10 @@ def run(options: argparse.Namespace) -> None:
             on_stage=display.stage,
             on_pass=pass_line,
             printing=printing_of(options),
-            check=None if options.no_verify else partial(compare_programs, on_progress=display.count),
+            judge=None if options.no_check else judge,
+            check=None if options.no_check else partial(compare_programs, on_progress=display.count),
         )
     print_summary(compiled)
+    for warning in [*compiled.warnings, *warnings]:
+        console.print("[bold yellow]warning:[/] ", end="")
+        console.print(warning, markup=False, soft_wrap=True)

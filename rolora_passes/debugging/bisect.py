@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -156,11 +156,40 @@ def bisect_passes(
 
     Returns: a loss for every pass, and the graph they made.
     """
-    found, current, logits = [], graph, predictions(graph, tokens)
-    origin = origin or logits
+    made = _applied(graph, passes, calibration, on_pass)
+    return measure_passes(graph, made, tokens, origin=origin)
+
+
+def _applied(
+    graph: fx.GraphModule,
+    passes: Iterable[Pass],
+    calibration: Calibration | None,
+    on_pass: Callable[[Record], None] | None,
+) -> Iterator[tuple[Pass, fx.GraphModule]]:
     for step in passes:
-        calibration = referring(calibration, current, step)
-        after = apply_passes(current, [step], verify=False, calibration=calibration, on_pass=on_pass)
+        calibration = referring(calibration, graph, step)
+        graph = apply_passes(graph, [step], verify=False, calibration=calibration, on_pass=on_pass)
+        yield step, graph
+
+
+def measure_passes(
+    graph: fx.GraphModule,
+    made: Iterable[tuple[Pass, fx.GraphModule]],
+    tokens: Tensor,
+    *,
+    origin: list[Tensor] | None = None,
+) -> tuple[list[PassLoss], fx.GraphModule]:
+    """Measure what every pass changed, of graphs as they come.
+
+    Args:
+        graph, tokens, origin: as `bisect_passes` takes them.
+        made: each pass and the graph after it, in order.
+
+    Returns: a loss for every pass, and the last graph.
+    """
+    found, current, logits = list[PassLoss](), graph, predictions(graph, tokens)
+    origin = origin or logits
+    for step, after in made:
         before, logits = logits, predictions(after, tokens)
         kl, nll = divergence(logits, origin, tokens)
         moved, _ = divergence(logits, before, tokens)

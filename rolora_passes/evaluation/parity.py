@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,67 @@ from rolora_passes.sensitivity import compare_logits
 
 SAMPLE = Path(__file__).with_name("sample.txt")
 _TOKENS, _NEW = 64, 16
+_JUDGED = 256  # tokens; fewer make figures that vary by a half
+_UNNOTICED = 0.1  # nats a token: a model that says next to nothing has little to lose
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a quantized graph lost of a model, on a text.
+
+    Attributes:
+        tokens: of the text.
+        kl: divergence of its predictions from the model's, nats per token.
+        said: what the model's own predictions say about the text: their divergence from their mean over it,
+            which is the best guess that does not look at the text; nats per token.
+        top1: the part of the tokens whose likeliest next token is the model's.
+        perplexity: of the text, over the model's.
+    """
+
+    tokens: int
+    kl: float
+    said: float
+    top1: float
+    perplexity: float
+
+    @property
+    def part(self) -> float:
+        """The part of what the model says that is lost; above 1, a guess without the text is nearer to it."""
+        if self.kl < _UNNOTICED:
+            return 0.0
+        return self.kl / max(self.said, _UNNOTICED) if math.isfinite(self.kl) else math.inf
+
+    def row(self) -> dict[str, Any]:
+        """JSON; a figure that is not finite is None."""
+        known = asdict(self) | {"part": self.part}
+        plain = {name: value if math.isfinite(value) else None for name, value in known.items()}
+        return plain | {"summary": str(self)}
+
+    def __str__(self) -> str:
+        """A line for people."""
+        part = f"{self.part:.0%}" if self.part <= 1 else "more than all"
+        return (
+            f"it loses {part} of what the model says about {self.tokens} tokens of text (KL is {self.kl:.2f} "
+            f"where the model says {self.said:.2f} nats per token); the likeliest token is the model's for "
+            f"{self.top1:.0%} of them, and perplexity is {self.perplexity:.3g} times the model's"
+        )
+
+
+def sample_text(graph: fx.GraphModule, tokenizer: Any, most: int = _JUDGED) -> Tensor:
+    """The first tokens of some English text, int64 [1, S], as many as a model has positions for."""
+    most = min(most, graph.meta.get("config", {}).get("max_position_embeddings") or most)
+    return torch.tensor([tokenizer(SAMPLE.read_text("utf-8")).input_ids[:most]])
+
+
+def measure_loss(model: fx.GraphModule, graph: fx.GraphModule, tokens: Tensor) -> Loss:
+    """What a quantized graph lost of the model that it was made of, on tokens int64 [1, S]."""
+    expected, found = (GraphScorer(g).logits(tokens)[0] for g in (model, graph))
+    kl, nll, same = compare_logits(found, expected, tokens[0])
+    mean = expected.float().softmax(-1).mean(0).log()
+    said, _, _ = compare_logits(mean.expand(expected.shape), expected, tokens[0])
+    count = tokens.shape[1]
+    growth = nll / max(count - 1, 1)
+    return Loss(count, kl / count, said / count, same / count, math.exp(growth) if growth < 700 else math.inf)
 
 
 def compare_programs(

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,14 +21,16 @@ from rolora_passes.export.executorch import LoweringReport, require_methods, to_
 from rolora_passes.export.extras import require
 from rolora_passes.export.kv_cache import require_context
 from rolora_passes.export.onnx import Flavor, OnnxReport, write_onnx
+from rolora_passes.export.positions import tabulate
+from rolora_passes.export.preflight import outline, require_kernels, require_vocabulary
 from rolora_passes.export.tokenizers import require_tokenizer, save_tokenizer
 from rolora_passes.graphs.accounting import Weights, weigh
 from rolora_passes.graphs.adapters import load_adapter
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.files import writing_folder
-from rolora_passes.graphs.rotations import save_rotations
+from rolora_passes.graphs.rotations import load_rotations, save_rotations
 from rolora_passes.manager import Record, apply_passes, check_order, history, require_calibration
-from rolora_passes.models import load_model
+from rolora_passes.models import load_model, load_tokenizer
 from rolora_passes.passes import Calibration, Pass
 from rolora_passes.recipes import dump_recipe, load_recipe, settled
 from rolora_passes.version import versions
@@ -38,13 +42,36 @@ _NEEDS = {"executorch": "executorch.version", "onnx": "onnx_ir"}
 
 
 @dataclass(frozen=True)
+class Made:
+    """What a recipe made of a model, before it is lowered.
+
+    Attributes:
+        captured, graph: before the recipe and after it.
+        steps: every pass, with the graph that it made.
+        tokenizer: the model's.
+        calibration: what the passes were given.
+    """
+
+    captured: fx.GraphModule
+    graph: fx.GraphModule
+    steps: list[tuple[Pass, fx.GraphModule]]
+    tokenizer: Any
+    calibration: Calibration | None
+
+
+Judge = Callable[[Made], dict[str, Any]]
+"""What a recipe made -> what it lost, for the manifest; or it raises, and nothing is lowered."""
+
+
+@dataclass(frozen=True)
 class Compiled:
     """What `compile_model` wrote and what it measured on the way.
 
     Attributes:
         lowerings: by target.
         parity: what `check` returned.
-        notes: what users should know, such as texts that a runtime's tokenizer reads otherwise.
+        loss: what `judge` returned.
+        warnings: what a user should know, in sentences.
     """
 
     folder: Path
@@ -53,7 +80,38 @@ class Compiled:
     lowerings: dict[str, LoweringReport | OnnxReport]
     parity: list[dict[str, Any]]
     seconds: dict[str, float]
-    notes: list[str] = field(default_factory=list)
+    loss: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Lowering:
+    """What `compile_model` was asked to lower to, and how."""
+
+    targets: tuple[Target, ...]
+    max_length: int
+    fast_prefill: bool
+    flavor: Flavor
+    accuracy_level: int | None
+
+    def __post_init__(self) -> None:
+        require_context(self.max_length)
+        unknown = [target for target in self.targets if target not in get_args(Target)]
+        if unknown or not self.targets:
+            expected = ", ".join(get_args(Target))
+            raise LoweringError(f"expected targets of {expected}, found {', '.join(unknown) or 'none'}")
+        for target in self.targets:
+            require(_NEEDS[target], target)
+
+    def __call__(
+        self, target: Target, graph: fx.GraphModule, folder: Path, methods: Mapping[str, fx.GraphModule]
+    ) -> LoweringReport | OnnxReport:
+        """Write one target's program to a folder."""
+        if target == "executorch":
+            options: Any = {"fast_prefill": self.fast_prefill, "methods": methods}
+            return to_executorch(graph, folder / "model.pte", max_length=self.max_length, **options)
+        options = {"max_length": self.max_length, "accuracy_level": self.accuracy_level}
+        return write_onnx(graph, folder, self.flavor, **options)
 
 
 def compile_model(
@@ -73,6 +131,7 @@ def compile_model(
     on_stage: Callable[[str], None] | None = None,
     on_pass: Callable[[Record], None] | None = None,
     printing: Mapping[str, Any] | None = None,
+    judge: Judge | None = None,
     check: Check | None = None,
 ) -> Compiled:
     """Load, capture, transform and lower a model to `folder`, which appears whole or not at all.
@@ -80,6 +139,10 @@ def compile_model(
     The folder holds `model.pte`, or `model.onnx` with its data and `genai_config.json`, or both; the
     tokenizer, `recipe.yaml`, `manifest.json` (versions, what every pass did, the census of every lowering),
     and `R.bin` and `rotations.json` where the recipe rotates.
+
+    What can be known without the weights is known before they are loaded: what the recipe asks of the
+    kernels is tried on a stand-in (see `export.preflight`), and adapters, rotations, the tokenizer and the
+    calibration text are read.
 
     Args:
         source: a model folder, a hub name, or a `.gguf` file.
@@ -95,74 +158,127 @@ def compile_model(
         calibration: makes the calibration data of passes that look at data, given the model's tokenizer.
         on_stage, on_pass: called as the work goes on, for progress.
         printing: what `apply_passes` is to print and to keep of failures: its arguments by name.
+        judge: called with what the passes made, before it is lowered, to say how far it is from the model.
         check: called with the finished programs, to compare them; its rows go into the manifest.
 
     Raises:
-        LoweringError: an unknown target, a length below 16, adapters for ONNX alone or named as no method
-            can be, or a graph that cannot be lowered.
+        LoweringError: an unknown target, a length below 16 or beyond the positions that the model has,
+            adapters for ONNX alone or named as no method can be, or what cannot be lowered.
         FileExistsError: `folder` is something else than a compiled folder.
         MissingExtraError: what writes a target's programs is not installed.
-        Also what `load_model`, `load_recipe`, `capture` and `apply_passes` raise. All that can be known
-        before the model is loaded is checked before.
+        Also what `load_model`, `load_recipe`, `capture`, `apply_passes` and `judge` raise.
     """
-    require_context(max_length)
-    _require_targets(targets)
-    _require_adapters(adapters := adapters or {}, targets)
+    lower = _Lowering(tuple(dict.fromkeys(targets)), max_length, fast_prefill, flavor, accuracy_level)
+    _require_adapters(adapters := adapters or {}, lower.targets)
     passes = load_recipe(recipe, seed)
     check_order(passes, ["canonical"])
     if calibration is None:
         require_calibration(passes, None)
     _require_replaceable(Path(folder))
-    notes = require_tokenizer(source, targets)
-    seconds: dict[str, float] = {}
-
-    def stage(name: str) -> _Clock:
-        if on_stage:
-            on_stage(name)
-        return _Clock(seconds, name)
-
+    _require_files(passes)
+    clock = _Clock(on_stage)
+    with clock.stage("preflight"):
+        warnings, data = _preflight(source, passes, lower, calibration)
+    printing = {"verify": verify, "on_pass": on_pass, **(printing or {})}
     with writing_folder(folder) as temporary:
-        with stage("load"):
-            model, tokenizer = load_model(source)
-        with stage("capture"):
-            captured = capture(model)
-            del model
-        with stage("passes"):
-            data = calibration(tokenizer) if calibration is not None else None
-            graph = apply_passes(
-                captured, passes, verify=verify, calibration=data, on_pass=on_pass, **(printing or {})
-            )
-            methods = {
-                name: apply_passes(graph, [AddLoRA(adapter=adapter)], verify=verify, on_pass=on_pass)
-                for name, adapter in adapters.items()
-            }
+        made, methods = _make(source, passes, adapters, max_length, data, judge is not None, printing, clock)
+        loss: dict[str, Any] = {}
+        if judge is not None:
+            with clock.stage("judge"):
+                loss = judge(made)
+            made.steps.clear()
         lowerings: dict[str, LoweringReport | OnnxReport] = {}
-        lower: dict[Target, Callable[[], LoweringReport | OnnxReport]] = {
-            "executorch": lambda: to_executorch(
-                graph,
-                temporary / "model.pte",
-                max_length=max_length,
-                fast_prefill=fast_prefill,
-                methods=methods,
-            ),
-            "onnx": lambda: write_onnx(
-                graph, temporary, flavor, max_length=max_length, accuracy_level=accuracy_level
-            ),
-        }
-        for target in dict.fromkeys(targets):
-            with stage(f"lower to {target}"):
-                lowerings[target] = lower[target]()
-        save_tokenizer(source, tokenizer, temporary)
-        _keep_inputs(temporary, graph, passes, adapters)
-        compiled = Compiled(Path(folder), weigh(graph), history(graph), lowerings, [], seconds, notes)
-        manifest = temporary / "manifest.json"
-        known = _manifest(source, graph.meta.get("config", {}), compiled, max_length)
-        manifest.write_text(json.dumps(known, indent=1), "utf-8")
+        for target in lower.targets:
+            with clock.stage(f"lower to {target}"):
+                lowerings[target] = lower(target, made.graph, temporary, methods)
+        save_tokenizer(source, made.tokenizer, temporary)
+        _keep_inputs(temporary, made.graph, passes, adapters)
+        weights, records = weigh(made.graph), history(made.graph)
+        compiled = Compiled(Path(folder), weights, records, lowerings, [], clock.seconds, loss, warnings)
+        about = _manifest(source, made.graph.meta.get("config", {}), compiled, max_length)
+        (temporary / "manifest.json").write_text(json.dumps(about, indent=1), "utf-8")
         if check is not None:
-            with stage("compare"):
-                compiled.parity.extend(check(captured, graph, temporary, tokenizer))
-            manifest.write_text(json.dumps(known | {"parity": compiled.parity}, indent=1), "utf-8")
+            with clock.stage("compare"):
+                compiled.parity.extend(check(made.captured, made.graph, temporary, made.tokenizer))
+            about["parity"] = compiled.parity
+            (temporary / "manifest.json").write_text(json.dumps(about, indent=1), "utf-8")
     return compiled
+
+
+def _make(
+    source: str,
+    passes: Sequence[Pass],
+    adapters: Mapping[str, str | Path],
+    max_length: int,
+    calibration: Calibration | None,
+    keep: bool,
+    known: Mapping[str, Any],
+    clock: _Clock,
+) -> tuple[Made, dict[str, fx.GraphModule]]:
+    """Load and capture a model and apply passes; also what adapters make of the result, by name.
+
+    Args:
+        keep: keep the graph after every pass.
+        known: more arguments of `apply_passes`.
+    """
+    with clock.stage("load"):
+        model, tokenizer = load_model(source)
+    with clock.stage("capture"):
+        captured = capture(model)
+        del model
+        _require_positions(captured, max_length)
+    steps: list[tuple[Pass, fx.GraphModule]] = []
+    with clock.stage("passes"):
+        on_graph = (lambda step, made: steps.append((step, made))) if keep else None
+        graph = apply_passes(captured, passes, calibration=calibration, on_graph=on_graph, **known)
+        own = {name: known[name] for name in ("verify", "on_pass")}
+        methods = {
+            name: apply_passes(graph, [AddLoRA(adapter=adapter)], **own) for name, adapter in adapters.items()
+        }
+    return Made(captured, graph, steps, tokenizer, calibration), methods
+
+
+def _preflight(
+    source: str, passes: Sequence[Pass], lower: _Lowering, calibration: Callable[[Any], Calibration] | None
+) -> tuple[list[str], Calibration | None]:
+    """Refuse what the model's configuration and tokenizer show to be impossible.
+
+    Returns: what a user should know, and the calibration data.
+    """
+    known = outline(source)
+    small = dataclasses.replace(lower, max_length=16, fast_prefill=False)
+    require_kernels(known, passes, [partial(_try, small, target) for target in lower.targets])
+    warnings, tokenizer = require_tokenizer(source, lower.targets), load_tokenizer(source)
+    require_vocabulary(known, tokenizer)
+    data = None if calibration is None else calibration(tokenizer)
+    require_calibration(passes, data, known.vocabulary)
+    if known.positions is None or lower.max_length <= known.positions:
+        return warnings, data
+    return [
+        *warnings,
+        f"the programs hold {lower.max_length} tokens, and the model is made for {known.positions} "
+        "(max_position_embeddings): what it says after these means little; give a smaller --max-length",
+    ], data
+
+
+def _try(lower: _Lowering, target: Target, graph: fx.GraphModule, folder: Path) -> None:
+    lower(target, graph, folder, {})
+
+
+def _require_files(passes: Sequence[Pass]) -> None:
+    """Read the adapters and rotations that a recipe names."""
+    for step in passes:
+        given, adapter = (getattr(step, name, None) for name in ("given", "adapter"))
+        if isinstance(given, (str, Path)):
+            load_rotations(given)
+        if adapter is not None:
+            load_adapter(adapter)
+
+
+def _require_positions(graph: fx.GraphModule, max_length: int) -> None:
+    """Refuse a context that learned position embeddings are too few for, before any pass has run."""
+    for positions in graph.graph.find_nodes(op="placeholder", target="positions"):
+        tabulate(graph, positions, max_length)
 
 
 def _keep_inputs(
@@ -189,16 +305,6 @@ def _with_adapters(passes: Sequence[Pass], folder: Path) -> list[Pass]:
     return found
 
 
-def _require_targets(targets: Sequence[str]) -> None:
-    unknown = [t for t in targets if t not in get_args(Target)]
-    if unknown or not targets:
-        raise LoweringError(
-            f"expected targets of {', '.join(get_args(Target))}, found {', '.join(unknown) or 'none'}"
-        )
-    for target in targets:
-        require(_NEEDS[target], target)
-
-
 def _require_adapters(adapters: Mapping[str, str | Path], targets: Sequence[str]) -> None:
     if adapters and "executorch" not in targets:
         raise LoweringError(
@@ -217,14 +323,18 @@ def _require_replaceable(folder: Path) -> None:
 
 
 class _Clock:
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self.seconds, self.name = seconds, name
+    """Seconds by stage."""
 
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
+    def __init__(self, on_stage: Callable[[str], None] | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._tell = on_stage or (lambda name: None)
 
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.name] = round(time.perf_counter() - self.start, 2)
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._tell(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
 
 
 def _manifest(source: str, config: dict[str, Any], compiled: Compiled, max_length: int) -> dict[str, Any]:
@@ -242,7 +352,8 @@ def _manifest(source: str, config: dict[str, Any], compiled: Compiled, max_lengt
             "by_bits": weights.by_bits,
         },
         "seconds": compiled.seconds,
-        "notes": compiled.notes,
+        **({"loss": compiled.loss} if compiled.loss else {}),
+        **({"warnings": compiled.warnings} if compiled.warnings else {}),
     }
 
 

@@ -39,7 +39,7 @@ class Place:
     counts: bool = False
 
 
-class _Mixes(Exception):  # noqa: N818  (never leaves this module)
+class _Mixes(Exception):
     """An operator mixes positions, or may."""
 
 
@@ -51,7 +51,9 @@ def require_state(graph: fx.GraphModule) -> None:
     """
     found = mixing(graph)
     if found:
-        lines = "\n".join(f"  `{node.name}` ({node.target}){_source(node)}: {why}" for node, why in found.items())
+        lines = "\n".join(
+            f"  `{node.name}` ({node.target}){_source(node)}: {why}" for node, why in found.items()
+        )
         raise LoweringError(
             f"{len(found)} operators mix positions, or count them, and have no state in a cache, as attention has: "
             "decoding token by token would give other logits; this model cannot be lowered with a cache:\n"
@@ -263,7 +265,11 @@ def _slice(i: _Inference, node: fx.Node) -> Place | None:
 def _select(i: _Inference, node: fx.Node) -> Place | None:
     place, (dim,) = i.place(node.args[0]), i.dim(node, "dim")
     _away_from(place, [dim], "it takes one element")
-    return None if place is None else Place(place.dim - (dim < place.dim), place.outer, place.inner, place.counts)
+    return (
+        None
+        if place is None
+        else Place(place.dim - (dim < place.dim), place.outer, place.inner, place.counts)
+    )
 
 
 def _pad(i: _Inference, node: fx.Node) -> Place | None:
@@ -329,7 +335,9 @@ def _matmul(i: _Inference, node: fx.Node) -> Place | None:
         _away_from(place, [rank + contracted], "it multiplies")
         if place is not None:
             free = rank + contracted + (1 if side else -1)
-            places.append((Place(place.dim + i.rank(node) - rank, place.outer, place.inner), place.dim == free))
+            places.append(
+                (Place(place.dim + i.rank(node) - rank, place.outer, place.inner), place.dim == free)
+            )
     if len(places) == 2 and (places[0][0] != places[1][0] or places[0][1] or places[1][1]):
         raise _Mixes("it multiplies positions by positions, as attention does")
     return places[0][0] if places else None
@@ -423,20 +431,140 @@ def _parts(i: _Inference, node: fx.Node) -> Place | None:
     return Place(place.dim - (dim < place.dim), place.outer, place.inner, place.counts)
 
 
-_POINTWISE = (
-    "add sub rsub mul div pow neg exp exp2 log log2 log1p sqrt rsqrt reciprocal square abs sign cos sin tanh "
-    "sigmoid relu relu6 silu gelu elu celu selu softplus mish hardtanh hardswish hardsigmoid leaky_relu "
-    "log_sigmoid prelu clamp clamp_min clamp_max clip minimum maximum where masked_fill eq ne lt gt le ge __and__ "
-    "__or__ bitwise_and bitwise_or bitwise_not logical_and logical_or logical_not floor ceil round trunc "
-    "remainder fmod floor_divide erf expm1 lerp addcmul addcdiv threshold fake_quantize_static observed "
-    "isnan isinf nan_to_num true_divide square xlogy logical_xor bitwise_xor atan sinh cosh tan"
-).split()
-_KEEPING = "to _to_copy type_as clone alias detach contiguous positive float lift_fresh_copy getitem".split()
-_FILLS = (
-    "zeros ones full zeros_like ones_like full_like empty empty_like new_zeros new_ones new_full new_empty "
-    "scalar_tensor"
-).split()
-_REDUCTIONS = "sum mean amax amin max min prod any all argmax argmin logsumexp var std norm count_nonzero".split()
+_POINTWISE = [
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "pow",
+    "neg",
+    "exp",
+    "exp2",
+    "log",
+    "log2",
+    "log1p",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "square",
+    "abs",
+    "sign",
+    "cos",
+    "sin",
+    "tanh",
+    "sigmoid",
+    "relu",
+    "relu6",
+    "silu",
+    "gelu",
+    "elu",
+    "celu",
+    "selu",
+    "softplus",
+    "mish",
+    "hardtanh",
+    "hardswish",
+    "hardsigmoid",
+    "leaky_relu",
+    "log_sigmoid",
+    "prelu",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "clip",
+    "minimum",
+    "maximum",
+    "where",
+    "masked_fill",
+    "eq",
+    "ne",
+    "lt",
+    "gt",
+    "le",
+    "ge",
+    "__and__",
+    "__or__",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_not",
+    "logical_and",
+    "logical_or",
+    "logical_not",
+    "floor",
+    "ceil",
+    "round",
+    "trunc",
+    "remainder",
+    "fmod",
+    "floor_divide",
+    "erf",
+    "expm1",
+    "lerp",
+    "addcmul",
+    "addcdiv",
+    "threshold",
+    "fake_quantize_static",
+    "observed",
+    "isnan",
+    "isinf",
+    "nan_to_num",
+    "true_divide",
+    "square",
+    "xlogy",
+    "logical_xor",
+    "bitwise_xor",
+    "atan",
+    "sinh",
+    "cosh",
+    "tan",
+]
+_KEEPING = [
+    "to",
+    "_to_copy",
+    "type_as",
+    "clone",
+    "alias",
+    "detach",
+    "contiguous",
+    "positive",
+    "float",
+    "lift_fresh_copy",
+    "getitem",
+]
+_FILLS = [
+    "zeros",
+    "ones",
+    "full",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "scalar_tensor",
+]
+_REDUCTIONS = [
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "prod",
+    "any",
+    "all",
+    "argmax",
+    "argmin",
+    "logsumexp",
+    "var",
+    "std",
+    "norm",
+    "count_nonzero",
+]
 
 RULES: dict[str, Callable[[_Inference, fx.Node], Place | None]] = {
     **dict.fromkeys(_POINTWISE, _pointwise),

@@ -23,7 +23,7 @@ from rolora_passes.learning.learn_rotation import LearnRotation
 from rolora_passes.learning.training import Training
 from rolora_passes.learning.tune_lora import TuneLoRA
 from rolora_passes.manager import Record, apply_passes, check_order, history, referring
-from rolora_passes.models import load_model
+from rolora_passes.models import load_model, load_tokenizer
 from rolora_passes.passes import Calibration, Pass
 from rolora_passes.recipes import dump_recipe, load_recipe, settled
 from rolora_passes.registry import make_pass
@@ -157,11 +157,12 @@ class _Training:
     ) -> fx.GraphModule:
         """Load, capture, and apply the passes up to the training, which reads `data`."""
         self.on_stage("loading")
-        model, tokenizer = load_model(self.source)
+        tokenizer = load_tokenizer(self.source)
+        own = data(tokenizer)  # a text that is missing or too short is found before the model is loaded
+        known: Calibration | None = own if calibration is None else calibration(tokenizer)
+        model, _ = load_model(self.source)
         self.on_stage("capturing")
         graph = capture(model)
-        own = data(tokenizer)
-        known: Calibration | None = own if calibration is None else calibration(tokenizer)
         self.on_stage("passes")
         for step in self.passes[: self.end]:
             known = referring(known, graph, step)

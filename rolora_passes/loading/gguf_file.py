@@ -106,15 +106,12 @@ class GgufFile:
         Raises:
             CaptureError: an entry or a tensor that nothing reads, or that is missing or of another shape.
         """
-        from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedConfig
+        from transformers import AutoModelForCausalLM, GgufConfig
 
         self._require_types()
-        place = {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name}
-        found, _ = PreTrainedConfig.get_config_dict(**place)
-        factors = {name: self._values(name) for name in TENSORS if name in self.tensors}
-        config, optional = self._with_options(configuration(self.entries, factors, found))
+        config, optional = self.configuration()
         model, info = AutoModelForCausalLM.from_pretrained(
-            **place,
+            **self._place,
             config=config,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
@@ -122,11 +119,27 @@ class GgufFile:
             ignore_mismatched_sizes=True,
         )
         self._require_read(model, info, optional)
-        if FACTORS in factors:
-            scale_frequencies(model, torch.from_numpy(factors[FACTORS]))
+        if FACTORS in self.tensors:
+            scale_frequencies(model, torch.from_numpy(self._values(FACTORS)))
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config  # the weights are floating point now
         return model
+
+    @property
+    def _place(self) -> dict[str, str]:
+        return {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name}
+
+    def configuration(self) -> tuple[Any, set[str]]:
+        """What the entries and the names of the tensors say of the model, and the biases that are zero.
+
+        Raises:
+            CaptureError: an entry, or a tensor, that nothing reads.
+        """
+        from transformers import PreTrainedConfig
+
+        found, _ = PreTrainedConfig.get_config_dict(**self._place)
+        factors = {name: self._values(name) for name in TENSORS if name in self.tensors}
+        return self._with_options(configuration(self.entries, factors, found))
 
     def _values(self, name: str) -> Any:
         import gguf

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as t
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_checkpoint import save_byte_checkpoint
 
 from rolora_passes.cli import main
 from rolora_passes.errors import EvaluationError, LoweringError
@@ -23,28 +22,7 @@ pytestmark = pytest.mark.xdist_group("compile")  # they share two programs
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama with a tokenizer of bytes, which both runtimes' own tokenizers read."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<end>"])}, []))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    ends = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
-    config = t.LlamaConfig(vocab_size=257, max_position_embeddings=128, **sizes, **heads, **ends)
-    model = t.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(6)
-        strange = [i for i, c in enumerate([*alphabet, ""]) if not (c.isascii() and c.isprintable())]
-        model.lm_head.weight[strange] = 0  # text of other bytes is no text
-    model.save_pretrained(folder)
-    return folder
+    return save_byte_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

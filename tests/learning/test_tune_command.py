@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,14 @@ def tune(rolora: Run, checkpoint: Path, tmp_path: Path) -> Run:
         )
 
     return command
+
+
+def test_instructions_that_are_missing_are_found_before_the_model_is_loaded(
+    checkpoint: Path, tmp_path: Path, rolora: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rolora_passes.learning.running.load_model", None)
+    status, _, said = rolora("tune", checkpoint, "-o", tmp_path / "out", "--data", tmp_path / "none.jsonl")
+    assert status == 2 and re.search(r"error: DataError: expected .*none\.jsonl", said), said
 
 
 def test_an_adapter_that_peft_loads(tune: Run, checkpoint: Path, tmp_path: Path) -> None:

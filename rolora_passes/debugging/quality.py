@@ -1,0 +1,105 @@
+"""Whether a recipe left enough of a model to lower it; if not, what is to blame, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from rolora_passes.debugging.bisect import SiteBisection, bisect_sites, costliest, measure_passes
+from rolora_passes.errors import QualityError, RoloraError
+from rolora_passes.evaluation.parity import Loss, measure_loss, sample_text
+from rolora_passes.export.compile import Made
+from rolora_passes.graphs.graph import site_names
+from rolora_passes.insert_hadamard import InsertHadamard
+from rolora_passes.manager import apply_passes
+from rolora_passes.passes import Pass
+from rolora_passes.quantize_weights import QuantizeWeights
+from rolora_passes.rotate import Rotate
+
+NOTED = 0.5
+"""The part of what a model says from which on its loss is worth a warning.
+
+SmolLM2-135M loses 0.27 at rotated-8da4w and 0.35 at rtn:W4A16 (2.2 and 2.4 times the perplexity), 0.64 at
+quarot-rtn:W4A4KV4 (7 times), 2.1 at rtn:W4A4 (400 times). Small random models lose 0.02 to 0.45 at 8da4w.
+"""
+REFUSED = 1.0
+"""From here on a guess that never looks at the text is nearer to the model."""
+_TOKENS, _SITES = 64, 4  # to find what is to blame, and how many to name
+
+
+def require_likeness(
+    made: Made,
+    accept: bool = False,
+    *,
+    on_stage: Callable[[str], None] = lambda name: None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Loss:
+    """Measure what a recipe lost on some English text.
+
+    Args:
+        accept: return it, however much it is.
+        on_stage, on_progress: called as what is to blame is looked for.
+
+    Raises:
+        QualityError: more than all of what the model says; names the pass and the sites that lose most.
+    """
+    tokens = sample_text(made.captured, made.tokenizer)
+    loss = measure_loss(made.captured, made.graph, tokens)
+    if accept or loss.part < REFUSED:
+        return loss
+    on_stage("finding what is to blame")
+    blamed, found = _blame(made, tokens[:, :_TOKENS], on_progress)
+    lines = [f"the quantized graph is far from the model: {loss}", *blamed, *_remedies(made, found)]
+    raise QualityError("\n  ".join([*lines, "or have it all the same: --accept-loss"]))
+
+
+def _blame(
+    made: Made, tokens: Tensor, on_progress: Callable[[int, int], None] | None
+) -> tuple[list[str], SiteBisection | None]:
+    """Lines that name the pass and the sites that lose most; and the sites, where they can be told."""
+    worst = costliest(measure_passes(made.captured, made.steps, tokens)[0])
+    if worst is None:
+        return [], None
+    lines = [f"{worst.name} loses most: KL is {worst.kl:.2f} nats per token after it"]
+    if worst.fault:
+        return [*lines, worst.fault], None
+    try:
+        found = _sites(made, tokens, on_progress)
+    except (
+        RoloraError
+    ) as error:  # there is no float twin, or it is not comparable: the pass is named, at least
+        return [*lines, f"which sites lose most is not known: {error}"], None
+    lines += [f"{f.site} alone: KL {f.kl:.2f} nats per token ({', '.join(f.differs)})" for f in found.faults]
+    return lines, found
+
+
+def _sites(made: Made, tokens: Tensor, on_progress: Callable[[int, int], None] | None) -> SiteBisection:
+    """The sites that make the graph worse than what its exact passes alone make."""
+    first = next(i for i, (step, _) in enumerate(made.steps) if not step.exact)
+    shared = made.steps[first - 1][1] if first else made.captured
+    exact = [step for step, _ in made.steps[first:] if step.exact]
+    twin = apply_passes(shared, exact, verify=False, calibration=made.calibration)
+    return bisect_sites(twin, made.graph, tokens, most=_SITES, on_progress=on_progress)
+
+
+def _remedies(made: Made, blamed: SiteBisection | None) -> list[str]:
+    """What may lose less, of what the recipe does not do yet."""
+    passes: list[Pass] = [step for step, _ in made.steps]
+    weights: list[Any] = [step for step in passes if isinstance(step, QuantizeWeights)]
+    known = set(site_names(made.graph).values())
+    sites = [fault.site for fault in blamed.faults if fault.site in known] if blamed else []
+    found = []
+    if not any(isinstance(step, (Rotate, InsertHadamard)) for step in passes):
+        found.append("rotate first, as rotated-8da4w does")
+    if any(step.method != "gptq" for step in weights):
+        found.append("round weights by GPTQ, as rotated-gptq-8da4w does (with --calibration TEXT)")
+    if weights and sites and blamed and blamed.left < blamed.kl:
+        option = f"exclude: [{', '.join(sites)}]"
+        found.append(
+            f"leave these sites in float, `{option}` of quantize-weights: KL is then {blamed.left:.2f}"
+        )
+    if not weights:
+        found.append("more bits, or leave the pass out of the recipe")
+    return ["what may help: " + "; ".join(found)] if found else []
