@@ -107,6 +107,7 @@ def run(options: argparse.Namespace) -> None:
             on_stage=display.stage,
             on_pass=pass_line,
             printing=printing_of(options),
+            run=not options.no_check,
             judge=None if options.no_check else judge,
             check=None if options.no_check else partial(compare_programs, on_progress=display.count),
         )

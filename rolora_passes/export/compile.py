@@ -86,13 +86,14 @@ class Compiled:
 
 @dataclass(frozen=True)
 class _Lowering:
-    """What `compile_model` was asked to lower to, and how."""
+    """What `compile_model` was asked to lower to, and how; `run`: run what was written."""
 
     targets: tuple[Target, ...]
     max_length: int
     fast_prefill: bool
     flavor: Flavor
     accuracy_level: int | None
+    run: bool
 
     def __post_init__(self) -> None:
         require_context(self.max_length)
@@ -109,9 +110,10 @@ class _Lowering:
         """Write one target's program to a folder."""
         if target == "executorch":
             options: Any = {"fast_prefill": self.fast_prefill, "methods": methods}
-            return to_executorch(graph, folder / "model.pte", max_length=self.max_length, **options)
+            path = folder / "model.pte"
+            return to_executorch(graph, path, max_length=self.max_length, check=self.run, **options)
         options = {"max_length": self.max_length, "accuracy_level": self.accuracy_level}
-        return write_onnx(graph, folder, self.flavor, **options)
+        return write_onnx(graph, folder, self.flavor, check=self.run, **options)
 
 
 def compile_model(
@@ -131,6 +133,7 @@ def compile_model(
     on_stage: Callable[[str], None] | None = None,
     on_pass: Callable[[Record], None] | None = None,
     printing: Mapping[str, Any] | None = None,
+    run: bool = True,
     judge: Judge | None = None,
     check: Check | None = None,
 ) -> Compiled:
@@ -158,6 +161,7 @@ def compile_model(
         calibration: makes the calibration data of passes that look at data, given the model's tokenizer.
         on_stage, on_pass: called as the work goes on, for progress.
         printing: what `apply_passes` is to print and to keep of failures: its arguments by name.
+        run: run what was written, and refuse to leave a program that does not compute what its graph does.
         judge: called with what the passes made, before it is lowered, to say how far it is from the model.
         check: called with the finished programs, to compare them; its rows go into the manifest.
 
@@ -168,7 +172,7 @@ def compile_model(
         MissingExtraError: what writes a target's programs is not installed.
         Also what `load_model`, `load_recipe`, `capture`, `apply_passes` and `judge` raise.
     """
-    lower = _Lowering(tuple(dict.fromkeys(targets)), max_length, fast_prefill, flavor, accuracy_level)
+    lower = _Lowering(tuple(dict.fromkeys(targets)), max_length, fast_prefill, flavor, accuracy_level, run)
     _require_adapters(adapters := adapters or {}, lower.targets)
     passes = load_recipe(recipe, seed)
     check_order(passes, ["canonical"])
@@ -246,7 +250,7 @@ def _preflight(
     Returns: what a user should know, and the calibration data.
     """
     known = outline(source)
-    small = dataclasses.replace(lower, max_length=16, fast_prefill=False)
+    small = dataclasses.replace(lower, max_length=16, fast_prefill=False, run=False)
     require_kernels(known, passes, [partial(_try, small, target) for target in lower.targets])
     warnings, tokenizer = require_tokenizer(source, lower.targets), load_tokenizer(source)
     require_vocabulary(known, tokenizer)
