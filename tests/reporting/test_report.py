@@ -229,7 +229,11 @@ def test_sizes_bases_and_passes(report: tuple[dict[str, Any], Arrays]) -> None:
     names = [step["name"] for step in data["pipeline"]]
     assert names[:3] == ["fuse-norm", "rotate", "insert-hadamard"] and names[-1] == "quantize-kv-cache"
     left = data["pipeline"][4]["left"]
-    assert left == [{"reason": "left in floating point by the options", "count": 1, "sites": ["lm_head"]}]
+    table = "a table that an embedding reads: quantize-embedding rounds it"
+    assert left == [
+        {"reason": "left in floating point by the options", "count": 1, "sites": ["lm_head"]},
+        {"reason": table, "count": 1, "sites": ["model.embed_tokens.weight"]},
+    ]
 
 
 def test_a_tied_table_counts_once() -> None:
