@@ -140,7 +140,7 @@ def _onnx(folder: Path) -> Encode:
         for path in folder.iterdir():
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
                 shutil.copyfile(path, Path(other) / path.name)
-        (Path(other) / "genai_config.json").write_text(_GENAI)
+        (Path(other) / "genai_config.json").write_text(_GENAI, "utf-8")
         try:
             runtime = genai.Tokenizer(other)
         except Exception as error:
