@@ -131,13 +131,7 @@ def apply_passes(
         VerificationError: an exact pass changed the function.
         PassError: a pass cannot do what its options ask, or needs calibration and there is none.
     """
-    if isinstance(graph, torch.export.ExportedProgram):
-        graph = from_exported(graph)
-    if not isinstance(graph, fx.GraphModule):
-        raise GraphFormatError(
-            f"expected a captured graph, found {type(graph).__name__}: "
-            "call rolora_passes.graphs.capture on it first"
-        )
+    graph = _as_graph(graph)
     if isinstance(passes, (Pass, str, Mapping)) or not isinstance(passes, Iterable):
         raise PassError(f"expected a list of passes, found {passes!r}: write [{passes!r}]")
     pipeline = [make_pass(p) for p in passes]
@@ -160,6 +154,17 @@ def apply_passes(
         if on_graph:
             on_graph(step, current)
     return current if pipeline else copy_graph(graph)
+
+
+def _as_graph(graph: Any) -> fx.GraphModule:
+    if isinstance(graph, torch.export.ExportedProgram):
+        graph = from_exported(graph)
+    if not isinstance(graph, fx.GraphModule):
+        raise GraphFormatError(
+            f"expected a captured graph, found {type(graph).__name__}: "
+            "call rolora_passes.graphs.capture on it first"
+        )
+    return graph
 
 
 def history(graph: fx.GraphModule) -> list[Record]:
