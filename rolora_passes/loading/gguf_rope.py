@@ -63,7 +63,7 @@ def rope_parameters(
         if "rope.freq_base_swa" in own:
             unread.append(f"{prefix}rope.freq_base_swa = {own['rope.freq_base_swa']}")
         return {"rope_parameters": known}
-    local = dict(before["sliding_attention"])
+    local: dict[str, Any] = dict(before["sliding_attention"])
     local["rope_theta"] = float(own.get("rope.freq_base_swa", local["rope_theta"]))
     if FACTORS in tensors:
         unread.append(FACTORS)
