@@ -63,7 +63,7 @@ def rope_parameters(
         if "rope.freq_base_swa" in own:
             unread.append(f"{prefix}rope.freq_base_swa = {own['rope.freq_base_swa']}")
         return {"rope_parameters": known}
-    local = dict(before["sliding_attention"])
+    local: dict[str, Any] = dict(before["sliding_attention"])
     local["rope_theta"] = float(own.get("rope.freq_base_swa", local["rope_theta"]))
     if FACTORS in tensors:
         unread.append(FACTORS)
@@ -72,7 +72,8 @@ def rope_parameters(
 
 def _scaling(own: dict[str, Any], tensors: dict[str, Any], unread: list[str], prefix: str) -> dict[str, Any]:
     """How frequencies are scaled; a factor without a type is linear, as llama.cpp has it."""
-    factor = float(own.get("rope.scaling.factor") or own.get("rope.scale_linear") or 1)
+    given: Any = own.get("rope.scaling.factor") or own.get("rope.scale_linear") or 1
+    factor = float(given)
     kind = own.get("rope.scaling.type", "linear")
     original = own.get("rope.scaling.original_context_length", own["context_length"])
     if (LONG in tensors) != (SHORT in tensors):
