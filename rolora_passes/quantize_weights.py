@@ -53,9 +53,9 @@ class QuantizeWeights(Pass):
             graph computes with everything before already quantized), "nf" (NormalFloat, QLoRA) or
             "uniform" (LoftQ's table), codebooks scaled by each group's largest magnitude.
         clip_search: shrink each range to where sum |w - ŵ|^2.4 is least, over a grid of 80.
-        targets: "all-linear", or patterns over site names; the head is meant too. A mixture's routers, gates
-            with one output, and low-rank branches ("lora_A", "lora_B") stay in floating point unless a pattern
-            names them.
+        targets: "all-linear", or patterns over site names; the head is meant too. A mixture's routers,
+            gates with one output, and low-rank branches ("lora_A", "lora_B") stay in floating point unless
+            a pattern names them.
         exclude: patterns of sites to leave.
         head: bits of the head, or None to leave it.
         damping: GPTQ: the part of the mean diagonal that is added to the Hessian's.

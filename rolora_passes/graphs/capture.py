@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -28,6 +27,7 @@ from rolora_passes.graphs.identity import remember_weights
 from rolora_passes.graphs.inputs import DECODER, ENCODER, ENCODER_DECODER, inputs_for
 from rolora_passes.graphs.masks import Mask, Masks
 from rolora_passes.graphs.precision import InFloat32
+from rolora_passes.graphs.sources import raised_at
 from rolora_passes.graphs.verify import relative_error
 
 if TYPE_CHECKING:
@@ -162,16 +162,8 @@ def _export(model: PreTrainedModel, kind: _Kind) -> torch.export.ExportedProgram
     except Exception as error:  # whatever the model's own code does with what it is given
         raise CaptureError(
             f"{type(model).__name__} cannot be captured without a cache, with one node for attention: "
-            f"{one_line(error)}{_place(error)}"
+            f"{one_line(error)} ({raised_at(error)})"
         ) from error
-
-
-def _place(error: BaseException) -> str:
-    """The line of the model that raised an error, where there is one."""
-    own = [
-        f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name.startswith("modeling_")
-    ]
-    return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
 
 
 @contextmanager

@@ -6,6 +6,7 @@ It is what a report or an error says of a node; nothing is decided by it, and a 
 from __future__ import annotations
 
 import re
+import traceback
 from pathlib import Path
 
 import torch
@@ -23,6 +24,13 @@ def note_source(node: fx.Node) -> None:
     if own:
         file, line, code = own[-1]
         node.meta["source"] = f"{Path(file).name}:{line}: {code.strip()}"
+
+
+def raised_at(error: BaseException) -> str:
+    """The innermost line of the model that an error passed through, or ""."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.line and not f.filename.startswith(_NOT_THE_MODEL)]
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line}" if own else ""
 
 
 def take_source(node: fx.Node, other: fx.Node) -> None:
