@@ -86,7 +86,9 @@ class Reference:
         return found, EXACT + 2 * max_distance(self._run(self.floating, tokens), found)
 
     def _run(self, graph: fx.GraphModule, tokens: Tensor) -> Tensor:
-        inputs = (tokens, torch.zeros(1, dtype=torch.int64)) if self.cached else inputs_for(graph, tokens).values()
+        inputs = (
+            (tokens, torch.zeros(1, dtype=torch.int64)) if self.cached else inputs_for(graph, tokens).values()
+        )
         with torch.no_grad():
             result: Tensor = graph(*inputs)
         return result

@@ -66,7 +66,9 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     rebuilt = fx.GraphModule(result, result.graph)  # a fresh signature, and only the tensors in use
     rebuilt.meta.update(result.meta)
     rebuilt.meta["max_length"] = max_length
-    rebuilt.meta["call_length"] = min(max_length, max(_LEAST, _MASK // max_length)) if window.masks else max_length
+    rebuilt.meta["call_length"] = (
+        min(max_length, max(_LEAST, _MASK // max_length)) if window.masks else max_length
+    )
     return rebuilt
 
 

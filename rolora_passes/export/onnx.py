@@ -182,7 +182,9 @@ def write_onnx(
         program, padded = OnnxProgram(folder, session_entries(e)), e.inputs.mask in e.inputs.inputs
         checks = [check_onnx(flavor, program, given, max_length, e.inputs.cached, padded)]
     seconds = round(time.perf_counter() - start, 3)
-    return OnnxReport(folder / MODEL, flavor, size, dict(census.most_common()), layers, e.notes, seconds, checks)
+    return OnnxReport(
+        folder / MODEL, flavor, size, dict(census.most_common()), layers, e.notes, seconds, checks
+    )
 
 
 def _model(e: Emitter, flavor: Flavor) -> Any:

@@ -115,7 +115,11 @@ def _counts(node: fx.Node) -> bool:
     """Whether a node without operands gives one tensor, always (arange(8), not rand(8))."""
     target = node.target
     seeded = torch.Tag.nondeterministic_seeded
-    return isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and seeded not in target.tags
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and not target._schema.is_mutable
+        and seeded not in target.tags
+    )
 
 
 def is_written(node: fx.Node) -> bool:

@@ -51,7 +51,9 @@ def require_state(graph: fx.GraphModule) -> None:
     """
     found = mixing(graph)
     if found:
-        lines = "\n".join(f"  `{node.name}` ({node.target}){_source(node)}: {why}" for node, why in found.items())
+        lines = "\n".join(
+            f"  `{node.name}` ({node.target}){_source(node)}: {why}" for node, why in found.items()
+        )
         raise LoweringError(
             f"{len(found)} operators mix positions, or count them, and have no state in a cache, as attention has: "
             "decoding token by token would give other logits; this model cannot be lowered with a cache:\n"
@@ -103,7 +105,9 @@ class _Inference:
         return Place(dims[0], 1, 1) if dims else None
 
     def _place(self, node: fx.Node) -> Place | None:
-        if not isinstance(self.values.get(node), Tensor | tuple | list):
+        if self.values.get(node) is None:
+            raise _Mixes("its shape is not known")
+        if not isinstance(self.values[node], Tensor | tuple | list):
             return None  # a size: what is done with it is judged where it is read
         rule = RULES.get(op_name(node))
         if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
@@ -263,7 +267,11 @@ def _slice(i: _Inference, node: fx.Node) -> Place | None:
 def _select(i: _Inference, node: fx.Node) -> Place | None:
     place, (dim,) = i.place(node.args[0]), i.dim(node, "dim")
     _away_from(place, [dim], "it takes one element")
-    return None if place is None else Place(place.dim - (dim < place.dim), place.outer, place.inner, place.counts)
+    return (
+        None
+        if place is None
+        else Place(place.dim - (dim < place.dim), place.outer, place.inner, place.counts)
+    )
 
 
 def _pad(i: _Inference, node: fx.Node) -> Place | None:
@@ -329,7 +337,9 @@ def _matmul(i: _Inference, node: fx.Node) -> Place | None:
         _away_from(place, [rank + contracted], "it multiplies")
         if place is not None:
             free = rank + contracted + (1 if side else -1)
-            places.append((Place(place.dim + i.rank(node) - rank, place.outer, place.inner), place.dim == free))
+            places.append(
+                (Place(place.dim + i.rank(node) - rank, place.outer, place.inner), place.dim == free)
+            )
     if len(places) == 2 and (places[0][0] != places[1][0] or places[0][1] or places[1][1]):
         raise _Mixes("it multiplies positions by positions, as attention does")
     return places[0][0] if places else None
@@ -338,7 +348,7 @@ def _matmul(i: _Inference, node: fx.Node) -> Place | None:
 def _indexed(i: _Inference, node: fx.Node) -> Place | None:
     """Rows of a table by position; or rows of a value by an index that counts them."""
     x, given = node.args[0], node.args[1]
-    picked = [(d, n) for d, n in enumerate(given) if n is not None]  # type: ignore[arg-type, var-annotated]
+    picked = [(d, n) for d, n in enumerate(given) if n is not None]  # type: ignore[arg-type]
     if len(picked) != 1:
         raise _Mixes("it looks up by several indices")
     dim, index = picked[0]
@@ -436,7 +446,9 @@ _FILLS = (
     "zeros ones full zeros_like ones_like full_like empty empty_like new_zeros new_ones new_full new_empty "
     "scalar_tensor"
 ).split()
-_REDUCTIONS = "sum mean amax amin max min prod any all argmax argmin logsumexp var std norm count_nonzero".split()
+_REDUCTIONS = (
+    "sum mean amax amin max min prod any all argmax argmin logsumexp var std norm count_nonzero".split()
+)
 
 RULES: dict[str, Callable[[_Inference, fx.Node], Place | None]] = {
     **dict.fromkeys(_POINTWISE, _pointwise),

@@ -146,7 +146,9 @@ def _export(model: PreTrainedModel, kind: _Kind) -> torch.export.ExportedProgram
 
 def _place(error: BaseException) -> str:
     """The line of the model that raised an error, where there is one."""
-    own = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name.startswith("modeling_")]
+    own = [
+        f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name.startswith("modeling_")
+    ]
     return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
 
 

@@ -70,4 +70,6 @@ def test_a_norm_of_any_form(form: str, tmp_path: Path) -> None:
         to_onnx(graph, tmp_path / flavor, flavor, max_length=32)  # type: ignore[arg-type]
         assert relative_error(OnnxProgram(tmp_path / flavor)(tokens, 0)[:, -1], expected) <= 1e-5
     to_executorch(graph, tmp_path / "model.pte", max_length=32)
-    assert relative_error(load_pte(tmp_path / "model.pte")(tokens, torch.tensor([0]))[:, -1], expected) <= 1e-5
+    assert (
+        relative_error(load_pte(tmp_path / "model.pte")(tokens, torch.tensor([0]))[:, -1], expected) <= 1e-5
+    )
