@@ -66,7 +66,8 @@ def _check_batch(name: str, program: OnnxProgram, reference: Reference, left: bo
 
 
 def _last(mask: Tensor, compact: bool) -> int:
-    """Where the logits of a row's last token are: kernels without gaps in their caches move rows to the left."""
+    """Where the logits of a row's last token are: kernels without gaps in their caches move rows to
+    the left."""
     return int(mask.sum()) - 1 if compact else int(mask.nonzero().max())
 
 

@@ -1,4 +1,5 @@
-"""A program that does not compute what its graph does is not left; one that does is told with its distance."""
+"""A program that does not compute what its graph does is not left; one that does is told with its
+distance."""
 
 from __future__ import annotations
 
@@ -89,7 +90,7 @@ def test_a_right_one_is_told_with_its_distance(form: str, tmp_path: Path) -> Non
         assert check.tokens == 16 and check.error <= check.bound
         assert (check.bound == EXACT) == (form == "float")
         assert check.error < 1e-5 or form == "quantized"
-    assert any("logits of a prompt and of 4 decoded tokens" in row for row in pte.rows())
+    assert any("logits of 16 tokens, prompt and decoded" in row for row in pte.rows())
 
 
 def test_one_method_that_is_wrong_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +153,8 @@ def test_half_precision_is_widened(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_long_contexts_with_windows_plan_little(tmp_path: Path) -> None:
-    """A prompt of more tokens than a call takes, in pieces; no table of context x context in file or memory."""
+    """A prompt of more tokens than a call takes, in pieces; no table of context x context in file or
+    memory."""
     from executorch.exir._serialize._program import deserialize_pte_binary
 
     graph = tiny_llama(layers=1, window=300)

@@ -53,23 +53,32 @@ MIXES: dict[str, Rewrite] = {
     "softmax": chain((aten.softmax.int, "...", 1)),
     "flip": chain((aten.flip.default, "...", [1])),
     "roll": chain((aten.roll.default, "...", [1], [1])),
-    "pad and slice": chain((aten.constant_pad_nd.default, "...", [0, 0, 1, 0]), (aten.slice.Tensor, "...", 1, 0, -1)),
+    "pad and slice": chain(
+        (aten.constant_pad_nd.default, "...", [0, 0, 1, 0]), (aten.slice.Tensor, "...", 1, 0, -1)
+    ),
     "attention by hand": lambda graph, x: _by_hand(graph, x),
-    "transposed norm": chain((aten.transpose.int, "...", 1, 2), (aten.cumsum.default, "...", 2), (aten.transpose.int, "...", 1, 2)),
-    "flattened": chain((aten.flatten.using_ints, "...", 0, 1), (aten.cumsum.default, "...", 0), (aten.view.default, "...", [1, "S", 64])),
+    "transposed": chain(
+        (aten.transpose.int, "...", 1, 2), (aten.cumsum.default, "...", 2), (aten.transpose.int, "...", 1, 2)
+    ),
+    "flattened": chain(
+        (aten.flatten.using_ints, "...", 0, 1), (aten.cumsum.default, "...", 0),
+        (aten.view.default, "...", [-1, "S", 64]),
+    ),
     "count": chain((aten.mul.Tensor, "...", "S")),
     "unknown": chain((aten.cummax.default, "...", 1)),
 }  # fmt: skip
 BY_POSITION = {
     "flattened": chain(
-        (aten.view.default, "...", [-1, 64]), (aten.cumsum.default, "...", 1), (aten.view.default, "...", [1, "S", 64])
+        (aten.view.default, "...", [-1, 64]), (aten.cumsum.default, "...", 1),
+        (aten.view.default, "...", [-1, "S", 64]),
     ),
     "transposed": chain(
         (aten.transpose.int, "...", 1, 2), (aten.softmax.int, "...", 1), (aten.transpose.int, "...", 1, 2)
     ),
     "features": chain((aten.roll.default, "...", [3], [2]), (aten.flip.default, "...", [-1])),
     "split": chain(
-        (aten.unflatten.int, "...", -1, [4, 16]), (aten.mean.dim, "...", [2], True), (rolora.hadamard.default, "...", 16)
+        (aten.unflatten.int, "...", -1, [4, 16]), (aten.cumsum.default, "...", 2),
+        (rolora.hadamard.default, "...", 16), (aten.flatten.using_ints, "...", 2, 3),
     ),
 }  # fmt: skip
 
