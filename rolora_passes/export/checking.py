@@ -1,8 +1,9 @@
 """Running what was written, a prompt and then single tokens, against the graph that it was lowered from.
 
 A graph in floating point and its program compute the same but for the order of sums. Where a graph rounds
-activations, a kernel may round one the other way, or in groups of its own: how far that can move the logits is told
-by the graph without that rounding, which every such choice lies between. A program may be twice as far.
+activations, a kernel may round one the other way, or in groups of its own. How far that can move the
+logits is
+measured, by taking the rounding out of the graph; a program may be twice as far from the graph as that.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.verify import sample_tokens
 
 EXACT = 1e-3
-"""How far logits in floating point may be, relative to their size: hundreds of times what rounding gives."""
+"""How far logits in floating point may be, relative to their size: hundreds of times their rounding."""
 _HELD = 0.05  # of a graph with int8 caches, whose rounding cannot be taken out
 _PROMPT, _DECODED, _BEYOND = 12, 4, 2
 
 Step = Callable[[Tensor, int], Tensor]
-"""tokens int64 [1, S] and the position of the first -> logits [1, S or 1, V]; keeps its caches between calls."""
+"""tokens int64 [1, S] and the position of the first -> logits [1, S or 1, V]; keeps its caches between
+calls."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Checked:
 
     def row(self) -> str:
         return (
-            f"{self.name} runs as its graph: logits of a prompt and of {_DECODED} decoded tokens, {self.tokens} in "
-            f"all, differ by {self.error:.1e} (at most {self.bound:.1e})"
+            f"{self.name} runs as its graph: logits of {self.tokens} tokens, prompt and decoded, differ by "
+            f"{self.error:.1e} (at most {self.bound:.1e})"
         )
 
 
@@ -86,19 +88,19 @@ class Reference:
         return found, EXACT + 2 * max_distance(self._run(self.floating, tokens), found)
 
     def _run(self, graph: fx.GraphModule, tokens: Tensor) -> Tensor:
-        inputs = (
-            (tokens, torch.zeros(1, dtype=torch.int64)) if self.cached else inputs_for(graph, tokens).values()
-        )
+        start = torch.zeros(1, dtype=torch.int64)
+        inputs = (tokens, start) if self.cached else inputs_for(graph, tokens).values()
         with torch.no_grad():
             result: Tensor = graph(*inputs)
         return result
 
 
 def _tabulate(graph: fx.GraphModule, max_length: int) -> None:
-    """Read what depends on positions alone from tables of the program's length, in place: a rope may have other
+    """Read what depends on positions alone from tables of the program's length, in place: a rope may
+    have other
     angles for long texts."""
-    given = [n for n in graph.graph.find_nodes(op="placeholder") if n.target == "positions"]
-    for positions in given:
+    positions = next((n for n in graph.graph.find_nodes(op="placeholder") if n.target == "positions"), None)
+    if positions is not None:
         dependent = position_only(graph.graph, positions)
         for number, (node, (table, dim)) in enumerate(tabulate(graph, positions, max_length).items()):
             if node is positions:
@@ -172,9 +174,9 @@ def running(name: str, call: Callable[[], Tensor]) -> Tensor:
 def require_near(name: str, what: str, error: float, bound: float) -> None:
     if not error <= bound:
         raise LoweringError(
-            f"{name} was written, but does not compute what its graph does: after {what} logits differ by {error:.1e} "
-            f"of their norm, where at most {bound:.1e} is rounding; nothing was left. Report this, with the model; "
-            "check=False leaves the program all the same"
+            f"{name} was written, but does not compute what its graph does: after {what} logits differ by "
+            f"{error:.1e} of their norm, where at most {bound:.1e} is rounding; nothing was left. Report "
+            "this, with the model; check=False leaves the program all the same"
         )
 
 

@@ -46,7 +46,8 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     Keys and values that stand as `fake_quantize(k, 8)`, what QuantizeKVCache writes, are held in int8: see
     `kv_storage`. What depends on `positions` alone (rotary tables, learned position embeddings) is
     evaluated once for all positions below `max_length`, and read at `start`. The given graph is not
-    changed. The result's `meta["max_length"]` is what the caches hold, `meta["call_length"]` how many tokens a
+    changed. The result's `meta["max_length"]` is what the caches hold, `meta["call_length"]` how many
+    tokens a
     call may have: fewer, if attentions take a mask [S, max_length], which memory is planned for.
     """
     require_context(max_length)
@@ -66,9 +67,8 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     rebuilt = fx.GraphModule(result, result.graph)  # a fresh signature, and only the tensors in use
     rebuilt.meta.update(result.meta)
     rebuilt.meta["max_length"] = max_length
-    rebuilt.meta["call_length"] = (
-        min(max_length, max(_LEAST, _MASK // max_length)) if window.masks else max_length
-    )
+    fewer = min(max_length, max(_LEAST, _MASK // max_length))
+    rebuilt.meta["call_length"] = fewer if window.masks else max_length
     return rebuilt
 
 
@@ -160,10 +160,10 @@ def _cache_attention(
 
 
 def _mask(module: fx.GraphModule, sliding: int | None, window: _Window) -> fx.Node:
-    """Additive mask [S, max_length]: 0 where a row sees a position, else at most -STEP; one per width.
+    """Additive mask [S, max_length]: 0 where a row sees a position, else at most -STEP; one a width.
 
-    -STEP (relu(column - row) + relu(row - column - sliding + 1)), from the positions of this call: a table for
-    every row would grow with the square of the context.
+    -STEP (relu(column - row) + relu(row - column - sliding + 1)), from the positions of this call: a table of
+    all rows would grow with the square of the context.
     """
     if sliding in window.masks:
         return window.masks[sliding]

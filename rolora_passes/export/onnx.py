@@ -96,16 +96,16 @@ def to_onnx(
         last_token: return the logits of each row's last token alone, [B, 1, V], which is what is sampled
             from; otherwise [B, S, V].
         tokenizer: saved beside the model, with its chat template, if given.
-        check: run what was written in ONNX Runtime, a prompt, decoded tokens and padded rows, and leave it only
-            if it gives the graph's logits; it takes seconds.
+        check: run what was written in ONNX Runtime, a prompt, decoded tokens and padded rows, and leave it
+            only if it gives the graph's logits; it takes seconds.
 
     Constant expressions are folded, and a graph in half precision is widened to float32, first.
 
     Raises:
         MissingExtraError: onnx_ir is not installed; ONNX Runtime, to check.
         LoweringError: operators that have no lowering, widths or groups that no kernel has: all of them,
-            with where they come from; operators that mix positions without a cache; a graph in float64; a model
-            that does not compute what its graph does.
+            with where they come from; operators that mix positions without a cache; a graph in float64; a
+            model that does not compute what its graph does.
         VerificationError: folding changed the function.
         FileExistsError: `folder` is there and is not such a folder.
     """

@@ -58,15 +58,16 @@ def _check_batch(name: str, program: OnnxProgram, reference: Reference, left: bo
         found = running(name, lambda s=start, e=end: program(tokens[:, s:e], s, mask[:, :e]))  # type: ignore[misc]
         for row, (logits, bound) in enumerate(expected):
             last = _last(mask[row, start:end], name == "ort") if found.shape[1] > 1 else 0
-            place = _ROWS[row] + end - longest - 1
-            error = max_distance(found[row : row + 1, last : last + 1], logits[:, place : place + 1])
+            at = _ROWS[row] + end - longest - 1
+            error = max_distance(found[row : row + 1, last : last + 1], logits[:, at : at + 1])
             side = "left" if left else "right"
-            require_near(name, f"{place + 1} tokens of a row padded on the {side}", error, bound)
+            require_near(name, f"{at + 1} tokens of a row padded on the {side}", error, bound)
         start = end
 
 
 def _last(mask: Tensor, compact: bool) -> int:
-    """Where the logits of a row's last token are: kernels without gaps in their caches move rows to the left."""
+    """Where the logits of a row's last token are: kernels without gaps in their caches move rows to
+    the left."""
     return int(mask.sum()) - 1 if compact else int(mask.nonzero().max())
 
 

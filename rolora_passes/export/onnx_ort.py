@@ -83,8 +83,8 @@ def _add(e: Emitter, node: Node) -> Result:
     operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in e.constants]
     alike = len(operands) == 2 and all(e.shapes[a] == e.shapes[node] for a in operands)
     same_tokens = (norm in e.narrowed) == (node in e.narrowed)
-    fused = norm is not None and norm_form(norm)["axis"] == -1 and alike and same_tokens
-    if not fused or e.rank(node) != 3 or folded_norm(e, node):
+    fused = alike and same_tokens and e.rank(node) == 3 and not folded_norm(e, node)
+    if norm is None or norm_form(norm)["axis"] != -1 or not fused:
         return STANDARD["add"](e, node)
     gain, bias = norm_affine(e, norm)
     kind, affine = "SkipSimplifiedLayerNormalization", [gain]

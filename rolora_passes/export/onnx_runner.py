@@ -113,7 +113,8 @@ class OnnxProgram:
         return torch.from_numpy(results["logits"])
 
     def whole(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What a graph without caches gives for its inputs, by their names in the graph; every row is whole."""
+        """What a graph without caches gives for its inputs, by their names in the graph; every row is
+        whole."""
         feed = {INPUTS.get(name, name): value.contiguous().numpy() for name, value in inputs.items()}
         feed["attention_mask"] = torch.ones_like(inputs["tokens"]).numpy()
         taken = {i.name for i in self.session.get_inputs()}

@@ -75,8 +75,8 @@ def _put_aside_output() -> Iterator[None]:
 def load_pte(pte: str | os.PathLike[str], method: str = "forward") -> Forward:
     """The program's `forward(tokens, input_pos) -> logits`, or another method, with its own caches.
 
-    Tokens beyond what the program takes in a call (`get_max_seq_len`) are given in pieces, as the stock runner
-    does.
+    Tokens beyond what the program takes in a call (`get_max_seq_len`) are given in pieces, as the stock
+    runner does.
     """
     module = _load_kernels()._load_for_executorch(os.fspath(pte))
     longest = int(module.run_method("get_max_seq_len", ())[0])

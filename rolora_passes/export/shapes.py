@@ -106,8 +106,7 @@ def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
             if not is_written(node):
                 found.add(node)
         elif node.op == "call_function" and found.issuperset(node.all_input_nodes):
-            if node.all_input_nodes or _counts(node):
-                found.add(node)
+            found |= {node} if node.all_input_nodes or _counts(node) else set()
     return found
 
 

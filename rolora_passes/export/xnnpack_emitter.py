@@ -43,7 +43,8 @@ class Emitter:
             return get_tensor(self.module, str(node.target))
         if not is_op(node, *KEPT) or any(n.op != "get_attr" for n in node.all_input_nodes):
             raise LoweringError(
-                f"expected a parameter, found the expression `{node.name}` ({node.target}): run fold-constants"
+                f"expected a parameter, found the expression `{node.name}` ({node.target}): "
+                "run fold-constants"
             )
         with torch.no_grad():
             result: Tensor = call(node, self.tensor)

@@ -1,4 +1,5 @@
-"""Norms as PyTorch writes them: any epsilon, one axis or two, with gain and bias or without, in every runtime."""
+"""Norms as PyTorch writes them: any epsilon, one axis or two, with gain and bias or without, in every
+runtime."""
 
 from __future__ import annotations
 
