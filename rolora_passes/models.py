@@ -11,7 +11,7 @@ import torch
 
 from rolora_passes.errors import CaptureError, RoloraError, one_line
 from rolora_passes.loading import gguf_tokens
-from rolora_passes.loading.checkpoint import require_loadable, require_read
+from rolora_passes.loading.checkpoint import require_enough, require_loadable, require_read
 from rolora_passes.loading.gguf_file import GgufFile
 from rolora_passes.tokens import end_tokens
 
@@ -48,6 +48,8 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     place = _resolve(source)
+    if place.is_dir():
+        require_loadable(place)  # a damaged file is named before a tokenizer that it may have spoilt
     with _explained(f"the tokenizer of {source}"):
         if place.suffix == ".gguf":
             return gguf_tokens.load_tokenizer(place, GgufFile(place).entries)
@@ -92,6 +94,8 @@ def _load_checkpoint(source: str, place: Path, dtype: torch.dtype) -> PreTrained
     if place.is_dir():
         require_loadable(place)
     with _explained(f"a causal language model from {source}"):
+        if place.is_dir():
+            require_enough(place)
         model, info = AutoModelForCausalLM.from_pretrained(
             str(place) if place.is_dir() else source,
             dtype=dtype,

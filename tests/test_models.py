@@ -93,6 +93,15 @@ def test_a_head_of_its_own_is_used_where_the_configuration_ties(folder: Path) ->
     assert model.config.tie_word_embeddings is False
 
 
+def test_a_configuration_of_a_larger_model_takes_no_memory(folder: Path) -> None:
+    configure(folder, num_hidden_layers=100, intermediate_size=64)
+    with pytest.raises(CaptureError, match=r"found no model\.layers\.1\..* more"):
+        load_model(str(folder))
+    configure(folder, num_hidden_layers=1, intermediate_size=10**9)
+    with pytest.raises(CaptureError, match=r"as \[.*1000000000.*\], .* found \[.*64"):
+        load_model(str(folder))
+
+
 def quantized(folder: Path) -> None:
     configure(folder, quantization_config={"quant_method": "gptq", "bits": 4})
 

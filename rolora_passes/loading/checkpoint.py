@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,31 @@ def require_loadable(folder: Path) -> None:
         _require_no_other(folder, files)
 
 
+def require_enough(folder: Path) -> None:
+    """Refuse files that hold fewer numbers than the model that config.json describes, before memory is taken.
+
+    A configuration that is not of these weights may describe a model that is larger than any memory.
+
+    Raises:
+        CaptureError: says what is missing, or transformers knows no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    files = _files(folder)
+    if not files:
+        return  # transformers says which files it looks for
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(folder)))
+    found = {name: shape for path in files for name, shape in _shapes(path).items()}
+    count = sum(map(math.prod, found.values()))
+    prefix = model.base_model_prefix  # which files that were saved without a head lack
+    found |= {f"{prefix}.{name}": shape for name, shape in found.items()}
+    held = dict(model.named_parameters())  # tied ones once
+    _require_shapes([(n, found[n], v.shape) for n, v in held.items() if n in found], folder, model)
+    if sum(value.numel() for value in held.values()) > count:
+        _require_none_missing({name for name in held if name not in found}, folder, model)
+
+
 def require_read(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
     """Refuse a checkpoint, after it was loaded, if a tensor was not read, or a parameter not found.
 
@@ -64,20 +90,8 @@ def require_read(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> 
         CaptureError: names up to three tensors.
     """
     where, kind = f"in {folder}", type(model).__name__
-    if missing := sorted(info["missing_keys"]):
-        raise CaptureError(
-            f"expected all weights of a {kind} {where}, found no {some(missing)}: it is incomplete, "
-            "or was saved "
-            "from another kind of model"
-        )
-    if mismatched := sorted(info["mismatched_keys"]):
-        name, found, expected = mismatched[0]
-        raise CaptureError(
-            f"expected {name} as {list(expected)}, which config.json says of a {kind}, found "
-            f"{list(found)} {where}"
-            f"{f' ({len(mismatched)} tensors have another shape)' if len(mismatched) > 1 else ''}: "
-            "config.json is not that of these weights"
-        )
+    _require_none_missing(info["missing_keys"], folder, model)
+    _require_shapes(info["mismatched_keys"], folder, model)
     files = _files(folder)
     names = {name: path for path in files for name in _kinds(path)}
     unread = {str(name) for name in info["unexpected_keys"]} | _dropped(model, names)
@@ -89,6 +103,27 @@ def require_read(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> 
             "attention_bias), add it; if the tensors are of no use, remove them from the files"
         )
     _require_floats(files, model)
+
+
+def _require_none_missing(names: Iterable[str], folder: Path, model: PreTrainedModel) -> None:
+    if missing := sorted(names):
+        raise CaptureError(
+            f"expected all weights of a {type(model).__name__} in {folder}, found no {some(missing)}: it "
+            "is incomplete, or was saved from another kind of model"
+        )
+
+
+def _require_shapes(
+    shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]], folder: Path, model: PreTrainedModel
+) -> None:
+    """Compare (name, shape in the files, shape in the model)."""
+    if wrong := sorted((n, list(a), list(b)) for n, a, b in shapes if list(a) != list(b)):
+        name, found, expected = wrong[0]
+        raise CaptureError(
+            f"expected {name} as {expected}, which config.json says of a {type(model).__name__}, found "
+            f"{found} in {folder}{f' ({len(wrong)} tensors have another shape)' if len(wrong) > 1 else ''}: "
+            "config.json is not that of these weights"
+        )
 
 
 def some(names: Iterable[str]) -> str:
@@ -174,6 +209,13 @@ def _kinds(path: Path) -> dict[str, str]:
         return {name: str(value.dtype) for name, value in _unpickled(path).items()}
     with _open(path) as file:
         return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    if path.suffix != ".safetensors":
+        return {name: list(value.shape) for name, value in _unpickled(path).items()}
+    with _open(path) as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 
 def _read(path: Path, name: str) -> Tensor:
