@@ -136,7 +136,7 @@ def apply_passes(
         PassError: a pass cannot do what its options ask, or needs calibration and there is none.
     """
     graph, pipeline = _captured(graph), _pipeline(passes)
-    require_legal(graph, "what came before")
+    require_legal(graph, "from rolora_passes.graphs.capture")
     check_order(pipeline, facts(graph, {f for step in pipeline for f in (*step.requires, *step.forbids)}))
     if isinstance(calibration, Tensor):
         calibration = Calibration(calibration)
@@ -293,7 +293,7 @@ def _check_claims(graph: fx.GraphModule, step: Pass, report: Report) -> None:
         GraphFormatError: the graph is not legal.
         PassError: a fact that it ensures does not hold, or one that it removes still does.
     """
-    require_legal(graph, step.name)
+    require_legal(graph, f"after {step.name}")
     broken = {fact: reason for fact in step.ensures if (reason := refuted(graph, fact))}
     if not report.changed:
         if broken or not step.ensures:

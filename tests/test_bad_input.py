@@ -165,7 +165,7 @@ def test_passes_want_a_graph_and_a_list() -> None:
         GraphFormatError, match=r"found LlamaForCausalLM: call rolora_passes\.graphs\.capture"
     ):
         apply_passes(model_of("llama"), [FuseNorm()])  # type: ignore[arg-type]
-    with pytest.raises(PassOrderError, match="fuse-norm requires a graph with 'canonical'"):
+    with pytest.raises(GraphFormatError, match=r"legal graph from .*capture: its inputs are input_1"):
         apply_passes(torch.fx.symbolic_trace(torch.nn.Linear(2, 2)), [FuseNorm()])
     for passes, message in (
         (FuseNorm(), r"found FuseNorm\(.*\): write \[FuseNorm"),
@@ -412,7 +412,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (without_tokenizer, "cannot load the tokenizer of .*tiny: "),
     "config": (
         lambda folder: (folder / "config.json").write_text("{"),
-        "cannot read .*config.json: JSONDecodeError",
+        r"config file at '.*config.json' is not a valid JSON file",
     ),
     "not a causal model": (masked_model, "found bidirectional attention in BertSelfAttention|expected all"),
     "NaN": (not_numbers, "found 1 NaN or infinite values in lm_head.weight"),

@@ -51,7 +51,7 @@ def require_legal(graph: fx.GraphModule, where: str) -> None:
     functional operators; one tensor is returned. A graph with caches may write into them.
 
     Args:
-        where: what made it, for the message.
+        where: at which stage, for the message: "after fuse-norm".
 
     Raises:
         GraphFormatError: says what is wrong, all of it.
@@ -59,7 +59,7 @@ def require_legal(graph: fx.GraphModule, where: str) -> None:
     wrong = list(_illegal(graph))
     if wrong:
         some = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise GraphFormatError(f"{where} leaves a graph that is not legal: {some}")
+        raise GraphFormatError(f"expected a legal graph {where}: {some}")
 
 
 def _illegal(graph: fx.GraphModule) -> Iterator[str]:
