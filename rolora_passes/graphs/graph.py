@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -322,7 +323,7 @@ def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
             if value.is_floating_point():
                 set_tensor(result, node.target, value.detach().to(change(value.dtype, node)))
         else:
-            node.args, node.kwargs = retyped((node.args, node.kwargs), lambda found, n=node: change(found, n))
+            node.args, node.kwargs = retyped((node.args, node.kwargs), partial(change, node=node))
     _drop_casts(result)
     return finish(result)
 

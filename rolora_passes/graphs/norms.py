@@ -33,7 +33,7 @@ def _spelled_rms_norm(gm: fx.GraphModule, node: fx.Node) -> None:
     divided = is_op(node, "div")
     for x, factor in (node.args[:2], node.args[1::-1]):
         eps = _inverse_rms(bare(factor), x, divided)
-        shape, value = shape_of(x), node.meta.get("val")
+        shape, value = shape_of(x), node.meta["val"]
         if eps is not None and shape is not None and (x is node.args[0] or not divided):
             x = cast_to(gm, node, x, value.dtype)  # x of half precision, times a factor in float32
             new = insert(gm, node, aten.rms_norm.default, x, [shape[-1]], None, eps)
