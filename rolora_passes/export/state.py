@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError
-from rolora_passes.export.position_rules import RULES, Mixes, Place, Places, pointwise
+from rolora_passes.export.places import Mixes, Place, Places
+from rolora_passes.export.position_rules import RULES, pointwise
 from rolora_passes.export.positions import position_only
 from rolora_passes.export.shapes import constant_nodes
 from rolora_passes.graphs.graph import op_name
