@@ -67,9 +67,26 @@ def canonicalize(module: torch.nn.Module) -> fx.GraphModule:
     for rule in rules:
         rule(gm)
         gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    return finish(_numbered(gm))
+
+
+def _numbered(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose nodes are called after their operators and counted: reports then name a site alike in
+    every type, whatever casts there were on the way."""
+    result = fx.GraphModule(torch.nn.Module(), fx.Graph())
+    renamed: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
-        keep_only_source(node)
-    return finish(gm)
+        if node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), renamed.__getitem__)
+            new = result.graph.create_node(node.op, node.target, args, kwargs, name=op_name(node))
+            new.meta = dict(node.meta)
+        else:
+            new = result.graph.node_copy(node, renamed.__getitem__)
+        if node.op == "get_attr":
+            graph.set_tensor(result, node.target, graph.get_tensor(gm, node.target))
+        keep_only_source(new)
+        renamed[node] = new
+    return result
 
 
 def _own(module: torch.nn.Module) -> fx.GraphModule:
