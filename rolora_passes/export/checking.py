@@ -1,9 +1,8 @@
 """Running what was written, a prompt and then single tokens, against the graph that it was lowered from.
 
 A graph in floating point and its program compute the same but for the order of sums. Where a graph rounds
-activations, a kernel may round one the other way, or in groups of its own. How far that can move the
-logits is
-measured, by taking the rounding out of the graph; a program may be twice as far from the graph as that.
+activations, a kernel may round one the other way, or in groups of its own. How far that can move the logits
+is measured by taking the rounding out of the graph; a program may be twice as far from the graph as that.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ _HELD = 0.05  # of a graph with int8 caches, whose rounding cannot be taken out
 _PROMPT, _DECODED, _BEYOND = 12, 4, 2
 
 Step = Callable[[Tensor, int], Tensor]
-"""tokens int64 [1, S] and the position of the first -> logits [1, S or 1, V]; keeps its caches between
-calls."""
+"""tokens int64 [1, S], the position of the first -> logits [1, S or 1, V]; caches stay between calls."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,10 @@ class Reference:
 
 
 def _tabulate(graph: fx.GraphModule, max_length: int) -> None:
-    """Read what depends on positions alone from tables of the program's length, in place: a rope may
-    have other
-    angles for long texts."""
+    """Read what depends on positions alone from tables of the program's length, in place.
+
+    A rotary embedding may have other angles for long texts.
+    """
     positions = next((n for n in graph.graph.find_nodes(op="placeholder") if n.target == "positions"), None)
     if positions is not None:
         dependent = position_only(graph.graph, positions)
