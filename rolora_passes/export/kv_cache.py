@@ -46,9 +46,8 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     Keys and values that stand as `fake_quantize(k, 8)`, what QuantizeKVCache writes, are held in int8: see
     `kv_storage`. What depends on `positions` alone (rotary tables, learned position embeddings) is
     evaluated once for all positions below `max_length`, and read at `start`. The given graph is not
-    changed. The result's `meta["max_length"]` is what the caches hold, `meta["call_length"]` how many
-    tokens a
-    call may have: fewer, if attentions take a mask [S, max_length], which memory is planned for.
+    changed. The result's `meta["max_length"]` is what the caches hold, `meta["call_length"]` how many tokens
+    a call may have: fewer, if attentions take a mask [S, max_length], which memory is planned for.
     """
     require_context(max_length)
     require_decoder(graph, "a cache")

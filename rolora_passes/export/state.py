@@ -1,17 +1,13 @@
-"""Which operators of a decoder mix positions: attention has a cache for that; others would need their
-own state.
+"""Which operators of a decoder mix positions: attention has a cache for that; others would need a state.
 
 A program computes a few tokens at a time. What it computes of a token may depend on that token, on its
-position,
-and on others through attention, whose keys and values are kept. An operator that reads other positions
-in another
-way (a convolution, a running sum, a shift, a mean over the sequence) would find nothing in their place.
+position, and on others through attention, whose keys and values are kept. An operator that reads other
+positions in another way (a convolution, a running sum, a shift, a mean over the sequence) would find
+nothing in their place.
 
-The analysis follows the axis along which positions run through every value. A value is *by position*
-if its slice
-at a position is computed from slices at that position alone. `position_rules` says for each operator
-when that is
-so; what has no rule is taken to mix.
+The analysis follows the axis along which positions run through every value. A value is *by position* if its
+slice at a position is computed from slices at that position alone. `position_rules` says for each operator
+when that is so; what has no rule is taken to mix.
 """
 
 from __future__ import annotations

@@ -80,8 +80,7 @@ class GgufFile:
         if self.entries.get("split.count", 1) > 1:
             raise CaptureError(
                 f"{self.path} is one of {self.entries['split.count']} parts (split.count): join "
-                "them with llama.cpp's "
-                "gguf-split --merge"
+                "them with llama.cpp's gguf-split --merge"
             )
         prefixes = (*_NO_EFFECT, "tokenizer.", f"{self.architecture}.")
         if strange := [name for name in self.entries if not name.startswith(prefixes)]:
@@ -163,8 +162,7 @@ class GgufFile:
         if unread:
             raise CaptureError(
                 f"a {config.model_type} of transformers does not read {some(sorted(unread))} of "
-                f"{self.path}: it would "
-                "compute something else. Give the checkpoint that the file was made of"
+                f"{self.path}: it would compute something else. Give the checkpoint it was made of"
             )
         return config, added
 
@@ -208,6 +206,5 @@ class GgufFile:
             name, found, expected = mismatched[0]
             raise CaptureError(
                 f"expected {name} as {list(expected)}, which the entries of {self.path} say of a "
-                f"{kind}, found "
-                f"{list(found)}"
+                f"{kind}, found {list(found)}"
             )
