@@ -109,7 +109,7 @@ def to_executorch(
 
     Raises:
         MissingExtraError: ExecuTorch is not installed.
-        LoweringError: a graph is in float64, attends in a way no kernel does, mixes positions without a cache,
+        LoweringError: a graph is in float64, attends as no kernel does, mixes positions without a cache,
             or quantizes as no kernel or cache holds it; a method's name is no identifier, or taken; the
             program does not compute what its graph does.
         VerificationError: folding changed the function.
