@@ -248,6 +248,15 @@ def _look_up(i: Places, x: Any, index: fx.Node, dim: int) -> Place | None:
     raise Mixes("it picks positions by an index")
 
 
+def _gather(i: Places, node: fx.Node) -> Place | None:
+    """Of what is the same at all positions, each element of an index takes its own."""
+    index = i.place(argument(node, "index"))
+    if i.place(node.args[0]) is None:
+        _plain(index)
+        return index
+    return _along("dim", "it gathers")(i, node)
+
+
 def _embedding(i: Places, node: fx.Node) -> Place | None:
     if i.place(node.args[0]) is not None:
         raise Mixes("its table runs along the sequence")
@@ -347,7 +356,7 @@ RULES: dict[str, Callable[[Places, fx.Node], Place | None]] = {
     **dict.fromkeys(("topk", "sort"), _along("dim", "it sorts")),
     **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), _along("dim", "it scatters")),
     "argsort": _along("dim", "it sorts"),
-    "gather": _along("dim", "it gathers"),
+    "gather": _gather,
     "flip": _along("dims", "it reverses"),
     "roll": _along("dims", "it shifts"),
     "hadamard": _along("dim", "a transform"),

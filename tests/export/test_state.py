@@ -104,6 +104,28 @@ def test_what_mixes_positions_is_named(name: str) -> None:
     assert first.name in added
 
 
+def test_a_table_that_is_gathered_by_position() -> None:
+    """What BERT's decoders do with the types of tokens."""
+    graph = tiny_llama(layers=1)
+    positions = graph.graph.find_nodes(op="placeholder")[1]
+    graph.register_buffer("kinds", torch.zeros(1, 64))
+    node = next(n for n in graph.graph.nodes if is_op(n, "embedding"))
+    with graph.graph.inserting_before(node):
+        table = graph.graph.get_attr("kinds")
+        size = graph.graph.call_function(aten.sym_size.int, (positions, 0))
+    wide = insert_after(graph, size, aten.expand.default, table, [size, -1])
+    picked = insert_after(graph, wide, aten.gather.default, wide, 1, positions)
+    kind = insert_after(graph, picked, aten.unsqueeze.default, picked, -1)
+    readers = list(node.users)
+    for moved in (kind, picked, wide, size, table):
+        node.append(moved)
+    new = insert_after(graph, kind, aten.add.Tensor, node, kind)
+    for reader in readers:
+        reader.replace_input_with(node, new)
+    graph.recompile()
+    assert not mixing(graph)
+
+
 @pytest.mark.parametrize("name", BY_POSITION)
 def test_what_works_by_position_is_not(name: str) -> None:
     assert not mixing(with_rewrite(BY_POSITION[name]))
