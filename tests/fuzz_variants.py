@@ -285,14 +285,14 @@ def _entry(*given: Any) -> GgufChange:
     value = generator.choice(GGUF_KEYS[key])
     before = entries.get(key)
     entries[key] = value
-    named = (key, "scaling", "tensors", "expected") if before is None else ()
+    named = (key, "scaling", "tensors", "expected", "rope_") if before is None else ()
     neutral = (
         ("attention.causal", True),
         ("attention.clamp_kqv", 0.0),
         ("logit_scale", 1.0),
         ("expert_count", 0),
     )
-    if (key, value) in neutral and "moe" not in name:
+    if (key, value) in neutral and (key != "expert_count" or "moe" not in name):
         return f"{key} = {value}", True, lambda: model, (), entries, tensors, {}
     expected: Model | None = None
     config = model.config
@@ -323,6 +323,8 @@ def _entry(*given: Any) -> GgufChange:
         expected = _with(
             model, rope_parameters={**config.rope_parameters, "partial_rotary_factor": 4 / width}
         )
+    elif key == "feed_forward_length" and "moe" in name:
+        expected = lambda: model  # noqa: E731  (no layer is without experts)
     elif key == "expert_used_count" and "moe" in name:
         expected = _with(model, num_experts_per_tok=1)
     elif key == "attention.head_count" and name in ("gpt2",):

@@ -117,6 +117,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "YaRN's factor": ("llama", {"rope.scaling.attn_factor": 0.5}, r"rope\.scaling\.attn_factor = 0\.5"),
     "not causal": ("qwen2", {"attention.causal": False}, r"qwen2\.attention\.causal = False"),
     "anything": ("qwen3", {"unheard_of": 1}, r"qwen3\.unheard_of = 1"),
+    "how many experts": ("qwen3moe", {"expert_used_count": None}, r"the entry qwen3moe\.expert_used_count"),
     "nothing": ("llama", {"block_count": None}, r"expected the entry llama\.block_count"),
     "other heads": (
         "llama",
@@ -173,6 +174,15 @@ def test_tensors_that_nothing_reads(tmp_path: Path) -> None:
     del tensors["blk.0.attn_sinks.weight"], tensors["blk.1.ffn_up.weight"]
     write_gguf(path, "llama", entries_of("llama", model), tensors)
     with pytest.raises(CaptureError, match=r"found none: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(str(path))
+
+
+def test_half_of_a_merged_tensor_is_named(tmp_path: Path) -> None:
+    model = tiny("qwen3moe")
+    tensors = tensors_of("qwen3moe", model)
+    del tensors["blk.0.ffn_gate_exps.weight"]
+    path = write_gguf(tmp_path / "a.gguf", "qwen3moe", entries_of("qwen3moe", model), tensors)
+    with pytest.raises(CaptureError, match=r"expected the tensor blk\.0\.ffn_gate_exps in"):
         load_model(str(path))
 
 

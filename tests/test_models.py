@@ -84,6 +84,17 @@ def test_other_shapes_and_types_are_named(folder: Path) -> None:
         load_model(str(folder))
 
 
+def test_integers_of_experts_that_are_merged_are_named(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = t.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
+    t.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    name = next(name for name in load_file(tmp_path / "model.safetensors") if "experts.1.w2" in name)
+    change(tmp_path, **{name: torch.ones(32, 32, dtype=torch.uint8)})
+    with pytest.raises(CaptureError, match=rf"floating-point values of {name} .* found U8"):
+        load_model(str(tmp_path))
+
+
 def test_a_head_of_its_own_is_used_where_the_configuration_ties(folder: Path) -> None:
     expected = load_model(str(folder))[0].lm_head.weight
     configure(folder, tie_word_embeddings=True)

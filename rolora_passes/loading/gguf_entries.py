@@ -87,7 +87,8 @@ def configuration(entries: dict[str, Any], tensors: dict[str, Any], found: dict[
             said[attribute] = one
         elif value not in _NEUTRAL.get(name, ()):
             unread.append(f"{prefix}{name} = {value!r:.40}")
-    if missing := [prefix + n for n in _NEEDED if n not in own] + _missing_epsilon(prefix, own, probe):
+    needed = [*_NEEDED, *(["expert_used_count"] if hasattr(probe, "num_experts_per_tok") else [])]
+    if missing := [prefix + n for n in needed if n not in own] + _missing_epsilon(prefix, own, probe):
         raise CaptureError(
             f"expected the entry {some(missing)} in a GGUF file of this architecture, found none"
         )

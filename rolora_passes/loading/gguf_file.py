@@ -184,10 +184,17 @@ class GgufFile:
             return set(), held
         processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=config.to_dict())
         known = get_gguf_hf_weights_map(model, processor)
+        self._require_parts(known)
         names = {
             name for name in self.tensors if name not in known and name.removesuffix(".weight") not in known
         }
         return names - set(TENSORS), held
+
+    def _require_parts(self, known: dict[str, str]) -> None:
+        """Refuse a file that lacks one of several tensors that are one parameter here: it would be zeros."""
+        parts = [name for name in known if list(known.values()).count(known[name]) > 1]
+        if lacking := [n for n in parts if n not in self.tensors and f"{n}.weight" not in self.tensors]:
+            raise CaptureError(f"expected the tensor {some(lacking)} in {self.path}, found none")
 
     def _own(self) -> dict[str, Any]:
         prefix = f"{self.architecture}."
