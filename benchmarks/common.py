@@ -25,6 +25,7 @@ from rolora_passes.evaluation.scorers import GraphScorer
 from rolora_passes.graphs import capture
 from rolora_passes.graphs.files import writing
 from rolora_passes.models import load_model
+from rolora_passes.tokens import beginning
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -78,6 +79,7 @@ class Bench:
         self.options = options
         self.graph, self.tokenizer = captured(options.model)
         self.stream = token_stream(load_text(str(options.text)), self.tokenizer)
+        self.begin = beginning(self.tokenizer)
         self.found = json.loads(options.output.read_text()) if options.output.is_file() else {}
 
     @contextmanager
@@ -89,7 +91,9 @@ class Bench:
     def perplexity(self, graph: fx.GraphModule) -> float:
         """Of the text, in windows of 2048 tokens."""
         with self.evaluating():
-            return perplexity(GraphScorer(graph), self.stream, 2048, self.options.windows).value
+            return perplexity(
+                GraphScorer(graph), self.stream, 2048, self.options.windows, begin=self.begin
+            ).value
 
     def keep(self, key: str, row: dict[str, Any]) -> None:
         """Print a row and write it to the file."""

@@ -26,6 +26,7 @@ from rolora_passes.graphs.accounting import peak_mb
 from rolora_passes.graphs.files import writing
 from rolora_passes.passes import Calibration
 from rolora_passes.recipes import dump_recipe, load_recipe
+from rolora_passes.tokens import beginning
 
 SETTINGS = ("W4A16", "W4A4", "W4A4KV4", "W4A8", "W6A6", "W2A16")
 METHODS = ("rtn", "smoothquant", "gptq", "quarot-rtn", "quarot")
@@ -92,7 +93,7 @@ def main() -> None:
         scorer = GraphScorer(recipes.apply(recipe, seed))
         row["quantize_seconds"] = round(time.perf_counter() - start, 1)
         if "ppl" not in row:
-            result = perplexity(scorer, stream, 2048, options.windows)
+            result = perplexity(scorer, stream, 2048, options.windows, begin=beginning(tokenizer))
             row |= {"ppl": result.value, "nll": result.nll, "tokens": result.tokens}
             row["eval_seconds"] = round(result.seconds, 1)
         if tasks:

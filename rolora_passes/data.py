@@ -7,7 +7,7 @@ one text, and cut into windows that pay no heed to where a document ends. WikiTe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rolora_passes.chats import examples, turns_of
 from rolora_passes.errors import DataError, MissingExtraError, one_line
+from rolora_passes.tokens import beginning
 
 HUB = "hub:"
 
@@ -29,8 +30,8 @@ def load_text(source: str | Path, written: Written | None = None) -> list[str]:
 
     Args:
         source: a `.txt` file, which is one document; a `.jsonl` file, whose lines are objects with a field
-            "text", or conversations as `rolora_passes.chats` has them; or a data set of the "
-            "Hugging Face hub with a column "text", written
+            "text", or conversations as `rolora_passes.chats` has them; or a data set of the
+            Hugging Face hub with a column "text", written
             `hub:Salesforce/wikitext/wikitext-2-raw-v1:test` (name, configuration, split).
         written: writes conversations as text; without it, they are refused.
 
@@ -47,8 +48,8 @@ def load_text(source: str | Path, written: Written | None = None) -> list[str]:
 def token_stream(texts: list[str], tokenizer: Any) -> Tensor:
     """The tokens int64 [n] of documents joined by "\\n\\n" and tokenised once.
 
-    Special tokens are what the tokenizer adds to one text by itself: where that is BOS (LLaMA), it stands
-    once, at the beginning of the stream, and so in the first window alone.
+    Special tokens are what the tokenizer adds to one text by itself: where that is BOS (Llama, Gemma), the
+    stream begins with it. `cut_windows` has every window begin so.
     """
     found = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
     return torch.tensor(found, dtype=torch.int64)
@@ -59,7 +60,8 @@ def calibration_tokens(
 ) -> Tensor:
     """Windows int64 [samples, length] that start at random in a text's token stream, as GPTQ draws them.
 
-    Starts are drawn independently, so windows may overlap; in a text of few windows they do.
+    Starts are drawn independently, so windows may overlap; in a text of few windows they do. Every window
+    begins with what the tokenizer begins a text with.
 
     Raises:
         DataError: fewer tokens than one window has, or what `load_text` raises.
@@ -70,11 +72,14 @@ def calibration_tokens(
         length,
         seed,
         str(source),
+        beginning(tokenizer),
     )
 
 
-def random_windows(stream: Tensor, samples: int, length: int, seed: int, source: str) -> Tensor:
-    """Windows int64 [samples, length] of a stream [n], the same for the same seed."""
+def random_windows(
+    stream: Tensor, samples: int, length: int, seed: int, source: str, begin: Sequence[int] = ()
+) -> Tensor:
+    """Windows int64 [samples, length] of a stream [n], the same for the same seed; see `cut_windows`."""
     if samples < 1 or length < 1:
         raise DataError(f"expected at least 1 sample of at least 1 token, found {samples} of {length}")
     if len(stream) < length:
@@ -84,7 +89,22 @@ def random_windows(stream: Tensor, samples: int, length: int, seed: int, source:
         )
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(stream) - length + 1, (samples,), generator=generator)
-    return stream[starts[:, None] + torch.arange(length)]
+    return cut_windows(stream, starts, length, begin)
+
+
+def cut_windows(stream: Tensor, starts: Tensor, length: int, begin: Sequence[int] = ()) -> Tensor:
+    """Windows int64 [N, length] of a stream [n] that begins as the tokenizer begins a text.
+
+    A model is trained on texts that begin so, and many are lost without: Gemma 3's perplexity doubles. Each
+    window is `begin`, then the stream from its start on.
+
+    Args:
+        starts: int64 [N], places in the stream.
+        begin: BOS, for most models, or nothing: `rolora_passes.tokens.beginning`.
+    """
+    own = len(begin)
+    head = torch.tensor(begin, dtype=torch.int64).expand(len(starts), own)
+    return torch.cat((head, stream[starts[:, None] + torch.arange(own, length)]), dim=1)
 
 
 def _file(path: Path, written: Written | None) -> list[str]:

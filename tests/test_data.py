@@ -12,8 +12,16 @@ import torch
 from tiny_checkpoint import TEXT, character_tokenizer
 from tokenizers import processors
 
-from rolora_passes.data import calibration_tokens, conversations, load_text, token_stream
+from rolora_passes.data import (
+    calibration_tokens,
+    conversations,
+    cut_windows,
+    load_text,
+    random_windows,
+    token_stream,
+)
 from rolora_passes.errors import DataError, MissingExtraError
+from rolora_passes.evaluation.perplexity import split_windows
 
 
 @pytest.fixture
@@ -160,3 +168,24 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         MissingExtraError, match=r"datasets is not installed: run `pip install rolora-passes\[eval\]`"
     ):
         load_text("hub:a/b:c")
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text() -> None:
+    stream = torch.tensor([1, *range(10, 29)])
+    starts = torch.tensor([0, 3, 15])
+    assert cut_windows(stream, starts, 5, [1]).tolist() == [
+        [1, 10, 11, 12, 13], [1, 13, 14, 15, 16], [1, 25, 26, 27, 28],
+    ]  # fmt: skip
+    assert cut_windows(stream, starts, 5).tolist()[1] == [12, 13, 14, 15, 16]
+    windows = split_windows(Endless(), stream, 5, None, [1])
+    assert windows[:, 0].tolist() == [1] * 4
+    assert windows[:, 1:].flatten().tolist() == list(range(10, 26))  # every token of the text once
+    drawn = random_windows(stream, 20, 5, 0, "text", [1])
+    assert drawn[:, 0].eq(1).all() and drawn[:, 1:].ge(10).all()
+
+
+class Endless:
+    """What `split_windows` asks of a scorer."""
+
+    max_length = None
+    vocabulary = 99

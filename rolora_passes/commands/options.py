@@ -138,13 +138,19 @@ def calibration_of(options: argparse.Namespace, display: Display) -> Callable[[A
         return None
     from rolora_passes.data import conversations, load_text, random_windows, token_stream
     from rolora_passes.passes import Calibration
+    from rolora_passes.tokens import beginning
 
     load_text(options.calibration, conversations())  # what is wrong with it is said before a model is loaded
 
     def make(tokenizer: Any) -> Calibration:
         stream = token_stream(load_text(options.calibration, conversations(tokenizer)), tokenizer)
         tokens = random_windows(
-            stream, options.samples, options.length, options.seed or 0, options.calibration
+            stream,
+            options.samples,
+            options.length,
+            options.seed or 0,
+            options.calibration,
+            beginning(tokenizer),
         )
         return Calibration(tokens, options.work, display.count)
 

@@ -16,6 +16,7 @@ from rolora_passes.evaluation.scorers import GraphScorer, open_scorer
 from rolora_passes.manager import check_order, require_calibration
 from rolora_passes.passes import Calibration, Pass
 from rolora_passes.recipes import load_recipe
+from rolora_passes.tokens import beginning
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def open_subject(
         require_calibration(passes, None)
     scorer, words = open_scorer(source, tokenizer=tokenizer, on_stage=on_stage)
     assert isinstance(scorer, GraphScorer)
-    tokens = split_windows(scorer, token_stream(texts, words), window, windows)
+    tokens = split_windows(scorer, token_stream(texts, words), window, windows, beginning(words))
     needed = calibration is not None and any(step.needs_calibration for step in passes)
     return Subject(
         scorer.graph, passes, tokens, calibration(words) if needed and calibration else None, words

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
+from rolora_passes.add_lora import AddLoRA
 from rolora_passes.debugging.bisect import SiteBisection, bisect_sites, costliest, measure_passes
 from rolora_passes.errors import QualityError, RoloraError
 from rolora_passes.evaluation.parity import Loss, measure_loss, sample_text
 from rolora_passes.export.compile import Made
 from rolora_passes.graphs.graph import site_names
 from rolora_passes.insert_hadamard import InsertHadamard
+from rolora_passes.learning import TuneLoRA
 from rolora_passes.manager import apply_passes
 from rolora_passes.passes import Pass
 from rolora_passes.quantize_weights import QuantizeWeights
@@ -36,7 +39,7 @@ def require_likeness(
     on_stage: Callable[[str], None] = lambda name: None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Loss:
-    """Measure what a recipe lost on some English text.
+    """Measure what a recipe lost on some English text, apart from what adapters and tuning change on purpose.
 
     Args:
         accept: return it, however much it is.
@@ -46,13 +49,32 @@ def require_likeness(
         QualityError: more than all of what the model says; names the pass and the sites that lose most.
     """
     tokens = sample_text(made.captured, made.tokenizer)
-    loss = measure_loss(made.captured, made.graph, tokens)
+    parts = [(measure_loss(part.captured, part.graph, tokens), part) for part in _between_adapters(made)]
+    loss, made = max(parts, key=lambda measured: measured[0].part)
     if accept or loss.part < REFUSED:
         return loss
     on_stage("finding what is to blame")
     blamed, found = _blame(made, tokens[:, :_TOKENS], on_progress)
     lines = [f"the quantized graph is far from the model: {loss}", *blamed, *_remedies(made, found)]
     raise QualityError("\n  ".join([*lines, "or have it all the same: --accept-loss"]))
+
+
+def _between_adapters(made: Made) -> Iterator[Made]:
+    """A recipe in parts: a part begins with the graph that an adapter, or its training, has changed."""
+    captured, steps = made.captured, list[tuple[Pass, fx.GraphModule]]()
+    for step, graph in made.steps:
+        if _is_meant(step):
+            if steps:
+                yield replace(made, captured=captured, graph=steps[-1][1], steps=steps)
+            captured, steps = graph, []
+        else:
+            steps.append((step, graph))
+    yield replace(made, captured=captured, graph=steps[-1][1] if steps else captured, steps=steps)
+
+
+def _is_meant(step: Pass) -> bool:
+    """Whether a pass is there to change what the model says."""
+    return isinstance(step, TuneLoRA) or (isinstance(step, AddLoRA) and not step.exact)
 
 
 def _blame(

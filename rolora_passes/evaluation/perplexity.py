@@ -3,26 +3,28 @@
 Perplexity is token level, by the protocol of GPTQ, QuaRot and SpinQuant: the token stream is cut into windows
 that do not overlap, the tail that fills no window is dropped, and every token of a window but the first is
 predicted from those before it in the window. It is exp of the mean over all predicted tokens. (Their code
-takes each window's mean, multiplies by its length and divides by the sum of lengths: the same mean.)
+takes each window's mean, multiplies by its length and divides by the sum of lengths: the same mean.) Where a
+tokenizer begins a text with BOS, so does every window here; in their code only the first one does.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rolora_passes.data import cut_windows
 from rolora_passes.errors import DataError, EvaluationError
 from rolora_passes.evaluation.scorers import Scorer, require_known, require_window
 from rolora_passes.sensitivity import compare_logits
 
 PROTOCOL = (
-    "token-level perplexity: windows that do not overlap, tail dropped, each token of a window but the first "
-    "predicted from those before it in the window"
+    "token-level perplexity: windows that do not overlap, tail dropped, each begun as the tokenizer begins a "
+    "text, each token of a window but the first predicted from those before it in the window"
 )
 _ROWS = 128  # positions whose log-probabilities are held at once
 
@@ -69,19 +71,21 @@ def perplexity(
     window: int = 2048,
     limit: int | None = None,
     on_progress: Progress | None = None,
+    begin: Sequence[int] = (),
 ) -> Perplexity:
     """Perplexity of a token stream int64 [n]; see this module for the protocol.
 
     Args:
         window: tokens of a window.
         limit: how many windows, from the beginning; None for all.
+        begin: what the tokenizer begins a text with, and the stream with it; every window begins so.
         on_progress: called with the windows done and of how many.
 
     Raises:
         DataError: less than one window of text, or tokens the model does not know.
         EvaluationError: windows longer than the model holds, or logits that are not finite.
     """
-    windows = split_windows(scorer, tokens, window, limit)
+    windows = split_windows(scorer, tokens, window, limit, begin)
     start, losses = time.perf_counter(), []
     for number, row in enumerate(windows):
         losses.append(_loss(scorer, row))
@@ -94,27 +98,31 @@ def perplexity(
     return Perplexity(value, nll, error, count * (window - 1), count, window, time.perf_counter() - start)
 
 
-def split_windows(scorer: Scorer, tokens: Tensor, window: int, limit: int | None) -> Tensor:
-    """The windows int64 [N, window] a scorer is asked about.
+def split_windows(
+    scorer: Scorer, tokens: Tensor, window: int, limit: int | None, begin: Sequence[int] = ()
+) -> Tensor:
+    """The windows int64 [N, window] a scorer is asked about; see `data.cut_windows`.
 
     Raises:
         DataError, EvaluationError: see `perplexity`.
     """
     if tokens.dim() != 1 or tokens.dtype != torch.int64:
         raise DataError(f"expected a stream of tokens int64 [n], found {tokens.dtype} {list(tokens.shape)}")
-    if window < 2 or (limit is not None and limit < 1):
+    own = len(begin)
+    if window < 2 + own or (limit is not None and limit < 1):
         raise EvaluationError(
-            f"expected windows of at least 2 tokens and at least 1 of them, found window {window}, {limit}"
+            f"expected windows of at least {2 + own} tokens and at least 1 of them, found window {window}, "
+            f"{limit}"
         )
     require_window(scorer, window)
-    count = len(tokens) // window
-    if not count:
+    count = (len(tokens) - own) // (window - own)
+    if count < 1:
         raise DataError(
             f"expected a text of at least one window, {window} tokens, found {len(tokens)}: "
             "give more text, or a smaller --window"
         )
     require_known(scorer, tokens)
-    return tokens[: count * window].reshape(count, window)[:limit]
+    return cut_windows(tokens, torch.arange(count)[:limit] * (window - own), window, begin)
 
 
 def divergence(a: Scorer, b: Scorer, windows: Tensor, on_progress: Progress | None = None) -> Divergence:

@@ -18,6 +18,7 @@ from rolora_passes.manager import apply_passes, require_calibration
 from rolora_passes.passes import Calibration
 from rolora_passes.recipes import load_recipe
 from rolora_passes.sensitivity import sensitivity, split_recipe
+from rolora_passes.tokens import beginning
 
 
 def rank_sites(
@@ -54,7 +55,7 @@ def rank_sites(
     scorer, words = open_scorer(source, tokenizer=tokenizer, on_stage=on_stage)
     if not isinstance(scorer, GraphScorer):
         raise EvaluationError(f"expected a model or a saved graph, found a compiled folder at {source}")
-    rows = split_windows(scorer, token_stream(texts, words), window, windows)
+    rows = split_windows(scorer, token_stream(texts, words), window, windows, beginning(words))
     on_stage("passes")
     given = calibration(words) if calibration and any(p.needs_calibration for p in before) else None
     graph = apply_passes(scorer.graph, before, verify=verify, calibration=given, on_pass=on_pass)

@@ -23,6 +23,7 @@ from rolora_passes.graphs.files import writing
 from rolora_passes.graphs.graph import dtype_of
 from rolora_passes.manager import history
 from rolora_passes.passes import Calibration
+from rolora_passes.tokens import beginning
 from rolora_passes.version import versions
 
 
@@ -82,7 +83,8 @@ def evaluate(
         for name, documents in texts.items():
             streams[name] = token_stream(documents, tokenizer)
             try:
-                split_windows(scorer, streams[name], measures.window, measures.windows)
+                begin = beginning(tokenizer)
+                split_windows(scorer, streams[name], measures.window, measures.windows, begin)
             except DataError as error:
                 raise DataError(f"{name}: {error}") from error
 
@@ -93,7 +95,7 @@ def evaluate(
     )
     result = _described(source, scorer, seed, opening) | given
     result["seconds"] = {"opening": round(time.perf_counter() - start, 2)}
-    result |= _perplexities(scorer, streams, measures, on_stage, on_progress)
+    result |= _perplexities(scorer, streams, beginning(tokenizer), measures, on_stage, on_progress)
     if tasks is not None:
         on_stage("tasks")
         start = time.perf_counter()
@@ -125,6 +127,7 @@ def _described(
 def _perplexities(
     scorer: Scorer,
     streams: Mapping[str, torch.Tensor],
+    begin: Sequence[int],
     measures: Measures,
     on_stage: Callable[[str], None],
     on_progress: Callable[[str, int, int], None],
@@ -138,6 +141,7 @@ def _perplexities(
             measures.window,
             measures.windows,
             lambda done, total: on_progress("windows", done, total),
+            begin,
         )
         finite = math.isfinite(measured.value)  # JSON has no infinity
         shown = (

@@ -18,10 +18,11 @@ from test_quantize_weights import wide
 from tiny_checkpoint import character_tokenizer
 from torch import fx
 
-from rolora_passes import apply_passes
-from rolora_passes.debugging.quality import NOTED, REFUSED
+from rolora_passes import AddLoRA, QuantizeWeights, apply_passes
+from rolora_passes.debugging.quality import NOTED, REFUSED, require_likeness
 from rolora_passes.errors import QualityError
-from rolora_passes.evaluation.parity import Loss, measure_loss
+from rolora_passes.evaluation.parity import Loss, measure_loss, sample_text
+from rolora_passes.export.compile import Made
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import copy_graph, parameters, set_tensor
 from rolora_passes.recipes import load_recipe
@@ -85,9 +86,9 @@ def test_what_is_proposed_helps(model: Path, tmp_path: Path, rolora: Run) -> Non
     error = rolora(*arguments, "--recipe", "8da4w")[2]
     (option,) = re.findall(r"in float, `(exclude: \[.*\])` of quantize-weights: KL is then", error)
     recipe = rolora("passes", "8da4w")[1]
-    assert recipe.count("- quantize-weights\n") == 1
+    assert recipe.count("- quantize-weights:\n") == 1
     more = tmp_path / "more.yaml"
-    more.write_text(recipe.replace("- quantize-weights\n", f"- quantize-weights: {{{option}}}\n"))
+    more.write_text(recipe.replace("- quantize-weights:\n", f"- quantize-weights:\n    {option}\n"))
     graph, tokens = capture(brittle()), tokens_for(wide(), 1, 60)
     before, after = (
         measure_loss(graph, apply_passes(graph, load_recipe(which), verify=False), tokens).kl
@@ -136,3 +137,23 @@ def test_a_loss_that_is_no_number_is_the_worst() -> None:
     assert loss.part == math.inf
     assert loss.row()["part"] is None and loss.row()["kl"] is None
     assert issubclass(QualityError, Exception) and "more than all" in str(loss)
+
+
+def test_what_an_adapter_changes_on_purpose_is_no_loss() -> None:
+    base = capture(brittle())
+    adapter, tuned = AddLoRA(init="gaussian", rank=4), copy_graph(base)
+    adapter.run(tuned)
+    for name, value in parameters(tuned).items():
+        if "lora_" in name:
+            set_tensor(tuned, name, value * 30)
+    tokens = sample_text(base, character_tokenizer())
+    assert measure_loss(base, tuned, tokens).part > REFUSED
+    rounding = QuantizeWeights(8, None)
+    rounded = apply_passes(tuned, [rounding])
+    steps = [(adapter, tuned), (rounding, rounded)]
+    loss = require_likeness(Made(base, rounded, steps, character_tokenizer(), None))
+    assert loss == measure_loss(tuned, rounded, tokens) and loss.part < NOTED
+    rounding = QuantizeWeights(2, None)
+    steps[1] = (rounding, lost := apply_passes(tuned, [rounding]))
+    with pytest.raises(QualityError, match="quantize-weights loses most"):
+        require_likeness(Made(base, lost, steps, character_tokenizer(), None))
