@@ -106,9 +106,10 @@ def _logits(graph: fx.GraphModule, tokens: Tensor, rounded: set[str] | None = No
     def perturbed(name: str, value: Tensor) -> Tensor:
         if not rounded or name not in rounded:
             return value
-        info, exact = torch.finfo(value.dtype), value.double()
-        step = info.eps * exact.abs().clamp(min=info.smallest_normal).log2().floor().exp2()
-        return exact + step * (torch.randint(0, 2, value.shape, generator=generator) - 0.5)
+        info = torch.finfo(value.dtype)
+        exponent = torch.frexp(value.abs().clamp(min=info.smallest_normal).double()).exponent - 1
+        signs = torch.randint(0, 2, value.shape, generator=generator, dtype=torch.int8).double() - 0.5
+        return value.double() + torch.ldexp(signs, exponent) * info.eps
 
     result: Tensor | None = None
     for _, value in values_in(graph, tokens, torch.float64, perturbed):

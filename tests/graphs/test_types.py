@@ -21,7 +21,7 @@ HALF = [torch.bfloat16, torch.float16]
 EVERY = [torch.float64, torch.float32, *HALF]
 # Gains of 1 + w, casts after the gain, tables in float32, routers, biases, norms without gain.
 NAMES = (
-    [*CONFIGS, *OTHERS] if FULL else ["llama", "gemma3", "olmo2", "cohere", "mixtral", "gpt2", "modernbert"]
+    [*CONFIGS, *ENCODERS] if FULL else ["llama", "gemma3", "olmo2", "cohere", "mixtral", "gpt2", "modernbert"]
 )
 
 
