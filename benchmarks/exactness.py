@@ -21,6 +21,7 @@ from rolora_passes import (
     apply_passes,
     history,
 )
+from rolora_passes.errors import CaptureError
 from rolora_passes.graphs import capture
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -32,7 +33,11 @@ TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def cell(name: str, dtype: torch.dtype) -> str:
     """The largest relative error before folding, that of folding, and how many sites the passes changed."""
-    done = history(apply_passes(capture(tiny(name, dtype)), PASSES))
+    try:
+        graph = capture(tiny(name, dtype))
+    except CaptureError:  # BART and its kin branch on overflow in float16
+        return "refused"
+    done = history(apply_passes(graph, PASSES))
     *exact, folded = [record.error or 0.0 for record in done]
     return f"{max(exact):.0e} {folded:.0e} {sum(len(record.report.changed) for record in done[:-1])}"
 

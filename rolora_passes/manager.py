@@ -22,6 +22,7 @@ from rolora_passes.graphs.capture import from_exported
 from rolora_passes.graphs.graph import copy_graph, parameters
 from rolora_passes.graphs.spec import FACTS, ROUNDED, facts, refuted, require_legal
 from rolora_passes.graphs.text import graph_text
+from rolora_passes.graphs.verify import in_a_row
 from rolora_passes.passes import Calibration, Pass, Report
 from rolora_passes.registry import make_pass
 
@@ -142,19 +143,20 @@ def apply_passes(
         calibration = Calibration(calibration)
     require_calibration(pipeline, calibration, graph.meta.get("config", {}).get("vocab_size"))
     current = graph
-    for number, step in enumerate(pipeline):
-        calibration = referring(calibration, current, step)
-        try:
-            current, record = _apply(current, step, verify, calibration, number, print_graph, print_to)
-        except Exception as error:
-            if on_failure:
-                on_failure(Failure(step, current, calibration, verify, error))
-            raise
-        _log.info("%s", record)
-        if on_pass:
-            on_pass(record)
-        if on_graph:
-            on_graph(step, current)
+    with in_a_row():
+        for number, step in enumerate(pipeline):
+            calibration = referring(calibration, current, step)
+            try:
+                current, record = _apply(current, step, verify, calibration, number, print_graph, print_to)
+            except Exception as error:
+                if on_failure:
+                    on_failure(Failure(step, current, calibration, verify, error))
+                raise
+            _log.info("%s", record)
+            if on_pass:
+                on_pass(record)
+            if on_graph:
+                on_graph(step, current)
     return current if pipeline else copy_graph(graph)
 
 

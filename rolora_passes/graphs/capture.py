@@ -160,6 +160,12 @@ def _export(model: PreTrainedModel, kind: _Kind) -> torch.export.ExportedProgram
     except (CaptureError, MemoryError):
         raise
     except Exception as error:  # whatever the model's own code does with what it is given
+        if "DataDependent" in type(error).__name__:
+            raise CaptureError(
+                f"{type(model).__name__} in {model.dtype} branches on the values it computes, which a graph "
+                "cannot: if that is a guard against overflow in torch.float16, load it in torch.float32 or "
+                f"torch.bfloat16 ({one_line(error)})"
+            ) from error
         raise CaptureError(
             f"{type(model).__name__} cannot be captured without a cache, with one node for attention: "
             f"{one_line(error)} ({raised_at(error)})"

@@ -76,7 +76,7 @@ class _Narrow:
         """`node`, which stands above `cast`, in the type of `cast`; None where that type is not for it."""
         dtype = cast.meta["val"].dtype
         if node in self.known:
-            return cast_to(self.gm, cast, node, dtype)
+            return cast_to(self.gm, cast, node, dtype)  # type: ignore[no-any-return]
         if not _is_float(node) or node.meta["val"].dtype == dtype:
             return node  # type: ignore[no-any-return]
         if is_cast(node):
@@ -111,12 +111,12 @@ def _is_affine(node: Any, known: set[fx.Node]) -> bool:
     return is_op(value, "rms_norm", "layer_norm") or (is_op(node, "add") and _is_affine(value, known))
 
 
-def cast_to(gm: fx.GraphModule, before: fx.Node, node: Any, dtype: torch.dtype) -> fx.Node:
+def cast_to(gm: fx.GraphModule, before: fx.Node, node: Any, dtype: torch.dtype) -> Any:
     """A node in another type, cast before `before`; itself if it has that type."""
-    source: fx.Node = node.args[0] if is_cast(node) else node
-    for found in (node, source):
-        if found.meta["val"].dtype == dtype:
-            return found
+    if node.meta["val"].dtype == dtype:
+        return node
+    if is_cast(node) and node.args[0].meta["val"].dtype == dtype:
+        return node.args[0]
     new = insert(gm, before, aten.to.dtype, node, dtype)
     new.meta["val"] = node.meta["val"].to(dtype)
     return new

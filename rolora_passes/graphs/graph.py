@@ -313,7 +313,7 @@ def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     turning = [n for n in result.graph.nodes if is_op(n, "rotary_embedding")]
     angles = upstream(table for n in turning for table in n.args[1:3])
 
-    def change(found: torch.dtype, node: fx.Node) -> torch.dtype:
+    def change(node: fx.Node, found: torch.dtype) -> torch.dtype:
         wide = node in angles or found.itemsize > own.itemsize
         return torch.promote_types(found, dtype) if wide else dtype
 
@@ -321,9 +321,9 @@ def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
         if node.op == "get_attr":
             value = get_tensor(result, node.target)
             if value.is_floating_point():
-                set_tensor(result, node.target, value.detach().to(change(value.dtype, node)))
+                set_tensor(result, node.target, value.detach().to(change(node, value.dtype)))
         else:
-            node.args, node.kwargs = retyped((node.args, node.kwargs), partial(change, node=node))
+            node.args, node.kwargs = retyped((node.args, node.kwargs), partial(change, node))
     _drop_casts(result)
     return finish(result)
 

@@ -29,7 +29,7 @@ def normalize(gm: fx.GraphModule) -> None:
             _centred(gm, node)
 
 
-def _spelled_rms_norm(gm: fx.GraphModule, node: fx.Node) -> None:
+def _spelled_rms_norm(gm: fx.GraphModule, node: Any) -> None:
     divided = is_op(node, "div")
     for x, factor in (node.args[:2], node.args[1::-1]):
         eps = _inverse_rms(bare(factor), x, divided)
@@ -74,13 +74,13 @@ def _is_square(node: object, x: object) -> bool:
     return is_op(node, "mul") and all(bare(a) is x for a in node.args)
 
 
-def _centred(gm: fx.GraphModule, node: fx.Node) -> None:
+def _centred(gm: fx.GraphModule, node: Any) -> None:
     """rms_norm(x - mean(x)) is layer_norm(x)."""
     centred = bare(node.args[0])
     if not is_op(centred, "sub") or not is_op(bare(centred.args[1]), "mean"):
         return
     x, mean = centred.args[0], bare(centred.args[1])
-    if bare(mean.args[0]) is bare(x) and _over_last(mean) and len(node.args[1]) == 1:  # type: ignore[arg-type]
+    if bare(mean.args[0]) is bare(x) and _over_last(mean) and len(node.args[1]) == 1:
         new = insert(gm, node, aten.layer_norm.default, x, node.args[1], None, None, node.args[3])
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)

@@ -221,7 +221,7 @@ def test_inferred_shapes_are_those_of_the_values(name: str) -> None:
 def test_the_mask_decides_what_is_seen() -> None:
     """OLMoE tells its attention of a window that its mask does not have."""
     sizes = {"num_experts": 4, "num_experts_per_tok": 2}
-    model = t.OlmoeForCausalLM(t.OlmoeConfig(**UNTIED, **sizes, sliding_window=16)).eval()
+    model = t.OlmoeForCausalLM(t.OlmoeConfig(**UNTIED | {"head_dim": 6}, **sizes, sliding_window=16)).eval()
     graph = capture(model)
     assert {len(n.args) for n in graph.graph.nodes if is_op(n, "attention")} == {4}  # causal, no window
     tokens = tokens_for(graph, 2, 40)
@@ -254,7 +254,7 @@ def test_half_precision_hides_nothing_from_the_check(
     def wrong(exported: torch.nn.Module) -> fx.GraphModule:
         graph = canonicalize(exported)
         attention = next(n for n in graph.graph.nodes if is_op(n, "attention"))
-        attention.update_arg(3, attention.args[3] * 1.002)  # type: ignore[operator]
+        attention.update_arg(3, attention.args[3] * 1.05)  # type: ignore[operator]
         graph.recompile()
         return graph
 

@@ -7,11 +7,12 @@ from collections import Counter
 import pytest
 import torch
 import transformers as t
-from architectures import BASE, CONFIGS, FULL, OTHERS, tiny
+from architectures import BASE, CONFIGS, ENCODERS, FULL, SEQ2SEQ, tiny
 from helpers import captured, check_exact, count, difference, exactly, model_of, tokens_for
 from torch import fx
 
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes, history
+from rolora_passes.errors import CaptureError
 from rolora_passes.graphs.capture import _static_experts, capture
 from rolora_passes.graphs.graph import convert, dtype_of, is_op, op_name, parameters, run, set_tensor
 from rolora_passes.graphs.verify import relative_error
@@ -20,7 +21,7 @@ HALF = [torch.bfloat16, torch.float16]
 EVERY = [torch.float64, torch.float32, *HALF]
 # Gains of 1 + w, casts after the gain, tables in float32, routers, biases, norms without gain.
 NAMES = (
-    [*CONFIGS, *OTHERS] if FULL else ["llama", "gemma3", "olmo2", "cohere", "mixtral", "gpt2", "modernbert"]
+    [*CONFIGS, *ENCODERS] if FULL else ["llama", "gemma3", "olmo2", "cohere", "mixtral", "gpt2", "modernbert"]
 )
 
 
@@ -30,6 +31,21 @@ def operators(graph: fx.GraphModule) -> Counter[str]:
 
 def sites(graph: fx.GraphModule) -> list[tuple[str, list[str], list[tuple[str, str]]]]:
     return [(r.name, r.report.changed, r.report.left) for r in history(graph)]
+
+
+def test_a_branch_on_overflow_is_refused_by_name() -> None:
+    with pytest.raises(CaptureError, match=r"BartFor.* in torch\.float16 branches on the values it computes"):
+        capture(tiny("bart", torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [*EVERY[:3]])
+@pytest.mark.parametrize("name", SEQ2SEQ if FULL else ["bart"])
+def test_encoders_with_decoders_have_the_same_sites(name: str, dtype: torch.dtype) -> None:
+    passes = [FuseNorm(), Rotate(), InsertHadamard()]
+    found = check_exact(captured(name, dtype), passes)
+    expected = apply_passes(captured(name, torch.float32), passes, verify=False)
+    assert sites(apply_passes(captured(name, dtype), passes, verify=False)) == sites(expected)
+    assert operators(convert(found, torch.float32)) == operators(expected)
 
 
 @pytest.mark.parametrize("dtype", EVERY)
