@@ -18,8 +18,8 @@ from rolora_passes.graphs.shapes import infer_shapes
 # Of logits in float64, relative to the largest: rounding over the depth of a model stays below it.
 EXACT = 1e-9
 # A pass that rounds parameters may move the logits by so many times what rounding them again does: one of
-# these draws of rounding errors. They are as large as rounding can be (half an ulp to a whole one), with random
-# signs.
+# these draws of rounding errors. They are as large as rounding can be (half an ulp to a whole one), with
+# random signs.
 ROUNDINGS, DRAWS = 2.0, 4
 _kept: ContextVar[tuple[fx.GraphModule | None, Tensor] | None] = ContextVar("kept", default=None)
 # Operators that want one type of all their operands.
