@@ -1,4 +1,4 @@
-"""How far int8 activations x int4 weights move a model, with and without rotation.
+"""How far int4 activations x int4 weights move a model, with and without rotation.
 
 python examples/quantize_and_compare.py                 a tiny random model with outliers planted
 python examples/quantize_and_compare.py --model PATH    a model folder or .gguf file, on the text below
@@ -32,26 +32,26 @@ def tiny_model() -> PreTrainedModel:
         num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.1,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    plant_outlier(model, channel=5, size=10.0)
+    plant_outlier(model, channel=5, size=30.0)
     return model
 
 
 @torch.no_grad()
 def plant_outlier(model: PreTrainedModel, channel: int, size: float) -> None:
-    """Enlarge one channel of every norm's gain and of every MLP, as training does.
+    """Enlarge one channel of the residual stream and of every MLP, as training does.
 
-    What writes the one and reads the other is made smaller to match. Fused into the weights that read the
-    norm, the gain leaves a column that sets the scale of its whole group.
+    What writes a channel is made larger and what reads it smaller. The channel sets the scale of every token
+    that a linear reads, which leaves few of the 16 levels to the others.
     """
-    model.model.embed_tokens.weight[:, channel] /= size
-    model.model.norm.weight[channel] *= size
+    model.model.embed_tokens.weight[:, channel] *= size
+    model.lm_head.weight[:, channel] /= size
     for layer in model.model.layers:
-        layer.input_layernorm.weight[channel] *= size
-        layer.post_attention_layernorm.weight[channel] *= size
-        layer.self_attn.o_proj.weight[channel] /= size
-        layer.mlp.down_proj.weight[channel] /= size
-        layer.mlp.up_proj.weight[channel] *= size
-        layer.mlp.down_proj.weight[:, channel] /= size
+        attention, mlp = layer.self_attn, layer.mlp
+        for writer in (attention.o_proj, mlp.down_proj, mlp.up_proj):
+            writer.weight[channel] *= size
+        for reader in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            reader.weight[:, channel] /= size
+        mlp.down_proj.weight[:, channel] /= size
 
 
 def divergence(found: Tensor, expected: Tensor) -> float:
@@ -75,7 +75,7 @@ def main() -> None:
     graph = capture(model)
     expected = run(graph, tokens)
     print("recipe            KL to the float graph")
-    for recipe in ("float", "8da4w", "rotated-8da4w"):
+    for recipe in ("float", "rtn:W4A4", "quarot-rtn:W4A4"):
         quantized = apply_passes(graph, load_recipe(recipe))
         print(f"{recipe:16}  {divergence(run(quantized, tokens), expected):.2e} nats")
 

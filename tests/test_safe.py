@@ -35,6 +35,7 @@ MEANT = {
     ("registry.py", "import_module"),  # a pass, by the table or the entry points of installed packages
     ("graphs/rotations.py", "torch.load"),  # weights_only, which is looked at below
     ("learning/loop.py", "torch.load"),
+    ("loading/checkpoint.py", "torch.load"),
 }
 
 

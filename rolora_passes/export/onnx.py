@@ -159,12 +159,15 @@ def write_onnx(
     from rolora_passes.export.onnx_ort import ORT
     from rolora_passes.export.onnx_portable import PORTABLE
     from rolora_passes.export.onnx_store import Store
+    from rolora_passes.export.onnx_weights import common_level
 
     start = time.perf_counter()
     given = ready(graph)
     prepared = copy_graph(given)
     fuse_heads(prepared)
     table = ORT if flavor == "ort" else PORTABLE
+    if flavor == "portable":
+        accuracy_level = common_level(prepared, accuracy_level)
     e = Emitter(prepared, table, Store(folder, DATA), Settings(max_length, accuracy_level))
     _lower(e, flavor, last_token)
     ir.save(_model(e, flavor), folder / MODEL)

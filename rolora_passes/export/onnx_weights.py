@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.onnx_emitter import Emitter, Node
-from rolora_passes.graphs.graph import argument, get_tensor, is_op
+from rolora_passes.graphs.graph import KEPT, argument, get_tensor, is_op
 
 KERNEL_BITS = (4, 8)
 _SMALLEST, _LARGEST = 16, 256  # groups that MatMulNBits has: powers of two between these
@@ -125,9 +125,18 @@ def kernel_input(e: Emitter, linear: Node) -> tuple[Node, int]:
 
     Level 4 is the kernel's own rounding of activations to 8 bits, in place of the graph's; 0 leaves them.
     """
-    x, level = linear.args[0], e.settings.accuracy_level
-    rounded = is_op(x, "fake_quantize") and argument(x, "bits") == 8
+    x, level, rounded = linear.args[0], e.settings.accuracy_level, _in_8_bits(linear)
     if level is None:
         level = 4 if rounded else 0
     e.levels.add(level)
     return (x.args[0] if rounded and level == 4 else x), level
+
+
+def common_level(graph: fx.GraphModule, level: int | None) -> int | None:
+    """The level for a runtime that has one for all products: 0 where the graph rounds for some of them alone."""
+    products = [n for n in graph.graph.nodes if is_op(n, "linear") and is_op(n.args[1], *KEPT)]
+    return 0 if level is None and len({_in_8_bits(n) for n in products}) > 1 else level
+
+
+def _in_8_bits(linear: Node) -> bool:
+    return is_op(linear.args[0], "fake_quantize") and argument(linear.args[0], "bits") == 8

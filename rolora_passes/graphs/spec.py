@@ -47,8 +47,8 @@ class Fact:
 def require_legal(graph: fx.GraphModule, where: str) -> None:
     """Refuse a graph that is not what every pass may rely on.
 
-    Parameters and expressions on them come first, then inputs that `graphs.inputs` names and calls of
-    functional operators; one tensor is returned. A graph with caches may write into them.
+    Its nodes are parameters, inputs that `graphs.inputs` names, and calls of functional operators; it returns
+    one tensor. A graph with caches may write into them.
 
     Args:
         where: at which stage, for the message: "after fuse-norm".
@@ -63,13 +63,10 @@ def require_legal(graph: fx.GraphModule, where: str) -> None:
 
 
 def _illegal(graph: fx.GraphModule) -> Iterator[str]:
-    names, started = input_names(graph), False
+    names = input_names(graph)
     if names not in (DECODER, ENCODER, ENCODER_DECODER, CACHED):
         yield f"its inputs are {', '.join(names) or 'none'}"
     for node in graph.graph.nodes:
-        started |= node.op == "placeholder"
-        if node.op == "get_attr" and started and names != CACHED:
-            yield f"the parameter {node.target} stands after the first input"
         if node.op not in ("get_attr", "placeholder", "call_function", "output"):
             yield f"`{node.name}` is a {node.op}, which no pass looks into"
         elif node.op == "call_function":

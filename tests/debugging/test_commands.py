@@ -111,7 +111,7 @@ def test_graphs_are_printed(checkpoint: Path, text: Path, tmp_path: Path, rolora
         *("--print-graph", "changed", "--print-to", tmp_path / "graphs"),
     )
     assert status == 0, said
-    assert (tmp_path / "graphs" / "00-fuse-norm.txt").read_text().startswith("--- before")
+    assert (tmp_path / "graphs" / "00-quantize-weights.txt").read_text().startswith("--- before")
 
 
 @pytest.mark.parametrize("command", ["compile", "eval"])

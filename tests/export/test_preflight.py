@@ -264,10 +264,11 @@ def test_a_longer_context_than_a_model_is_made_for_is_told(model: Path, tmp_path
     arguments = ("compile", model, "--recipe", recipe, "--target", "onnx", "-o", tmp_path / "out")
     status, _, said = rolora(*arguments, "--max-length", 80)
     assert status == 0 and "warning: the programs hold 80 tokens, and the model is made for 64" in said
-    assert "made for 64" in json.loads((tmp_path / "out/manifest.json").read_text())["warnings"][0]
+    warnings = json.loads((tmp_path / "out/manifest.json").read_text())["warnings"]
+    assert any("made for 64" in warning for warning in warnings)
     shutil.rmtree(tmp_path / "out")
     status, _, said = rolora(*arguments, "--max-length", 64)
-    assert status == 0 and "warning" not in said
+    assert status == 0 and "made for" not in said
 
 
 def test_a_target_that_the_outline_does_not_show_is_left_to_the_pass(known: Outline, tmp_path: Path) -> None:

@@ -134,9 +134,11 @@ def _foreign(graph: fx.GraphModule) -> None:
     insert_after(graph, node, print, node)
 
 
-def _late(graph: fx.GraphModule) -> None:
-    with graph.graph.inserting_before(graph.graph.output_node()):
-        graph.graph.get_attr("lm_head.weight")
+def _module(graph: fx.GraphModule) -> None:
+    graph.add_module("lm_head", torch.nn.Identity())
+    output = graph.graph.output_node()
+    with graph.graph.inserting_before(output):
+        output.args = (graph.graph.call_module("lm_head", output.args),)
 
 
 def _two(graph: fx.GraphModule) -> None:
@@ -154,7 +156,7 @@ def _another_input(graph: fx.GraphModule) -> None:
     [
         (_mutating, r"`add_.*` writes into its operand"),
         (_foreign, "`print.*` calls .*print.*, which is no operator"),
-        (_late, "parameter lm_head.weight stands after the first input"),
+        (_module, "`lm_head` is a call_module, which no pass looks into"),
         (_two, "it returns .*, not one tensor"),
         (_another_input, "its inputs are tokens, positions, mask"),
     ],

@@ -59,8 +59,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[fx.Node, Any]]:
     made: list[tuple[fx.Node, Any]] = []
     whole = module.call
 
-    def call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-        result = whole(node, value_of)
+    def call(node: fx.Node, value_of: Callable[[fx.Node], Any], *dtype: Any) -> Any:
+        result = whole(node, value_of, *dtype)
         made.append((node, weakref.ref(result) if isinstance(result, Tensor) else None))
         return result
 

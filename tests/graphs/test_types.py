@@ -119,13 +119,13 @@ def test_a_router_keeps_float32_through_folding() -> None:
 
 def test_folding_evaluates_through_casts() -> None:
     """1 + w of a gain in bfloat16 is rounded where the graph says so, but not inside W * (1 + w)."""
-    graph = apply_passes(captured("gemma2", torch.bfloat16), [FuseNorm()])
+    graph = apply_passes(captured("gemma", torch.bfloat16), [FuseNorm()])
     name = "model.layers.0.self_attn.q_proj.weight"
-    plain = parameters(captured("gemma2", torch.bfloat16))
+    plain = parameters(captured("gemma", torch.bfloat16))
     gain = 1 + plain["model.layers.0.input_layernorm.weight"].double()
     found = parameters(apply_passes(graph, [FoldConstants()]))[name]
     assert torch.equal(found, (plain[name].double() * gain).to(torch.bfloat16))
-    assert difference(apply_passes(graph, [FoldConstants()]), captured("gemma2", torch.bfloat16)) < 0.03
+    assert difference(apply_passes(graph, [FoldConstants()]), captured("gemma", torch.bfloat16)) < 0.03
 
 
 def test_a_wider_parameter_is_not_narrowed_by_conversion() -> None:

@@ -79,7 +79,7 @@ def test_scales_that_do_not_move_are_the_scales_that_were() -> None:
         torch.testing.assert_close(before[name], after[name], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen3", "phi3"])
 def test_norms_whose_gains_were_fused_get_others(name: str) -> None:
     """Where linears alone read them: not a norm of queries, nor one before a sum."""
     fused = apply_passes(sharp(name), [FuseNorm(), *ROUND])
