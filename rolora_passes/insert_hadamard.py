@@ -84,7 +84,9 @@ class InsertHadamard(Pass):
         bases, shapes, known = infer_bases(graph), infer_shapes(graph), constants(graph)
         turns = _Turns(graph, self.factors, self.given)
         for node in list(graph.graph.nodes):
-            if self.r3 and is_op(node, "attention"):
+            if is_op(node, "attention") and not isinstance(shapes[node.args[0]], torch.Tensor):
+                report.left.append((node.name, "the width of its queries is not known"))
+            elif self.r3 and is_op(node, "attention"):
                 self._queries_and_keys(turns, node, bases, int(shapes[node.args[0]].shape[-1]), report)
             elif self.r4 and _spreads(node, known) and isinstance(shapes[node], torch.Tensor):
                 self._product(turns, node, int(shapes[node].shape[-1]), known, report)

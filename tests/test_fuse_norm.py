@@ -160,3 +160,35 @@ def test_a_layer_norm_model_cannot_keep_its_table_tied_and_says_so() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(PassError, match="'untie' or 'keep', found 'both'"):
         FuseNorm(tied="both")  # type: ignore[arg-type]
+
+
+class Flat(torch.nn.Module):
+    """The second LayerNorm's output is flattened before a linear reads it, as a mixture's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = torch.nn.Embedding(13, 8), torch.nn.Linear(8, 13)
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(8) for _ in range(2))
+        self.linears = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+        for norm in self.norms:
+            torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+            torch.nn.init.normal_(norm.bias)
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        x = x + self.linears[0](self.norms[0](x))
+        flat = self.norms[1](x).view(-1, 8)
+        x = x + self.linears[1](flat).view(x.shape)
+        logits: torch.Tensor = self.head(torch.nn.functional.layer_norm(x, (8,)))
+        return logits
+
+
+def test_a_norm_that_stays_keeps_the_others_of_its_stream() -> None:
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    model = Flat().eval()
+    program = torch.export.export(model, (tokens, torch.arange(3).expand(2, 3)), dynamic_shapes=(dims, dims))
+    graph = apply_passes(program, [FuseNorm()])  # verified
+    assert not report_of(graph).changed and report_of(graph).left
+    assert count(graph, "layer_norm") == 3

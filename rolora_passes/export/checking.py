@@ -18,11 +18,13 @@ from rolora_passes.export.positions import position_only, tabulate
 from rolora_passes.export.shapes import written
 from rolora_passes.graphs.graph import argument, copy_graph, get_tensor, insert, is_op, set_tensor
 from rolora_passes.graphs.inputs import inputs_for
+from rolora_passes.graphs.sites import routers
 from rolora_passes.graphs.verify import sample_tokens
 
 EXACT = 1e-3
 """How far logits in floating point may be, relative to their size: hundreds of times their rounding."""
 _HELD = 0.05  # of a graph with int8 caches, whose rounding cannot be taken out
+_ROUTED = 0.3  # of a mixture whose activations are rounded: near a tie, another expert may be chosen
 _PROMPT, _DECODED, _BEYOND = 12, 4, 2
 
 Step = Callable[[Tensor, int], Tensor]
@@ -69,6 +71,7 @@ class Reference:
         else:
             _tabulate(self.graph, max_length)
         self.floating = _without_rounding(self.graph)
+        self.routed = bool(routers(self.graph))
         attentions = [n for n in graph.graph.nodes if is_op(n, "attention")]
         self.window: int = max((argument(n, "window") or 0 for n in attentions), default=0)
 
@@ -83,7 +86,8 @@ class Reference:
         if self.floating is None:
             held = any(is_op(n, "dequantize_per_token") for n in self.graph.graph.nodes)
             return found, _HELD if held else EXACT
-        return found, EXACT + 2 * max_distance(self._run(self.floating, tokens), found)
+        rounding = EXACT + 2 * max_distance(self._run(self.floating, tokens), found)
+        return found, max(rounding, _ROUTED) if self.routed else rounding
 
     def _run(self, graph: fx.GraphModule, tokens: Tensor) -> Tensor:
         start = torch.zeros(1, dtype=torch.int64)

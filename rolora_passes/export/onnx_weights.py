@@ -133,7 +133,7 @@ def kernel_input(e: Emitter, linear: Node) -> tuple[Node, int]:
 
 
 def common_level(graph: fx.GraphModule, level: int | None) -> int | None:
-    """The level for a runtime that has one for all products: 0 where the graph rounds for some of them alone."""
+    """The level for a runtime that has one for all products: 0 where the graph rounds for some alone."""
     products = [n for n in graph.graph.nodes if is_op(n, "linear") and is_op(n.args[1], *KEPT)]
     return 0 if level is None and len({_in_8_bits(n) for n in products}) > 1 else level
 

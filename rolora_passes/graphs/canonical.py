@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import CaptureError
-from rolora_passes.graphs import bookkeeping, casts, fused, graph, norms, rotary
+from rolora_passes.graphs import bookkeeping, casts, functional, fused, graph, norms, rotary
 from rolora_passes.graphs.graph import aten, finish, is_op, merge_equal, op_name
 from rolora_passes.graphs.inputs import DECODER, ENCODER, ENCODER_DECODER, input_names
 from rolora_passes.graphs.shapes import same_shape, shape_of
@@ -44,7 +44,7 @@ def canonicalize(module: torch.nn.Module) -> fx.GraphModule:
     """
     gm = _own(module)
     _remove_checks(gm)
-    _make_functional(gm)
+    functional.make_functional(gm)
     _raise_precision(gm)
     rules: list[Callable[[fx.GraphModule], None]] = [
         _remove_copies,
@@ -153,34 +153,6 @@ def _remove_checks(gm: fx.GraphModule) -> None:
         checks = node.op in ("call_function", "call_module") and not node.users
         if checks and (op_name(node).startswith(_CHECKS) or str(node.target).startswith(_CHECKS)):
             gm.graph.erase_node(node)
-
-
-def _make_functional(gm: fx.GraphModule) -> None:
-    """`div_(x, y)` becomes `div(x, y)`, read by everything after it that read x."""
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    for node in list(gm.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if not node.target._schema.is_mutable:
-            continue
-        subject = node.args[0]
-        if is_op(node, "copy_") and isinstance(subject, fx.Node) and same_shape(*node.args[:2]):
-            node.replace_all_uses_with(node.args[1])  # a buffer that is written before it is read
-            for user in [u for u in subject.users if order.get(u, 0) > order[node]]:
-                user.replace_input_with(subject, node.args[1])
-            gm.graph.erase_node(node)
-            continue
-        functional = getattr(aten, op_name(node).removesuffix("_"), None)
-        shared = is_op(
-            subject, "view", "slice", "select", "transpose", "expand", "split", "chunk", "unsqueeze"
-        )
-        if functional is None or shared or not isinstance(subject, fx.Node) or subject.op != "call_function":
-            raise CaptureError(f"cannot make {node.format_node()} functional: it writes into a shared value")
-        overload = node.target._overloadname
-        node.target = getattr(functional, overload if overload in functional.overloads() else "default")
-        for user in list(subject.users):
-            if order.get(user, 0) > order[node]:
-                user.replace_input_with(subject, node)
 
 
 def _raise_precision(gm: fx.GraphModule) -> None:

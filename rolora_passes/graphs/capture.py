@@ -28,7 +28,7 @@ from rolora_passes.graphs.inputs import DECODER, ENCODER, ENCODER_DECODER, input
 from rolora_passes.graphs.masks import Mask, Masks
 from rolora_passes.graphs.precision import InFloat32
 from rolora_passes.graphs.sources import raised_at
-from rolora_passes.graphs.verify import relative_error
+from rolora_passes.graphs.verify import relative_error, sample_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +45,7 @@ _IGNORED = {
 _CHANGING = ("dynamic",)
 # Lengths that a configuration may name and from which on something changes.
 _SIZES = ("sliding_window", "attention_chunk_size", "local_attention", "original_max_position_embeddings")
+_CHUNKS = ("chunk_size", "mamba_chunk_size")  # of scans
 _LONGEST_CHECK = 160  # tokens: longer windows than this allows are compared by what the masks say alone
 
 
@@ -119,11 +120,40 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def from_exported(exported: torch.export.ExportedProgram) -> fx.GraphModule:
-    """Canonical form of an ExportedProgram whose forward takes what `graphs.inputs` names, to one tensor."""
+    """Canonical form of an ExportedProgram whose forward takes what `graphs.inputs` names, to one tensor.
+
+    Raises:
+        CaptureError: it takes or returns something else, or the graph does not compute what the program does.
+    """
     graph = canonicalize(exported.module(check_guards=False))
     graph.meta["config"] = {}
     remember_weights(graph, exported.state_dict)
+    if exported.example_inputs is not None:
+        _compare_exported(graph, exported)
     return graph
+
+
+def _compare_exported(graph: fx.GraphModule, exported: torch.export.ExportedProgram) -> None:
+    """Compare a graph with its program on random tokens of the example's shape."""
+    args, kwargs = exported.example_inputs
+    generator = torch.Generator().manual_seed(0)
+    size = sample_tokens(graph, 1, 64).max() + 1
+
+    def drawn(value: Any) -> Any:
+        whole = isinstance(value, Tensor) and value.dtype == torch.int64 and not bool(value.any())
+        return torch.randint(0, int(size), value.shape, generator=generator) if whole else value
+
+    args, kwargs = fx.node.map_aggregate((args, kwargs), drawn)  # type: ignore[arg-type]
+    with torch.no_grad():
+        expected = exported.module(check_guards=False)(*args, **kwargs)
+        found = graph(*args, **kwargs)
+    expected = expected[0] if isinstance(expected, (tuple, list)) else expected
+    error, allowed = relative_error(found, expected), max(1e-4, 50 * torch.finfo(expected.dtype).eps)
+    if not error <= allowed:
+        raise CaptureError(
+            f"expected the graph to compute what the exported program does, found a relative difference of "
+            f"{error:.1e} (allowed {allowed:.0e})"
+        )
 
 
 class _Forward(nn.Module):
@@ -364,5 +394,7 @@ def _length(graph: fx.GraphModule, model: PreTrainedModel) -> int:
     sizes += [getattr(config, key, None) for key in _SIZES]
     sizes += [rope.get(key) for rope in _ropes(model) for key in _SIZES]
     sizes = [2 * size + 4 for size in sizes if isinstance(size, int) and 2 * size + 4 <= _LONGEST_CHECK]
-    longest = getattr(config, "max_position_embeddings", None) or _LONGEST_CHECK
+    chunks = [getattr(config, key, None) for key in _CHUNKS]
+    sizes += [size + 1 for size in chunks if isinstance(size, int) and size < 2 * _LONGEST_CHECK]
+    longest = getattr(config, "max_position_embeddings", None) or 2 * _LONGEST_CHECK
     return int(min(max(12, *sizes, 12), longest))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rolora_passes.errors import CaptureError
+
 _REACH = 64  # positions looked at beyond whatever range a mask has
 _LONGEST = 1 << 17
 
@@ -26,6 +28,25 @@ class Mask:
     causal: bool
     window: int | None
     other: str | None = None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _read_by_the_model()
+
+    def __getitem__(self, place: Any) -> Any:
+        raise _read_by_the_model()
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__") and hasattr(Tensor, name):
+            raise _read_by_the_model()
+        raise AttributeError(name)
+
+
+def _read_by_the_model() -> CaptureError:
+    return CaptureError(
+        "the model computes with its attention mask itself (an added bias, ALiBi, attention of its own); "
+        "expected one that hands a causal or sliding-window mask to transformers' attention"
+    )
 
 
 class Masks:

@@ -9,7 +9,7 @@ different sizes is harder to quantize than the same weight without them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -70,8 +70,8 @@ class Fusions:
 def find_fusions(graph: fx.GraphModule) -> Fusions:
     """Decide for every norm of a graph whose embedding and head have tables of their own.
 
-    All that could move is looked past first, to see which can; then what cannot move is put back, and the
-    classes that are free all the same are those worth the move.
+    All that could move is looked past first, to see which can. Then what cannot move is put back, and what
+    would free no class, until only moves are left that free one together.
     """
     known = constants(graph)
     affines = find_affines(graph, known)
@@ -80,19 +80,26 @@ def find_fusions(graph: fx.GraphModule) -> Fusions:
     bases = infer_bases(graph, cut=everything)
     reasons: dict[Affine | fx.Node, str | None] = {a: _why_not(a, affines, bases, known) for a in affines}
     reasons |= {n: blocked(bases.of(n.args[0]), reading=False) for n in norms}
-    movable = [one for one, reason in reasons.items() if reason is None]
-    cut = {n for one in movable for n in (one.nodes if isinstance(one, Affine) else [one])}
-    result = Fusions(bases if cut == everything else infer_bases(graph, cut=cut))
+    cut: set[fx.Node] | None = None
+    while cut != (left := _of([one for one, reason in reasons.items() if reason is None])):
+        # As if what cannot move, or is of no use, stayed.
+        cut, bases = left, bases if left == everything else infer_bases(graph, cut=left)
+        reasons |= {one: _why_useless(one, bases, cut) for one, why in reasons.items() if why is None}
+    result = Fusions(bases)
     for one, reason in reasons.items():
-        norm, name = (one.norm, parameter_name(one, known)) if isinstance(one, Affine) else (one, one.name)
-        reason = reason or _why_useless(norm, result.bases, norm in cut)
         if reason is not None:
+            name = parameter_name(one, known) if isinstance(one, Affine) else one.name
             result.left.append((name, reason))
         elif isinstance(one, Affine):
             result.affines.append(one)
         else:
             result.centrings.append(one)
     return result
+
+
+def _of(moving: Iterable[Affine | fx.Node]) -> set[fx.Node]:
+    """The nodes that would go."""
+    return {node for one in moving for node in (one.nodes if isinstance(one, Affine) else [one])}
 
 
 def find_untied_fusions(graph: fx.GraphModule) -> tuple[Fusions, set[str]]:
@@ -183,10 +190,11 @@ def _why_not(affine: Affine, affines: list[Affine], bases: Bases, known: Collect
     return reason or ("its axis meets another gain's" if len(sharing) > 1 else None)
 
 
-def _why_useless(norm: fx.Node, bases: Bases, removed: bool) -> str | None:
+def _why_useless(one: Affine | fx.Node, bases: Bases, cut: Collection[fx.Node]) -> str | None:
     """Why the class of what a norm reads (and of what it writes, if it is looked past) stays rigid anyway."""
+    norm = one.norm if isinstance(one, Affine) else one
     read = bases.of(norm.args[0])
-    for cls, _ in read + (bases.of(norm) if removed else []):
+    for cls, _ in read + (bases.of(norm) if norm in cut else []):
         if not cls.free:
             return f"{_NO_USE}: {cls.why_rigid()}"
     return None if any(cls.parameters for cls, _ in read) else f"{_NO_USE}: no parameter writes what it reads"

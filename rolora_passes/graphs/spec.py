@@ -16,16 +16,16 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import GraphFormatError, PassError
-from rolora_passes.graphs.graph import KEPT, constants, is_op, leaves, op_name
+from rolora_passes.graphs.graph import KEPT, argument, constants, is_op, leaves, op_name
 from rolora_passes.graphs.inputs import CACHED, DECODER, ENCODER, ENCODER_DECODER, input_names
 from rolora_passes.graphs.norm_fusion import find_untied_fusions
 from rolora_passes.graphs.rotations import only
 
-# What canonical form has another node for, or none: capture rewrites these.
-_SPELLINGS = {
-    "addmm", "clone", "alias", "detach", "contiguous", "lift_fresh_copy", "dropout", "chunk", "split",
-    "split_with_sizes", "unbind", "scaled_dot_product_attention",
-}  # fmt: skip
+# Copies, of which canonical form has none.
+_COPIES = ("clone", "alias", "detach", "contiguous", "lift_fresh_copy")
+# What makes memory without values, and what does not look at values.
+_UNWRITTEN = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+_BLIND = ("fill", "zeros_like", "ones_like", "full_like", "zero", "sym_size", "empty_like", "new_empty")
 _FAKE = ("fake_quantize", "fake_quantize_static")
 
 
@@ -81,12 +81,25 @@ def _illegal_call(node: fx.Node, cached: bool) -> Iterator[str]:
             yield f"`{node.name}` calls {node.target}, which is no operator"
     elif node.target._schema.is_mutable and not cached:
         yield f"`{node.name}` writes into its operand ({node.target})"
+    elif torch.Tag.nondeterministic_seeded in node.target.tags and not _draws_nothing(node):
+        yield f"`{node.name}` draws random numbers ({node.target})"
+    elif is_op(node, *_UNWRITTEN) and any(not is_op(u, *_BLIND) for u in node.users):
+        yield f"`{node.name}` is memory that nothing has written ({node.target})"
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Dropout outside training, and attention without any."""
+    if is_op(node, "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"):
+        return argument(node, "train") is False
+    return (is_op(node, "rrelu") and argument(node, "training") is False) or (
+        is_op(node, "scaled_dot_product_attention") and not argument(node, "dropout_p")
+    )
 
 
 def _not_canonical(graph: fx.GraphModule) -> str | None:
     for node in graph.graph.nodes:
-        if is_op(node, *_SPELLINGS):
-            return f"`{node.name}` spells {op_name(node)} out"
+        if is_op(node, *_COPIES):
+            return f"`{node.name}` copies ({op_name(node)})"
         if is_op(node, "rms_norm", "layer_norm") and any(isinstance(a, fx.Node) for a in node.args[1:]):
             return f"`{node.name}` holds its gain"
     return next(_illegal(graph), None)
