@@ -51,8 +51,8 @@ def run(options: argparse.Namespace) -> None:
     room = _held(folder) - count
     if room < 1:
         raise RunError(
-            f"the prompt has {count} tokens, and the program holds {room + count}, with what it answers: give a "
-            "shorter one, or compile with a larger --max-length"
+            f"the prompt has {count} tokens, and the program holds {room + count}, with what it answers: "
+            "give a shorter one, or compile with a larger --max-length"
         )
     descriptor = os.dup(sys.stdout.fileno())  # ExecuTorch prints too, and is put aside
     screen = os.fdopen(descriptor, "w", encoding=sys.stdout.encoding)
@@ -83,7 +83,7 @@ def _held(folder: Path) -> int:
 
 
 def _prompt(folder: Path, prompt: str, raw: bool) -> tuple[str, int, int]:
-    """A prompt as the program is to read it, how many tokens the tokenizer begins it with, and of how many it is.
+    """A prompt as the program reads it, how many tokens the tokenizer begins it with, and how many it has.
 
     That is the model's own chat template, which has its own beginning, or else the prompt as it is.
     """

@@ -22,7 +22,7 @@ from rolora_passes.export.extras import require
 from rolora_passes.export.kv_cache import require_context
 from rolora_passes.export.onnx import Flavor, OnnxReport, write_onnx
 from rolora_passes.export.positions import tabulate
-from rolora_passes.export.preflight import outline, require_kernels, require_vocabulary
+from rolora_passes.export.preflight import outline, require_kernels, require_memory, require_vocabulary
 from rolora_passes.export.tokenizers import require_tokenizer, save_tokenizer
 from rolora_passes.graphs.accounting import Weights, weigh
 from rolora_passes.graphs.adapters import load_adapter
@@ -250,6 +250,7 @@ def _preflight(
     Returns: what a user should know, and the calibration data.
     """
     known = outline(source)
+    require_memory(known, passes, lower.max_length)
     small = dataclasses.replace(lower, max_length=16, fast_prefill=False, run=False)
     require_kernels(known, passes, [partial(_try, small, target) for target in lower.targets])
     warnings, tokenizer = require_tokenizer(source, lower.targets), load_tokenizer(source)
