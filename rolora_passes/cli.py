@@ -71,7 +71,7 @@ def _tell(error: str) -> None:
 
 @contextmanager
 def _stopped_as_by_hand() -> Iterator[None]:
-    """SIGTERM, of `kill` or a cancelled job, stops a command as Ctrl-C does: what is half written is removed."""
+    """SIGTERM (`kill`, a job's end) stops a command as Ctrl-C does, which removes what is half written."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt

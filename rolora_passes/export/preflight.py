@@ -134,8 +134,8 @@ def require_memory(known: Outline, passes: Sequence[Pass], max_length: int) -> N
     most = _memory() // (2 * one)  # the graph has them, and the runtime that tries the program
     if max_length > most:
         raise LoweringError(
-            f"the caches of {max_length} tokens take {one * max_length / 1e9:.3g} GB, in the graph and in the "
-            f"runtime that tries the program, and this machine has {_memory() / 1e9:.3g} GB: give a "
+            f"the caches of {max_length} tokens take {one * max_length / 1e9:.3g} GB, in the graph and in "
+            f"the runtime that tries the program, and this machine has {_memory() / 1e9:.3g} GB: give a "
             f"--max-length of {most} or less"
         )
 
