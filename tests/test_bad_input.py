@@ -469,6 +469,18 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         "PassError: expected a recipe at",
     ),
     "length": (["compile", "MODEL", "-o", "OUT", "--max-length", "0"], "--max-length: expected 16 or more"),
+    "flavor": (
+        ["compile", "MODEL", "-o", "OUT", "--flavor", "ort"],
+        "LoweringError: expected --target onnx with --flavor, found executorch: add it, or leave",
+    ),
+    "accuracy level": (
+        ["compile", "MODEL", "-o", "OUT", "--accuracy-level", "0"],
+        "LoweringError: expected --target onnx with --accuracy-level, found executorch",
+    ),
+    "fast prefill": (
+        ["compile", "MODEL", "-o", "OUT", "--fast-prefill", "--target", "onnx"],
+        "LoweringError: expected --target executorch with --fast-prefill, found onnx",
+    ),
     "output": (["compile", "MODEL", "-o", "MODEL"], "FileExistsError: .*tiny exists and is not a compiled"),
     "hub name": (
         ["compile", "no-such-model", "-o", "OUT"],

@@ -177,7 +177,10 @@ def pickled(folder: Path) -> None:
             r"found lm_head\.weight in model-00001-of-00002\.safe.* and again in model-00002-of-00002\.",
         ),
         (outside, r"expected files of .* found \.\./.*-other\.safetensors: mend the index$"),
-        (pickled, r"pytorch_model\.bin is damaged, or holds more than tensors, .* as \.safetensors$"),
+        (
+            pickled,
+            r"_model\.bin is not a file of tensors: it is damaged, or holds more than .* as \.safetensors$",
+        ),
         (quantized, r"found weights quantized with gptq \(quantization_config"),
         (adapted, r"found an adapter beside it \(adapter_config\.json\)"),
         (unlisted, r"model-00009-of-00009\.safetensors holds more, and nothing reads that file"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -246,13 +245,13 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.bin`; nothing but tensors is unpickled."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:  # whose own words are how to read it all the same
-        raise CaptureError(
-            f"{path} is damaged, or holds more than tensors, which could run code: fetch it again, or give "
-            "the model as .safetensors"
-        ) from error
     except Exception as error:  # as many as there are ways to be no such file
-        raise CaptureError(f"{path} is not a file of tensors: {one_line(error)}; fetch it again") from error
+        why = one_line(error)
+        if type(error).__name__ == "UnpicklingError":  # its own words are how to read the file all the same
+            why = "it is damaged, or holds more than tensors, which could run code"
+        raise CaptureError(
+            f"{path} is not a file of tensors: {why}; fetch it again, or give the model as .safetensors"
+        ) from error
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
