@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     from rolora_passes.evaluation.parity import compare_programs
     from rolora_passes.export.compile import compile_model
 
-    targets = options.target or ("executorch",)
+    targets: Any = options.target or ("executorch",)
     _require_used(options, targets)
     adapters = dict(options.adapter)
     if len(adapters) < len(options.adapter):

@@ -57,7 +57,8 @@ class Loss:
         return (
             f"it loses {self._amount()} of what the model says about {self.tokens} tokens of text (KL is "
             f"{self.kl:.2f} where the model says {self.said:.2f} nats per token); the likeliest token is "
-            f"the model's for {self.top1:.0%} of them, and perplexity is {self.perplexity:.3g} times the model's"
+            f"the model's for {self.top1:.0%} of them, and perplexity is {self.perplexity:.3g} times "
+            "the model's"
         )
 
     def _amount(self) -> str:
