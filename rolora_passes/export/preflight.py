@@ -123,20 +123,22 @@ def require_vocabulary(known: Outline, tokenizer: Any) -> None:
 
 
 def require_memory(known: Outline, passes: Sequence[Pass], max_length: int) -> None:
-    """Refuse a context whose caches, and tables by the position, are more than this machine's memory holds.
+    """Refuse a context whose caches, tables and activations are more than this machine's memory holds.
+
+    The graph has caches and tables, and so has the runtime that tries the program, which plans for a call of
+    the whole context.
 
     Raises:
         LoweringError: says how much they take, and the longest context there is memory for.
     """
     _, heads, width = known.heads
     size = 1 if any(isinstance(step, QuantizeKVCache) for step in passes) else 4
-    one = 2 * heads * width * size * known.layers + 2 * width * 4  # keys and values; sine and cosine
-    most = _memory() // (2 * one)  # the graph has them, and the runtime that tries the program
-    if max_length > most:
+    held = 2 * heads * width * size * known.layers + 2 * width * 4  # keys and values; sine and cosine
+    one = 2 * held + 4 * sum(set(known.linears.values()))  # at least: what a layer's linears read
+    if max_length > (most := _memory() // one):
         raise LoweringError(
-            f"the caches of {max_length} tokens take {one * max_length / 1e9:.3g} GB, in the graph and in "
-            f"the runtime that tries the program, and this machine has {_memory() / 1e9:.3g} GB: give a "
-            f"--max-length of {most} or less"
+            f"a context of {max_length} tokens takes {one * max_length / 1e9:.3g} GB to compile, most of it "
+            f"caches, and this machine has {_memory() / 1e9:.3g} GB: give a --max-length of {most} or less"
         )
 
 

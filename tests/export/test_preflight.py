@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[list[Any], list[object], Callable[[Path], Any], str]] =
     ),
     "the context": (
         [W4], ["--max-length", 10**12], no_change,
-        r"the caches of 1000000000000 tokens take \S+ GB, .* this machine has \S+ GB: give a --max-length of",
+        r"a context of 1000000000000 tokens takes \S+ GB .* this machine has \S+ GB: give a --max-length of",
     ),
     "the text": (
         [{"quantize-weights": {"method": "gptq"}}], ["--length", 4000], no_change, "expected .*4000 tokens",
@@ -278,10 +278,10 @@ def test_a_longer_context_than_a_model_is_made_for_is_told(model: Path, tmp_path
 
 def test_memory_for_a_context(known: Outline, monkeypatch: pytest.MonkeyPatch) -> None:
     heads, width, layers = known.heads[1], known.heads[2], known.layers
-    one = 2 * 4 * width * (heads * layers + 1)
-    monkeypatch.setattr("rolora_passes.export.preflight._memory", lambda: 2 * one * 1000)
+    one = 2 * 2 * 4 * width * (heads * layers + 1) + 4 * sum(set(known.linears.values()))
+    monkeypatch.setattr("rolora_passes.export.preflight._memory", lambda: one * 1000)
     require_memory(known, [], 1000)
-    with pytest.raises(LoweringError, match=r"the caches of 1001 tokens .* a --max-length of 1000 or less"):
+    with pytest.raises(LoweringError, match=r"a context of 1001 tokens .* a --max-length of 1000 or less"):
         require_memory(known, [], 1001)
     require_memory(known, [make_pass({"quantize-kv-cache": {"keys": 8, "values": 8}})], 1001)
 
