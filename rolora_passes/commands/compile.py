@@ -108,6 +108,7 @@ def run(options: argparse.Namespace) -> None:
             seed=options.seed,
             on_stage=display.stage,
             on_pass=pass_line,
+            on_warning=_warn,
             printing=printing_of(options),
             run=not options.no_check,
             judge=None if options.no_check else judge,
@@ -115,8 +116,12 @@ def run(options: argparse.Namespace) -> None:
         )
     print_summary(compiled)
     for warning in [*compiled.warnings, *warnings]:
-        console.print("[bold yellow]warning:[/] ", end="")
-        console.print(warning, markup=False, soft_wrap=True)
+        _warn(warning)
+
+
+def _warn(warning: str) -> None:
+    console.print("[bold yellow]warning:[/] ", end="")
+    console.print(warning, markup=False, soft_wrap=True)
 
 
 def _require_used(options: argparse.Namespace, targets: Sequence[str]) -> None:

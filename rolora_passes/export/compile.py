@@ -132,6 +132,7 @@ def compile_model(
     calibration: Callable[[Any], Calibration] | None = None,
     on_stage: Callable[[str], None] | None = None,
     on_pass: Callable[[Record], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
     printing: Mapping[str, Any] | None = None,
     run: bool = True,
     judge: Judge | None = None,
@@ -160,6 +161,7 @@ def compile_model(
             the recipe made and this adapter; copies go into `adapters`.
         calibration: makes the calibration data of passes that look at data, given the model's tokenizer.
         on_stage, on_pass: called as the work goes on, for progress.
+        on_warning: called with each of the result's warnings before the work begins.
         printing: what `apply_passes` is to print and to keep of failures: its arguments by name.
         run: run what was written, and refuse to leave a program that does not compute what its graph does.
         judge: called with what the passes made, before it is lowered, to say how far it is from the model.
@@ -183,6 +185,9 @@ def compile_model(
     clock = _Clock(on_stage)
     with clock.stage("preflight"):
         warnings, data = _preflight(source, passes, lower, calibration)
+    if on_warning is not None:
+        for warning in warnings:
+            on_warning(warning)
     printing = {"verify": verify, "on_pass": on_pass, **(printing or {})}
     with writing_folder(folder) as temporary:
         made, methods = _make(source, passes, adapters, max_length, data, judge is not None, printing, clock)
