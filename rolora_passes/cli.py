@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rolora_passes.commands import (
     ablate,
@@ -41,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _hush()
     try:
-        with logging_to(options.log, sys.argv[1:] if arguments is None else arguments):
+        with _stopped_as_by_hand(), logging_to(options.log, sys.argv[1:] if arguments is None else arguments):
             options.run(options)
     except BrokenPipeError:  # the reader has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,6 +67,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _tell(error: str) -> None:
     console.print("[bold red]error:[/] ", end="")
     console.print(error, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _stopped_as_by_hand() -> Iterator[None]:
+    """SIGTERM (`kill`, a job's end) stops a command as Ctrl-C does, which removes what is half written."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupted(options: argparse.Namespace) -> str:

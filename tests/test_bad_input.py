@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -468,6 +469,18 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         "PassError: expected a recipe at",
     ),
     "length": (["compile", "MODEL", "-o", "OUT", "--max-length", "0"], "--max-length: expected 16 or more"),
+    "flavor": (
+        ["compile", "MODEL", "-o", "OUT", "--flavor", "ort"],
+        "LoweringError: expected --target onnx with --flavor, found executorch: add it, or leave",
+    ),
+    "accuracy level": (
+        ["compile", "MODEL", "-o", "OUT", "--accuracy-level", "0"],
+        "LoweringError: expected --target onnx with --accuracy-level, found executorch",
+    ),
+    "fast prefill": (
+        ["compile", "MODEL", "-o", "OUT", "--fast-prefill", "--target", "onnx"],
+        "LoweringError: expected --target executorch with --fast-prefill, found onnx",
+    ),
     "output": (["compile", "MODEL", "-o", "MODEL"], "FileExistsError: .*tiny exists and is not a compiled"),
     "hub name": (
         ["compile", "no-such-model", "-o", "OUT"],
@@ -620,6 +633,24 @@ def test_an_interruption_says_what_is_left(
         f"interrupted; no result was written, but what --log {tmp_path / 'log'} had by then is kept\n",
     )
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process there is ended, and not told")
+def test_a_compile_that_is_told_to_end_leaves_nothing(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rolora: Callable[..., tuple[int, str]],
+) -> None:
+    def stop(*_: object) -> None:
+        assert [path.name[:5] for path in tmp_path.iterdir()] == [".out."]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("rolora_passes.export.compile.load_model", stop)
+    arguments = ("compile", checkpoint, "-o", tmp_path / "out", "--recipe", "float", "--max-length", 16)
+    assert rolora(*arguments)[0] == 130
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_an_error_of_torch_that_is_not_about_memory_is_not_hidden(

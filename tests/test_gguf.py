@@ -59,6 +59,12 @@ def test_llama3_scaling_is_a_tensor(name: str, tmp_path: Path) -> None:
     assert error(loaded, model) < 1e-5
     graph = capture(loaded)
     assert relative_error(graph(*inputs_for(graph, BATCH).values()), model(BATCH).logits) < 1e-5
+    for strange in (0.0, -1.0, np.inf, np.nan):
+        spoilt = factors.numpy().copy()
+        spoilt[1] = strange
+        write_gguf(path, name, entries_of(name, model), tensors | {"rope_freqs.weight": spoilt})
+        with pytest.raises(CaptureError, match=r"expected finite, positive factors in rope_freqs\.weight"):
+            load_model(str(path))
     tensors["rope_freqs.weight"] = np.ones(3, np.float32)
     write_gguf(path, name, entries_of(name, model), tensors)
     with pytest.raises(CaptureError, match=r"expected rope_freqs\.weight as the frequencies .* found \[3\]"):

@@ -128,9 +128,59 @@ def unlisted(folder: Path) -> None:
     save_file({"more": torch.ones(3)}, folder / "model-00009-of-00009.safetensors")
 
 
+def beside(folder: Path) -> None:
+    held = load_file(folder / "model.safetensors")
+    save_file({name: 2 * value for name, value in held.items()}, folder / "model-00001-of-00002.safetensors")
+
+
+def in_parts(folder: Path, names: tuple[str, str], again: bool = False) -> None:
+    """Two files of half the tensors each, and an index that lists them."""
+    held = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    known, half = sorted(held), len(held) // 2
+    parts = [{n: held[n] for n in known[:half]}, {n: held[n] for n in known[half:]}]
+    if again:
+        parts[1][known[0]] = 2 * held[known[0]]
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, folder / name)
+    index = {"weight_map": {n: names[i >= half] for i, n in enumerate(known)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def repeated(folder: Path) -> None:
+    in_parts(folder, ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), again=True)
+
+
+def outside(folder: Path) -> None:
+    in_parts(folder, ("model-00001-of-00002.safetensors", f"../{folder.name}-other.safetensors"))
+
+
+class Code:
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("this code was run",)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": Code()}, folder / "pytorch_model.bin")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (
+            beside,
+            r"found lm_head\.weight, .* more in model\.safetensors and again in model-00001-of-00002\.safe",
+        ),
+        (
+            repeated,
+            r"found lm_head\.weight in model-00001-of-00002\.safe.* and again in model-00002-of-00002\.",
+        ),
+        (outside, r"expected files of .* found \.\./.*-other\.safetensors: mend the index$"),
+        (
+            pickled,
+            r"_model\.bin is not a file of tensors: it is damaged, or holds more than .* as \.safetensors$",
+        ),
         (quantized, r"found weights quantized with gptq \(quantization_config"),
         (adapted, r"found an adapter beside it \(adapter_config\.json\)"),
         (unlisted, r"model-00009-of-00009\.safetensors holds more, and nothing reads that file"),

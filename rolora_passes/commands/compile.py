@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +39,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--flavor",
         choices=("ort", "portable"),
-        default="ort",
-        help="of ONNX: ONNX Runtime's kernels, or the standard's operators alone (%(default)s)",
+        help="of ONNX: ONNX Runtime's kernels, or the standard's operators alone (ort)",
     )
     parser.add_argument(
         "--accuracy-level",
@@ -77,6 +77,8 @@ def run(options: argparse.Namespace) -> None:
     from rolora_passes.evaluation.parity import compare_programs
     from rolora_passes.export.compile import compile_model
 
+    targets: Any = options.target or ("executorch",)
+    _require_used(options, targets)
     adapters = dict(options.adapter)
     if len(adapters) < len(options.adapter):
         names = ", ".join(name for name, _ in options.adapter)
@@ -95,9 +97,9 @@ def run(options: argparse.Namespace) -> None:
             options.model,
             options.recipe,
             options.output,
-            targets=options.target or ("executorch",),
+            targets=targets,
             max_length=options.max_length,
-            flavor=options.flavor,
+            flavor=options.flavor or "ort",
             accuracy_level=options.accuracy_level,
             fast_prefill=options.fast_prefill,
             adapters=adapters,
@@ -106,6 +108,7 @@ def run(options: argparse.Namespace) -> None:
             seed=options.seed,
             on_stage=display.stage,
             on_pass=pass_line,
+            on_warning=_warn,
             printing=printing_of(options),
             run=not options.no_check,
             judge=None if options.no_check else judge,
@@ -113,5 +116,26 @@ def run(options: argparse.Namespace) -> None:
         )
     print_summary(compiled)
     for warning in [*compiled.warnings, *warnings]:
-        console.print("[bold yellow]warning:[/] ", end="")
-        console.print(warning, markup=False, soft_wrap=True)
+        _warn(warning)
+
+
+def _warn(warning: str) -> None:
+    console.print("[bold yellow]warning:[/] ", end="")
+    console.print(warning, markup=False, soft_wrap=True)
+
+
+def _require_used(options: argparse.Namespace, targets: Sequence[str]) -> None:
+    """Refuse options of a target that is not asked for: they would do nothing."""
+    from rolora_passes.errors import LoweringError
+
+    given = {
+        "--fast-prefill": ("executorch", options.fast_prefill),
+        "--flavor": ("onnx", options.flavor is not None),
+        "--accuracy-level": ("onnx", options.accuracy_level is not None),
+    }
+    for name, (target, there) in given.items():
+        if there and target not in targets:
+            raise LoweringError(
+                f"expected --target {target} with {name}, found {', '.join(targets)}: add it, or leave "
+                f"{name} out"
+            )

@@ -54,12 +54,20 @@ class Loss:
 
     def __str__(self) -> str:
         """A line for people."""
-        part = f"{self.part:.0%}" if self.part <= 1 else "more than all"
         return (
-            f"it loses {part} of what the model says about {self.tokens} tokens of text (KL is {self.kl:.2f} "
-            f"where the model says {self.said:.2f} nats per token); the likeliest token is the model's for "
-            f"{self.top1:.0%} of them, and perplexity is {self.perplexity:.3g} times the model's"
+            f"it loses {self._amount()} of what the model says about {self.tokens} tokens of text (KL is "
+            f"{self.kl:.2f} where the model says {self.said:.2f} nats per token); the likeliest token is "
+            f"the model's for {self.top1:.0%} of them, and perplexity is {self.perplexity:.3g} times "
+            "the model's"
         )
+
+    def _amount(self) -> str:
+        if max(self.kl, self.said) < _UNNOTICED:
+            return "less than can be told"  # for the model itself says next to nothing
+        part = self.part or self.kl / self.said
+        if part < 0.005:
+            return "less than 1%"
+        return f"{part:.0%}" if part <= 1 else "more than all"
 
 
 def sample_text(graph: fx.GraphModule, tokenizer: Any, most: int = _JUDGED) -> Tensor:

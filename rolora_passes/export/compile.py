@@ -22,7 +22,7 @@ from rolora_passes.export.extras import require
 from rolora_passes.export.kv_cache import require_context
 from rolora_passes.export.onnx import Flavor, OnnxReport, write_onnx
 from rolora_passes.export.positions import tabulate
-from rolora_passes.export.preflight import outline, require_kernels, require_vocabulary
+from rolora_passes.export.preflight import outline, require_kernels, require_memory, require_vocabulary
 from rolora_passes.export.tokenizers import require_tokenizer, save_tokenizer
 from rolora_passes.graphs.accounting import Weights, weigh
 from rolora_passes.graphs.adapters import load_adapter
@@ -132,6 +132,7 @@ def compile_model(
     calibration: Callable[[Any], Calibration] | None = None,
     on_stage: Callable[[str], None] | None = None,
     on_pass: Callable[[Record], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
     printing: Mapping[str, Any] | None = None,
     run: bool = True,
     judge: Judge | None = None,
@@ -160,6 +161,7 @@ def compile_model(
             the recipe made and this adapter; copies go into `adapters`.
         calibration: makes the calibration data of passes that look at data, given the model's tokenizer.
         on_stage, on_pass: called as the work goes on, for progress.
+        on_warning: called with each of the result's warnings before the work begins.
         printing: what `apply_passes` is to print and to keep of failures: its arguments by name.
         run: run what was written, and refuse to leave a program that does not compute what its graph does.
         judge: called with what the passes made, before it is lowered, to say how far it is from the model.
@@ -183,6 +185,9 @@ def compile_model(
     clock = _Clock(on_stage)
     with clock.stage("preflight"):
         warnings, data = _preflight(source, passes, lower, calibration)
+    if on_warning is not None:
+        for warning in warnings:
+            on_warning(warning)
     printing = {"verify": verify, "on_pass": on_pass, **(printing or {})}
     with writing_folder(folder) as temporary:
         made, methods = _make(source, passes, adapters, max_length, data, judge is not None, printing, clock)
@@ -250,6 +255,7 @@ def _preflight(
     Returns: what a user should know, and the calibration data.
     """
     known = outline(source)
+    require_memory(known, passes, lower.max_length)
     small = dataclasses.replace(lower, max_length=16, fast_prefill=False, run=False)
     require_kernels(known, passes, [partial(_try, small, target) for target in lower.targets])
     warnings, tokenizer = require_tokenizer(source, lower.targets), load_tokenizer(source)

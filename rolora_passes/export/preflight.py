@@ -8,7 +8,9 @@ it, and it is lowered: whatever they or the lowering refuse, they refuse here, i
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -54,6 +56,7 @@ class Outline:
         linears: the width that each linear reads, by name; the head is the last.
         embedding: the name and the width of the token table.
         heads: how many of queries, how many of keys and values, and their width.
+        layers: how many attend.
         vocabulary: token ids are below this.
         positions: how many tokens of context it is made for; None if the configuration does not say.
     """
@@ -61,6 +64,7 @@ class Outline:
     linears: dict[str, int]
     embedding: tuple[str, int]
     heads: tuple[int, int, int]
+    layers: int
     vocabulary: int
     positions: int | None
 
@@ -79,8 +83,11 @@ def outline(source: str) -> Outline:
     if head is not None and (width := _width(head)):
         found[names[id(head)]] = width
     rows, width = table.weight.shape
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return Outline(found, (names[id(table)], int(width)), _heads(model), int(rows), positions)
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = sum(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    positions = getattr(config, "max_position_embeddings", None)
+    return Outline(found, (names[id(table)], int(width)), _heads(model), layers, int(rows), positions)
 
 
 def _width(module: nn.Module) -> int | None:
@@ -113,6 +120,36 @@ def require_vocabulary(known: Outline, tokenizer: Any) -> None:
             f"expected a tokenizer of at most {known.vocabulary} tokens, which the model has embeddings of, "
             f"found {tokenizer.vocab_size}: it is another model's"
         )
+
+
+def require_memory(known: Outline, passes: Sequence[Pass], max_length: int) -> None:
+    """Refuse a context whose caches, tables and activations are more than this machine's memory holds.
+
+    The graph has caches and tables, and so has the runtime that tries the program, which plans for a call of
+    the whole context.
+
+    Raises:
+        LoweringError: says how much they take, and the longest context there is memory for.
+    """
+    _, heads, width = known.heads
+    size = 1 if any(isinstance(step, QuantizeKVCache) for step in passes) else 4
+    held = 2 * heads * width * size * known.layers + 2 * width * 4  # keys and values; sine and cosine
+    one = 2 * held + 4 * sum(set(known.linears.values()))  # at least: what a layer's linears read
+    if max_length > (most := _memory() // one):
+        raise LoweringError(
+            f"a context of {max_length} tokens takes {one * max_length / 1e9:.3g} GB to compile, most of it "
+            f"caches, and this machine has {_memory() / 1e9:.3g} GB: give a --max-length of {most} or less"
+        )
+
+
+def _memory() -> int:
+    """Bytes of memory that the system says this process may have; else all that it can address."""
+    found = [sys.maxsize]
+    with suppress(AttributeError, ValueError, OSError):  # Windows has none of this
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(ValueError, OSError):  # the limit of a container, if there is one
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found)
 
 
 def require_kernels(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rolora_passes.errors import RunError
 from rolora_passes.export.extras import require
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -28,26 +31,64 @@ def generate(
 ) -> str:
     """Continue a prompt with ExecuTorch's `TextLLMRunner`; returns the new text.
 
+    The runner gives the text of each token by itself, and a token may be half a character, which is no text:
+    here it gives the tokens as the vocabulary writes them, and they are decoded together.
+
     Args:
         begin: how many tokens that begin a text (BOS) the runner is to write before the prompt. Nothing in a
             program tells it: an app says so in its generation configuration.
-        on_text: called with each piece of text as it is generated.
+        on_text: called with each piece of text as it is generated, in whole characters.
+
+    Raises:
+        RuntimeError: the runner's own.
+        RunError: it gives a token that is not in the vocabulary.
+        MissingExtraError: ExecuTorch is not installed.
     """
     _load_kernels()
     llm = require("executorch.extension.llm.runner", "executorch")
-    pieces: list[str] = []
-
-    def collect(text: str) -> None:
-        pieces.append(text)
-        if on_text is not None:
-            on_text(text)
-
+    text = _Text(Path(tokenizer_json), prompt, on_text or (lambda piece: None))
     config = llm.GenerationConfig(
         echo=False, max_new_tokens=max_new_tokens, temperature=temperature, num_bos=begin
     )
-    with _put_aside_output():
-        llm.TextLLMRunner(os.fspath(pte), os.fspath(tokenizer_json)).generate(prompt, config, collect)
-    return "".join(pieces)
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = Path(folder) / "tokenizer.json"
+        known = json.loads(Path(tokenizer_json).read_text("utf-8"))
+        tokens.write_text(json.dumps(known | {"decoder": None}), "utf-8")
+        with _put_aside_output():
+            llm.TextLLMRunner(os.fspath(pte), str(tokens)).generate(prompt, config, text.add)
+    return text.end()
+
+
+class _Text:
+    """The text of tokens that follow a prompt, told in whole characters as the tokens come."""
+
+    def __init__(self, tokenizer_json: Path, prompt: str, tell: Callable[[str], None]) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer, self._tell = Tokenizer.from_file(str(tokenizer_json)), tell
+        self._ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        self._start = self._told = len(self._decoded())
+
+    def add(self, token: str) -> None:
+        """Take one more token, as the vocabulary writes it."""
+        number = self._tokenizer.token_to_id(token)
+        if number is None:
+            raise RunError(f"the runner gives the token {token!r}, which tokenizer.json does not have")
+        self._ids.append(number)
+        self._say(self._decoded().rstrip("\ufffd"))  # which may become a character with the next token
+
+    def end(self) -> str:
+        """All of the text; what is not whole is told as it is."""
+        self._say(text := self._decoded())
+        return text[self._start :]
+
+    def _say(self, text: str) -> None:
+        if piece := text[self._told :]:
+            self._told = len(text)
+            self._tell(piece)
+
+    def _decoded(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=False))
 
 
 @contextmanager

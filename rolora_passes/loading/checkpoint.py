@@ -50,8 +50,8 @@ def require_loadable(folder: Path) -> None:
         raise CaptureError(
             f"expected the files of the index in {folder}, found no {some(missing)}: fetch them"
         )
-    if files and files[0].suffix == ".safetensors":
-        _require_no_other(folder, files)
+    if files:
+        _require_once(folder, files)
 
 
 def require_enough(folder: Path) -> None:
@@ -142,20 +142,34 @@ def _files(folder: Path) -> list[Path]:
             listed = _json(index).get("weight_map")
             if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
                 raise CaptureError(f"expected a weight_map of tensors to files in {index}, found none")
-            return [folder / file for file in sorted(set(listed.values()))]
+            paths = sorted(map(Path, set(listed.values())))
+            if outside := [str(path) for path in paths if path.is_absolute() or ".." in path.parts]:
+                raise CaptureError(
+                    f"expected files of {folder} in {index}, found {some(outside)}: mend the index"
+                )
+            return [folder / path for path in paths]
     return []
 
 
-def _require_no_other(folder: Path, files: list[Path]) -> None:
-    """Refuse parts of a checkpoint that its index does not list, unless they hold the same tensors again."""
-    known = {name for path in files for name in _kinds(path)}
-    for path in sorted(folder.glob("model-*.safetensors")):
-        if path not in files and _PARTS.fullmatch(path.name) and (more := sorted({*_kinds(path)} - known)):
+def _require_once(folder: Path, files: list[Path]) -> None:
+    """Refuse a tensor that two files hold, for nothing says which is meant, and parts that nothing reads."""
+    parts = folder.glob("model-*.safetensors") if files[0].suffix == ".safetensors" else ()
+    others = [path for path in sorted(parts) if path not in files and _PARTS.fullmatch(path.name)]
+    holders: dict[str, Path] = {}
+    for path in [*files, *others]:
+        names = _kinds(path)
+        if twice := sorted(names.keys() & holders.keys()):
             raise CaptureError(
-                f"{path} holds {some(more)}, and nothing reads that file: "
-                f"{', '.join(f.name for f in files[:3])} "
-                "are what the index lists, or come first. Remove it, or mend the index"
+                f"expected every tensor once in {folder}, found {some(twice)} in {holders[twice[0]].name} "
+                f"and again in {path.name}: remove the file, or the tensors, that are not the model's"
             )
+        if names and path in others:
+            raise CaptureError(
+                f"{path} holds {some(names)}, and nothing reads that file: "
+                f"{', '.join(f.name for f in files[:3])} are what the index lists, or come first. Remove it, "
+                "or mend the index"
+            )
+        holders |= dict.fromkeys(names, path)
 
 
 def _dropped(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
@@ -232,7 +246,12 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # as many as there are ways to be no such file
-        raise CaptureError(f"{path} is not a file of tensors: {one_line(error)}; fetch it again") from error
+        why = one_line(error)
+        if type(error).__name__ == "UnpicklingError":  # its own words are how to read the file all the same
+            why = "it is damaged, or holds more than tensors, which could run code"
+        raise CaptureError(
+            f"{path} is not a file of tensors: {why}; fetch it again, or give the model as .safetensors"
+        ) from error
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 

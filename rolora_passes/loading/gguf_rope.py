@@ -47,6 +47,11 @@ def rope_parameters(
     Linear and YaRN scaling (Peng et al., 2023, arXiv:2309.00071) are llama.cpp's: YaRN's attention factor is
     `1 + 0.1 ln(factor)`, as in transformers. Llama 3.1's is a tensor of factors: see `scale_frequencies`.
     """
+    for name, values in tensors.items():
+        if not ((values > 0) & (values < math.inf)).all():
+            raise CaptureError(
+                f"expected finite, positive factors in {name}, found others: fetch the file again"
+            )
     if getattr(probe, "rope_parameters", None) is None:
         unread += [f"{prefix}{n} = {own[n]!r:.40}" for n in ROPE if n in own] + sorted(tensors)
         return {}

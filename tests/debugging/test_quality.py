@@ -132,6 +132,21 @@ def test_a_graph_that_says_one_thing_whatever_it_reads_is_far() -> None:
     assert (itself.kl, itself.part, itself.top1, itself.perplexity) == (0, 0, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("kl", "said", "expected"),
+    [
+        (0.05, 0.05, "less than can be told"),
+        (0.09, 0.3, "30%"),
+        (0.001, 0.3, "less than 1%"),
+        (0.5, 2.0, "25%"),
+        (0.5, 0.05, "more than all"),
+        (math.inf, 2.0, "more than all"),
+    ],
+)
+def test_a_loss_in_words(kl: float, said: float, expected: str) -> None:
+    assert f"it loses {expected} of what the model says" in str(Loss(8, kl, said, 0.9, 1.0))
+
+
 def test_a_loss_that_is_no_number_is_the_worst() -> None:
     loss = Loss(8, math.nan, 2.0, 0.0, math.inf)
     assert loss.part == math.inf

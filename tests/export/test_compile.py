@@ -116,3 +116,12 @@ def test_unknown_targets(targets: tuple[str, ...], checkpoint: Path, tmp_path: P
     with pytest.raises(LoweringError, match="expected targets of executorch, onnx, found"):
         compile_model(str(checkpoint), "float", tmp_path / "out", targets=targets)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["executorch", "onnx"])
+def test_prompts_and_the_room_for_them(target: str, twin: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["run", str(twin), "--target", target, "--raw", "--prompt"]
+    assert main([*command, "a" * 96]) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert "the prompt has 96 tokens, and the program holds 96, with what it answers: give a shorter" in said
+    assert main([*command, "a" * 90]) == 0, "64 new tokens are more than there is room for, and are cut short"

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as t
 from architectures import FULL, SOME, tiny_wide
-from helpers import captured, model_of, tokens_for
+from helpers import captured, count, model_of, tokens_for
 from test_bad_input import saved
 from test_quantize_weights import wide
 
@@ -22,7 +22,7 @@ from rolora_passes.errors import LoweringError, PassError, RoloraError
 from rolora_passes.export import to_executorch
 from rolora_passes.export.compile import compile_model
 from rolora_passes.export.onnx import write_onnx
-from rolora_passes.export.preflight import Outline, outline, require_kernels
+from rolora_passes.export.preflight import Outline, outline, require_kernels, require_memory
 from rolora_passes.graphs.graph import site_names
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import is_head
@@ -151,6 +151,7 @@ def test_an_outline_has_the_linears_of_the_graph(name: str, tmp_path: Path) -> N
         parts = {n: w for n, w in found.items() if n == site or n.startswith(site + ".")}
         assert parts and set(parts.values()) == {width}, site
     assert known.vocabulary == 97 and known.positions == 64
+    assert known.layers == count(graph, "attention")
 
 
 def test_a_model_without_heads_has_an_outline(tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def lora(folder: Path, **changes: Any) -> Path:
 
 def short_vocabulary(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 96}))
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 95}))
 
 
 def write(path: Path, *passes: Any) -> Path:
@@ -211,7 +212,11 @@ REFUSED: dict[str, tuple[list[Any], list[object], Callable[[Path], Any], str]] =
         [W4], [], lambda model: [p.unlink() for p in model.glob("tokenizer*")], "cannot load the tokenizer",
     ),
     "the vocabulary": (
-        [W4], [], short_vocabulary, "expected a tokenizer of at most 96 tokens, .* found 97: it is another",
+        [W4], [], short_vocabulary, "expected a tokenizer of at most 95 tokens, .* found 96: it is another",
+    ),
+    "the context": (
+        [W4], ["--max-length", 10**12], no_change,
+        r"a context of 1000000000000 tokens takes \S+ GB .* this machine has \S+ GB: give a --max-length of",
     ),
     "the text": (
         [{"quantize-weights": {"method": "gptq"}}], ["--length", 4000], no_change, "expected .*4000 tokens",
@@ -264,11 +269,22 @@ def test_a_longer_context_than_a_model_is_made_for_is_told(model: Path, tmp_path
     arguments = ("compile", model, "--recipe", recipe, "--target", "onnx", "-o", tmp_path / "out")
     status, _, said = rolora(*arguments, "--max-length", 80)
     assert status == 0 and "warning: the programs hold 80 tokens, and the model is made for 64" in said
+    assert said.index("made for 64") < said.index("fold-constants") < said.rindex("made for 64")
     warnings = json.loads((tmp_path / "out/manifest.json").read_text())["warnings"]
     assert any("made for 64" in warning for warning in warnings)
     shutil.rmtree(tmp_path / "out")
     status, _, said = rolora(*arguments, "--max-length", 64)
     assert status == 0 and "made for" not in said
+
+
+def test_memory_for_a_context(known: Outline, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, width, layers = known.heads[1], known.heads[2], known.layers
+    one = 2 * 2 * 4 * width * (heads * layers + 1) + 4 * sum(set(known.linears.values()))
+    monkeypatch.setattr("rolora_passes.export.preflight._memory", lambda: one * 1000)
+    require_memory(known, [], 1000)
+    with pytest.raises(LoweringError, match=r"a context of 1001 tokens .* a --max-length of 1000 or less"):
+        require_memory(known, [], 1001)
+    require_memory(known, [make_pass({"quantize-kv-cache": {"keys": 8, "values": 8}})], 1001)
 
 
 def test_a_target_that_the_outline_does_not_show_is_left_to_the_pass(known: Outline, tmp_path: Path) -> None:
