@@ -24,7 +24,8 @@ from rolora_passes.graphs.lora import (
     without,
 )
 from rolora_passes.graphs.peft_format import load_adapter
-from rolora_passes.graphs.sites import attention_roles, is_head, matches
+from rolora_passes.graphs.shapes import infer_shapes
+from rolora_passes.graphs.sites import attention_roles, by_name_only, is_head, matches, named
 from rolora_passes.passes import Pass, Report
 
 _INITS = ("zero", "gaussian", "svd", "loftq")
@@ -43,9 +44,10 @@ class AddLoRA(Pass):
     computes what is deployed.
 
     Options:
-        targets: "all-linear" (every linear but the head and branches); "queries", "keys", "values", what
-            makes those of attention; or patterns over site names: the last part ("q_proj"), or a regular
-            expression ("re:.*layers\\.[0-9]+\\.mlp.*").
+        targets: "all-linear" (every linear but the head and branches; routers, and gates of one number, only
+            if a pattern names them); "queries", "keys", "values", what makes those of attention; or
+            patterns over site names: the last part ("q_proj"), or a regular expression
+            ("re:.*layers\\.[0-9]+\\.mlp.*").
         rank, alpha: of the branch; its scale is alpha / rank.
         rslora: scale by alpha / sqrt(rank) (rank-stabilised; Kalajdzievski, 2023).
         init: "zero": A Gaussian, B zero, so that the function is kept (PEFT's default draws A otherwise,
@@ -93,7 +95,7 @@ class AddLoRA(Pass):
 
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
-        found = self._made(graph) if self.adapter is None else self._loaded(graph, report)
+        found = self._made(graph, report) if self.adapter is None else self._loaded(graph, report)
         names, dtype = site_names(graph), dtype_of(graph)
         for node, branch in found.items():
             add_branch(graph, node, names[node], branch.to(dtype))
@@ -110,11 +112,11 @@ class AddLoRA(Pass):
         report.changed += change_base(graph, adapter, linears)  # first: gains may be among what it replaces
         return branches_of(adapter, graph, linears)
 
-    def _made(self, graph: fx.GraphModule) -> dict[fx.Node, LowRank]:
+    def _made(self, graph: fx.GraphModule, report: Report) -> dict[fx.Node, LowRank]:
         """A branch for every linear that is meant, float64."""
         generator = torch.Generator().manual_seed(self.seed)
         found = {}
-        for node, (name, (out, width)) in self._chosen(graph).items():
+        for node, (name, (out, width)) in self._chosen(graph, report).items():
             require_rank(self.rank, name, (out, width), self.name)
             if self.init in ("svd", "loftq"):
                 found[node] = self._from_weight(graph, node, name)
@@ -125,19 +127,22 @@ class AddLoRA(Pass):
             found[node] = LowRank(down, up, self.scale)
         return found
 
-    def _chosen(self, graph: fx.GraphModule) -> dict[fx.Node, tuple[str, list[int]]]:
-        """The linears that are meant, with their names and their weights' sizes."""
+    def _chosen(self, graph: fx.GraphModule, report: Report) -> dict[fx.Node, tuple[str, list[int]]]:
+        """The linears that are meant, with their names and their weights' sizes; the others are reported."""
         names, shapes = site_names(graph), weight_shapes(graph)
         others = {n for branch in find_branches(graph) for n in (branch.low, branch.high)}
         roles = attention_roles(graph)
         wanted = {self.targets} if isinstance(self.targets, str) else set(self.targets)
-        chosen = {
-            n: (name, shapes[n])
-            for n, name in names.items()
-            if (matches(name, self.targets) or roles.get(n, set()) & wanted)
-            and not is_head(n)
-            and n not in others
-        }
+        special = by_name_only(graph, infer_shapes(graph, only=constants(graph)))
+        chosen = {}
+        for node, name in names.items():
+            by_role = bool(roles.get(node, set()) & wanted)
+            if is_head(node) or node in others or not (by_role or matches(name, self.targets)):
+                continue
+            if node in special and not by_role and not named(name, self.targets):
+                report.left.append((name, special[node]))
+                continue
+            chosen[node] = name, shapes[node]
         if not chosen:
             some = ", ".join(list(names.values())[:4])
             raise PassError(f"add-lora: no linear matches {self.targets!r}; sites are named like {some}")

@@ -16,7 +16,7 @@ from rolora_passes.graphs.layers import find_layers
 from rolora_passes.graphs.lora import add_branch, low_rank, require_rank, unnamed_branches, without
 from rolora_passes.graphs.quantizers import encode_weight, quantize_weight, require_float32, require_group
 from rolora_passes.graphs.shapes import infer_shapes
-from rolora_passes.graphs.sites import is_head, matches, require_match
+from rolora_passes.graphs.sites import by_name_only, is_head, require_match, why_left
 from rolora_passes.passes import Pass, Report
 
 _METHODS = ("nf", "uniform", "rtn")
@@ -87,14 +87,15 @@ class LoftQ(Pass):
         require_float32(graph, self.name)
         known, names = constants(graph), site_names(graph)
         shapes = infer_shapes(graph, only=known)
-        bits, branches = bits_by_layer(graph, self.bits), unnamed_branches(graph, self.targets)
+        bits, special = bits_by_layer(graph, self.bits), by_name_only(graph, shapes)
+        branch = "a low-rank branch: name it in targets, or run merge-lora first"
+        special |= dict.fromkeys(unnamed_branches(graph, self.targets), branch)
         require_match(self.name, self.targets, names.values())
         for node, name in names.items():
             weight: Any = node.args[1]
-            if is_head(node) or not matches(name, self.targets) or matches(name, self.exclude):
-                report.left.append((name, "left in floating point by the options"))
-            elif node in branches:
-                report.left.append((name, "a low-rank branch: name it in targets, or run merge-lora first"))
+            left = why_left(node, name, self.targets, self.exclude, special)
+            if is_head(node) or left:
+                report.left.append((name, left or "left in floating point by the options"))
             elif weight not in known:
                 report.left.append((name, "its weight is quantized already"))
             else:

@@ -12,11 +12,11 @@ import peft
 import pytest
 import torch
 from helpers import captured, count, model_of
-from torch import Tensor
+from torch import Tensor, fx
 
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, Pass, Rotate, apply_passes, history
 from rolora_passes.errors import PassError
-from rolora_passes.graphs import load_graph, run, save_graph
+from rolora_passes.graphs import capture, load_graph, run, save_graph
 from rolora_passes.graphs.adapters import save_adapter
 from rolora_passes.graphs.graph import parameters
 from rolora_passes.graphs.verify import relative_error
@@ -27,24 +27,36 @@ ROTATED: list[Pass] = [FuseNorm(), Rotate()]
 TARGETS = {"phi3": ["qkv_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "opt": ["q_proj", "fc1", "fc2"]}
 
 
-def trained(name: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+def trained(
+    name: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    base: Callable[[str, torch.dtype], torch.nn.Module] = model_of,
+    **options: Any,
+) -> Tensor:
     """Save an adapter, all that PEFT trains of it changed at random; the logits of PEFT that loads it."""
     known = {"target_modules": TARGETS.get(name, ["q_proj", "down_proj"]), "r": 4, "lora_alpha": 8, **options}
     torch.manual_seed(6)
-    model = peft.get_peft_model(copy.deepcopy(model_of(name, dtype)), peft.LoraConfig(**known))
+    model = peft.get_peft_model(copy.deepcopy(base(name, dtype)), peft.LoraConfig(**known))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(str(folder))
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(model_of(name, dtype)), str(folder)).eval()
+    # PEFT's "auto" means that too, once it sees by a checkpoint's configuration that the base was resized.
+    model.save_pretrained(str(folder), save_embedding_layers="auto" if base is model_of else True)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base(name, dtype)), str(folder)).eval()
     with torch.no_grad():
         found: Tensor = again(TOKENS).logits
     return found
 
 
 def require_equal(name: str, folder: Path, wanted: Tensor, steps: list[Pass], bound: float = 2e-5) -> None:
-    graph = captured(name, wanted.dtype)
+    require_equal_to(captured(name, wanted.dtype), folder, wanted, steps, bound)
+
+
+def require_equal_to(
+    graph: fx.GraphModule, folder: Path, wanted: Tensor, steps: list[Pass], bound: float = 2e-5
+) -> None:
     assert relative_error(run(graph, TOKENS), wanted) > 1e-2
     found = apply_passes(graph, [*steps, AddLoRA(adapter=folder)], verify=False)
     assert relative_error(run(found, TOKENS), wanted) < bound
@@ -61,6 +73,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "modules_to_save": {"modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"]},
     "tokens": {"trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [5]}},
     "head": {"target_modules": ["lm_head", "v_proj"]},
+    "all but some": {"target_modules": "all-linear", "exclude_modules": ["q_proj", "layers.1.mlp.up_proj"]},
+    "all but a pattern": {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ".*(0.*q|o)_proj"},
+    "all but what is whole": {"target_modules": "all-linear", "modules_to_save": ["mlp", "v_proj"]},
+    "a pattern": {"target_modules": ".*1.*(q|k)_proj|model.layers.0.mlp.up_proj"},
+    "layers of a list": {"layers_to_transform": [1], "layers_pattern": "layers"},
 }
 
 
@@ -118,6 +135,34 @@ def test_a_second_start_is_refused(tmp_path: Path) -> None:
         PassError, match=r"pissa start .* cannot be taken from .*: another adapter was merged"
     ):
         apply_passes(captured("llama", torch.float32), [AddLoRA(adapter=tmp_path), AddLoRA(adapter=tmp_path)])
+
+
+def resized(name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A tiny model with a few tokens more, drawn anew each time."""
+    model = copy.deepcopy(model_of(name, dtype))
+    model.resize_token_embeddings(101)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        torch.nn.init.normal_(table.weight.data[97:], std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("kind", ["modules_to_save", "trainable_token_indices", "neither"])
+@pytest.mark.parametrize("steps", [[], ROTATED], ids=["captured", "rotated"])
+def test_resized_embeddings_as_peft_saves_them(
+    name: str, kind: str, steps: list[Pass], tmp_path: Path
+) -> None:
+    """PEFT saves both tables then, what they were before too, and loads them onto any model of that size."""
+    if (name, kind) == ("llama-tied", "modules_to_save"):
+        pytest.skip("PEFT unties them: refused")
+    options = {
+        "modules_to_save": {"modules_to_save": ["lm_head", "embed_tokens"]},
+        "trainable_token_indices": {"trainable_token_indices": [3, 99]},
+        "neither": {},
+    }
+    wanted = trained(name, tmp_path, base=resized, **options[kind])
+    graph = capture(resized(name, torch.float32))  # its new rows are others than the adapter's
+    require_equal_to(graph, tmp_path, wanted, steps)
 
 
 def nf4(weight: Tensor) -> Tensor:
@@ -221,3 +266,9 @@ def test_a_start_costs_rank_times_width_not_a_matrix(tmp_path: Path) -> None:
     sizes = {name: value.numel() for name, value in parameters(found).items() if "taken_" in name}
     assert len(sizes) == 2 * 4 and max(sizes.values()) == 4 * 40
     assert count(apply_passes(found, [FoldConstants()]), "matmul") == count(graph, "matmul")
+
+
+def test_rows_of_tables_that_this_model_does_not_tie_are_refused(tmp_path: Path) -> None:
+    trained("llama-tied", tmp_path, base=resized, trainable_token_indices=[3, 99])
+    with pytest.raises(PassError, match=r"lm_head\.weight and model\.embed_tokens\.weight, which .* not tie"):
+        apply_passes(capture(resized("llama", torch.float32)), [AddLoRA(adapter=tmp_path)])

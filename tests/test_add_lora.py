@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from architectures import CONFIGS, SOME, chosen
+from architectures import CONFIGS, SOME, UNTIED, chosen
 from helpers import captured, check, check_exact, count, difference, randomized
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
-from rolora_passes import AddLoRA, FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes, history
+from rolora_passes import (
+    AddLoRA,
+    FoldConstants,
+    FuseNorm,
+    InsertHadamard,
+    LoftQ,
+    MergeLoRA,
+    Pass,
+    Rotate,
+    apply_passes,
+    history,
+)
 from rolora_passes.errors import PassError
+from rolora_passes.graphs import capture, load_graph, run, save_graph
+from rolora_passes.graphs.capture import from_exported
 from rolora_passes.graphs.graph import linears, parameters
+from rolora_passes.graphs.lora import find_branches
+from rolora_passes.graphs.verify import relative_error
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral", "gemma2", "gpt_neox"])
 def test_zero_branches_keep_the_function(name: str) -> None:
     graph = check_exact(captured(name), [AddLoRA(rank=2)], tolerance=0.0)
-    assert count(graph, "linear") == 3 * count(captured(name), "linear") - 2  # all but the head
+    left = 1 + len(history(graph)[-1].report.left)  # the head, and routers
+    assert count(graph, "linear") == 3 * count(captured(name), "linear") - 2 * left
+    assert left == (3 if name == "mixtral" else 1)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -91,3 +112,55 @@ def test_options_are_checked() -> None:
         AddLoRA(rank=0)
     with pytest.raises(PassError, match="init 'loft'"):
         AddLoRA(init="loft")  # type: ignore[arg-type]
+
+
+class Unusual(torch.nn.Module):
+    """Linears whose weights are not called so: a plain parameter, and one of a parametrization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.up = torch.nn.Embedding(11, 8), torch.nn.Linear(8, 8)
+        self.w = torch.nn.Parameter(torch.randn(8, 8))
+        self.head = torch.nn.Linear(8, 11)
+        torch.nn.utils.parametrizations.weight_norm(self.up)
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        x = x + torch.tanh(self.up(x)) @ self.w
+        found: torch.Tensor = self.head(x)
+        return found
+
+
+@pytest.mark.parametrize("init", ["gaussian", "svd"])
+def test_branches_of_weights_that_are_parameters_of_another_name(init: Any, tmp_path: Path) -> None:
+    example = torch.zeros(2, 3, dtype=torch.int64), torch.arange(3).expand(2, 3)
+    dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.export.export(Unusual().double(), example, dynamic_shapes=(dims, dims))
+    graph = from_exported(program)
+    found = apply_passes(graph, [AddLoRA(rank=2, init=init)])
+    assert len(history(found)[-1].report.changed) == 2 == len(find_branches(found))
+    assert "w_lora_A.weight" in parameters(found)
+    tokens = torch.arange(10)[None]
+    assert (relative_error(run(found, tokens), run(graph, tokens)) < 1e-10) == (init == "svd")
+    folded = apply_passes(found, [FoldConstants()])
+    save_graph(folded, tmp_path / "graph.safetensors")
+    loaded = load_graph(tmp_path / "graph.safetensors")
+    assert relative_error(run(loaded, tokens), run(found, tokens)) < 1e-10
+    merged = apply_passes(found, [MergeLoRA(), FoldConstants()])
+    assert relative_error(run(merged, tokens), run(found, tokens)) < 1e-10
+
+
+@pytest.mark.parametrize("step", [AddLoRA(rank=4), LoftQ(bits=4, group_size=None, rank=4)])
+def test_routers_and_gates_of_one_number_are_left_unless_they_are_named(step: Pass) -> None:
+    torch.manual_seed(0)
+    sizes = {"moe_intermediate_size": 16, "num_experts": 4, "shared_expert_intermediate_size": 16}
+    config = Qwen2MoeConfig(**UNTIED, **sizes)
+    graph = capture(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    report = history(apply_passes(graph, [step]))[-1].report
+    left = {name for name, reason in report.left if "name it in targets" in reason}
+    gates = ("mlp.gate", "mlp.shared_expert_gate")
+    assert left == {f"model.layers.{i}.{gate}" for i in range(2) for gate in gates}
+    assert not any(site.endswith("gate") for site in report.changed)
+    named = history(apply_passes(graph, [AddLoRA(rank=1, targets=("all-linear", "shared_expert_gate"))]))
+    assert "model.layers.1.mlp.shared_expert_gate" in named[-1].report.changed

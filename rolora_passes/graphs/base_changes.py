@@ -126,6 +126,11 @@ def _replaced(graph: fx.GraphModule, adapter: Adapter) -> dict[str, Tensor]:
         if any(not torch.equal(first, other) for other in others):
             raise PassError(f"the adapter has {len(given)} tables for {name}, which the model ties; {MERGE}")
         found[name] = _fitting(graph, name, list(first.shape)).copy_(first)
+    if adapter.rows_of_input and len({tied.get(name, name) for name in adapter.rows}) > 1:
+        raise PassError(
+            f"the adapter has rows of tokens for {' and '.join(adapter.rows)}, which the model does not tie: "
+            f"a list (trainable_token_indices) without names means one; {MERGE}"
+        )
     for name, (indices, rows) in adapter.rows.items():
         own = tied.get(name, name)
         if own in tied.values() and not adapter.rows_of_input:
@@ -133,7 +138,7 @@ def _replaced(graph: fx.GraphModule, adapter: Adapter) -> dict[str, Tensor]:
                 f"the adapter names {name} in trainable_token_indices, which the model ties to another: a "
                 f"list alone, without names, means both; {MERGE}"
             )
-        table = _fitting(graph, own, None)
+        table = found[own] if own in found else _fitting(graph, own, None)
         if int(indices.max()) >= len(table) or rows.shape[1:] != table.shape[1:]:
             raise PassError(
                 f"the adapter has rows {list(rows.shape[1:])} of tokens up to {int(indices.max())} for "

@@ -98,9 +98,15 @@ def parameter_names(graph: fx.GraphModule) -> set[str]:
 def add_parameter(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     """Add a tensor under a name not used yet (a number is appended) and return its node.
 
-    The node stands before every node that is not a `get_attr`, so any expression may read it.
+    What is named as part of a tensor, which has no parts, is named beside it: "w.lora_A.weight" of a linear
+    whose weight is "w" becomes "w_lora_A.weight". The node stands before every node that is not a `get_attr`,
+    so any expression may read it.
     """
-    taken, unique, count = parameter_names(graph), name, 0
+    taken, count = parameter_names(graph), 0
+    for dot in [i for i, letter in enumerate(name) if letter == "."]:
+        if name[:dot] in taken:
+            name = f"{name[:dot]}_{name[dot + 1 :]}"
+    unique = name
     while unique in taken:
         count += 1
         unique = f"{name}_{count}"

@@ -20,23 +20,28 @@ from torch import Tensor
 
 from rolora_passes.errors import PassError, one_line
 from rolora_passes.graphs.axis_maps import LowRank
+from rolora_passes.graphs.peft_targets import Targets
 
 CONFIG, WEIGHTS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "rolora.json"
 PREFIX = "base_model.model."
 MERGE = "merge it with PEFT first (model.merge_and_unload()) and capture what that gives"
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
 _ROWS = ".token_adapter.trainable_tokens_delta"
+# What PEFT saves of a module twice where an embedding was resized, and has no use for: what it trained whole,
+# and what that was before.
+_COPY = re.compile(r"(.+)\.(?P<kind>modules_to_save|original_module)\.([^.]+)")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Who made it and from what; how it was trained; which modules it has, which its tensors say too; the storage
-# order of GPT-2's weights, which the graph knows; and details of what is refused or off by entries below.
+# Who made it and from what; how it was trained; the storage order of GPT-2's weights, which the graph knows;
+# and details of what is refused or off by entries below.
 _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
-    "task_type", "lora_dropout", "runtime_config", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "fan_in_fan_out", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size",
+    "task_type", "lora_dropout", "runtime_config", "fan_in_fan_out", "eva_config", "corda_config",
+    "lora_ga_config", "megatron_core", "qalora_group_size",
 }  # fmt: skip
 _READ = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "target_modules",
     "init_lora_weights", "loftq_config", "bias", "modules_to_save", "trainable_token_indices",
+    "exclude_modules", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 # What an adapter may say that a branch y += s·B A x is not.
 _REFUSED = {
@@ -102,8 +107,7 @@ def load_adapter(folder: str | Path) -> Adapter:
     config.require_known()
     parts, replaced, rows = _sorted_out(folder, _tensors(folder))
     modules = {module: _branch(config, module, found) for module, found in parts.items()}
-    _require_named(folder, config.values.get("target_modules"), modules)
-    _require_named(folder, config.values.get("modules_to_save"), replaced)
+    Targets(config.values, config.refuse).require(modules, replaced)
     start, iterations = config.start()
     about = _About(folder)
     return Adapter(
@@ -218,8 +222,10 @@ class _Config(_Entries):
         """Rows of embeddings with their indices, by the names of the embeddings' weights."""
         key = "trainable_token_indices"
         given = self.values.get(key) or {}
-        if isinstance(given, list) and len(found) == 1:
-            given = dict.fromkeys(found, given)
+        if isinstance(given, list) and given and found:
+            first, *others = found.values()  # of the input embedding, and of a head that is tied to it
+            if all(torch.equal(first, other) for other in others):
+                given = dict.fromkeys(found, given)
         result = {}
         for module, rows in found.items():
             fits = (
@@ -233,7 +239,7 @@ class _Config(_Entries):
             if any(type(i) is not int or not 0 <= i < 2**31 for i in indices):
                 raise self.refuse(key, "indices of tokens", indices)
             result[f"{module}.weight"] = torch.tensor(indices), rows
-        if len(result) != (1 if isinstance(self.values.get(key), list) and given else len(given)):
+        if len(result) != len(given):
             raise self.refuse(key, f"of embeddings whose rows are in {WEIGHTS}", self.values[key])
         return result
 
@@ -288,7 +294,7 @@ def _sorted_out(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
     """Parts of branches by module, whole parameters by name, and rows of embeddings by module."""
     parts: dict[str, dict[str, Tensor]] = {}
-    replaced, rows, wrapped = dict[str, Tensor](), dict[str, Tensor](), set[str]()
+    others, rows, replaced = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX)
         part = next((p for p in _PARTS if name.endswith(f".{p}")), None)
@@ -296,19 +302,34 @@ def _sorted_out(
             parts.setdefault(name.removesuffix(f".{part}"), {})[part] = value
         elif name.endswith(_ROWS):
             rows[name.removesuffix(_ROWS)] = value
-        elif not key.startswith(PREFIX) or "lora_" in name or ".token_adapter." in name:
+        elif not key.startswith(PREFIX) or "lora_" in name:
             expected = f"tensors that end in {', '.join(_PARTS)}, or parameters of the base"
             raise PassError(f"{folder}: expected {expected}, found {key!r:.160}; {MERGE}")
         else:
-            owner, _, leaf = name.rpartition(".")
-            wrapped |= {owner.removesuffix(".base_layer")} if owner.endswith(".base_layer") else set()
-            replaced[f"{owner.removesuffix('.base_layer')}.{leaf}"] = value
-    # PEFT knows the parameters of a module that it adapts as those of its base layer, and ignores others.
-    for name in replaced:
-        owner = name.rpartition(".")[0]
-        if (owner in wrapped) != (owner in parts):
+            others[name] = value
+    copies = {name: found for name in others if (found := _COPY.fullmatch(name))}
+    for name, value in others.items():
+        owner, _, leaf = name.rpartition(".")
+        module = owner.removesuffix(".base_layer").removesuffix(".token_adapter")
+        # PEFT knows the parameters of a module that it wraps as those of its base layer, and ignores others.
+        wrapper = ".token_adapter.base_layer" if module in rows else ".base_layer" if module in parts else ""
+        if owner != module + wrapper:
             raise PassError(f"{folder}: {name!r:.160} is a name by which PEFT would not find it; {MERGE}")
+        if name not in copies:
+            replaced[f"{module}.{leaf}"] = value
+    for name, found in copies.items():
+        _require_copy(folder, name, others[name], found["kind"], replaced.get(f"{found[1]}.{found[3]}"))
     return parts, replaced, rows
+
+
+def _require_copy(folder: Path, name: str, value: Tensor, kind: str, own: Tensor | None) -> None:
+    """That what is saved beside a whole parameter is what PEFT saves there: without effect."""
+    same = own is not None and own.shape == value.shape
+    if own is None or not same or (kind == "modules_to_save" and not torch.equal(own, value)):
+        raise PassError(
+            f"{folder}: {name!r:.160} is not a copy beside the module's own tensor: save the adapter with "
+            f"model.save_pretrained(folder, save_embedding_layers=False), or {MERGE}"
+        )
 
 
 def _branch(config: _Config, module: str, parts: dict[str, Tensor]) -> LowRank:
@@ -325,10 +346,3 @@ def _branch(config: _Config, module: str, parts: dict[str, Tensor]) -> LowRank:
         expected = "a bias [out] of B" if config.flag("lora_bias") else "no bias of B (lora_bias is false)"
         raise PassError(f"{config.path.parent}: expected {expected} of {module}, found {found}")
     return LowRank(a, b, scale, None, outer)
-
-
-def _require_named(folder: Path, names: Any, found: Mapping[str, Any]) -> None:
-    """That there are tensors for every module that a list names."""
-    for name in names if isinstance(names, list) else []:
-        if not any(f".{name}." in f".{module}." for module in found):
-            raise PassError(f"{folder}: expected tensors of the module {name!r:.80}, found none")

@@ -145,7 +145,7 @@ def _chosen_by(linear: fx.Node) -> bool:
 
 
 def by_name_only(graph: fx.GraphModule, shapes: Mapping[fx.Node, Any]) -> dict[fx.Node, str]:
-    """Linears that quantizers leave unless a target names them, each with the reason.
+    """Linears that "all-linear" does not mean, each with the reason: only a target of their own does.
 
     Args:
         shapes: of the weights, as `infer_shapes` knows them.
@@ -156,7 +156,7 @@ def by_name_only(graph: fx.GraphModule, shapes: Mapping[fx.Node, Any]) -> dict[f
         weight = shapes.get(node.args[1]) if is_op(node, "linear") and node not in head else None
         if weight is not None and weight.shape[0] == 1 and not any(is_op(u, "linear") for u in node.users):
             found.setdefault(node, "a gate: one number that scales all of a branch")
-    return {node: f"{why}; name it in targets to quantize it" for node, why in found.items()}
+    return {node: f"{why}; name it in targets to mean it" for node, why in found.items()}
 
 
 def named(name: str, targets: str | Sequence[str]) -> bool:

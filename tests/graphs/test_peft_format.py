@@ -19,6 +19,7 @@ from rolora_passes.graphs.adapters import save_adapter
 from rolora_passes.graphs.peft_format import _READ, _REFUSED, _WITHOUT_EFFECT, load_adapter
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
+K = "base_model.model.model.layers.0.self_attn.k_proj"
 
 
 @pytest.fixture
@@ -65,7 +66,32 @@ def test_peft_defaults_are_accepted(adapter: Path) -> None:
         ),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": "9"}}, "expected loftq_config"),
         ({"trainable_token_indices": [1]}, "expected trainable_token_indices to be of embeddings"),
-        ({"target_modules": ["../../x"]}, r"expected tensors of the module '\.\./\.\./x'"),
+        ({"target_modules": ["q_proj", "../../x"]}, r"whose tensors are in the file, found '\.\./\.\./x'"),
+        ({"target_modules": ["k_proj"]}, r"PEFT ignores that of model\.layers\.0\.self_attn\.q_proj"),
+        ({"target_modules": r".*layers\.0.*"}, r"PEFT ignores that of model\.layers\.1\.self_attn\.q_proj"),
+        ({"target_modules": "(("}, r"expected target_modules to be a regular expression, found '\(\(: "),
+        ({"target_modules": None}, "expected target_modules to be names of modules"),
+        ({"target_modules": [7]}, "expected target_modules to be names of modules"),
+        ({"exclude_modules": "(("}, "expected exclude_modules to be a regular expression"),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, r"PEFT ignores that of model\.layers\.1"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+            r"PEFT ignores that of model\.layers\.1",
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "h"},
+            r"PEFT ignores that of model\.layers\.0",
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": "1"},
+            "expected layers_to_transform to be numbers",
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "("},
+            "expected layers_pattern to be a regular expression",
+        ),
+        ({"modules_to_save": ["q_proj"]}, "PEFT ignores that of"),
+        ({"modules_to_save": ["("]}, "expected modules_to_save to be a regular expression"),
         ({"peft_type": ["LORA"]}, "expected peft_type LORA"),
     ],
 )
@@ -94,6 +120,12 @@ def test_unknown_entries_that_say_nothing_are_accepted(adapter: Path) -> None:
         ({f"{Q}.lora_A.weight": torch.ones(2, 24, dtype=torch.int8)}, "in floating point, found torch.int8"),
         ({f"{Q}.lora_A.weight": torch.full((2, 24), float("inf"))}, "NaN or infinite"),
         ({f"{Q}.lora_A.weight": torch.ones(0, 24)}, r"found torch\.float32, \[0, 24\]"),
+        ({f"{K}.original_module.weight": torch.ones(2)}, "is not a copy .* save_embedding_layers=False"),
+        (
+            {f"{K}.weight": torch.ones(2), f"{K}.modules_to_save.weight": torch.zeros(2)},
+            "is not a copy .* save_embedding_layers=False",
+        ),
+        ({f"{K}.token_adapter.base_layer.weight": torch.ones(2)}, "a name by which PEFT would not find it"),
         ({f"{Q}.lora_A.weight": torch.ones(2)}, r"expected A \[rank, in\] and B \[out, rank\]"),
     ],
 )
@@ -112,7 +144,7 @@ def test_tensors_that_are_refused(more: dict[str, Tensor], message: str, adapter
         ({"base_model.model.lm_head.weight": torch.ones(3, 24)}, r"lm_head.weight to be \[97, 24\], found"),
         (
             {f"base_model.model./x.lora_{half}.weight": torch.ones(2, 2) for half in "AB"},
-            "branches for 1 modules that this graph lacks, such as '/x'",
+            "PEFT ignores that of /x",
         ),
     ],
 )  # fmt: skip
@@ -120,6 +152,15 @@ def test_names_that_mean_nothing_here(more: dict[str, Tensor], message: str, ada
     path = adapter / "adapter_model.safetensors"
     save_file({**load_file(path), **more}, path)
     with pytest.raises(PassError, match=message):
+        apply_passes(captured("llama"), [AddLoRA(adapter=adapter)])
+
+
+def test_a_module_that_the_graph_lacks(adapter: Path) -> None:
+    path, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    more = {f"base_model.model./x.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
+    save_file({**load_file(path), **more}, path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": ["q_proj", "/x"]}))
+    with pytest.raises(PassError, match="branches for 1 modules that this graph lacks, such as '/x'"):
         apply_passes(captured("llama"), [AddLoRA(adapter=adapter)])
 
 
