@@ -143,7 +143,7 @@ def _compare_exported(graph: fx.GraphModule, exported: torch.export.ExportedProg
         whole = isinstance(value, Tensor) and value.dtype == torch.int64 and not bool(value.any())
         return torch.randint(0, int(size), value.shape, generator=generator) if whole else value
 
-    args, kwargs = fx.node.map_aggregate((args, kwargs), drawn)  # type: ignore[arg-type]
+    args, kwargs = fx.node.map_aggregate((args, kwargs), drawn)
     with torch.no_grad():
         expected = exported.module(check_guards=False)(*args, **kwargs)
         found = graph(*args, **kwargs)

@@ -45,7 +45,8 @@ def _writes(node: fx.Node) -> bool:
 def _viewed(node: fx.Node, memory: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """The value before this one whose memory it may share."""
     if op_name(node) == "getitem":
-        several: Any = node.args[0]
+        several = node.args[0]
+        assert isinstance(several, fx.Node)
         if memory[several] is not several:  # parts of one value
             return several
         return next((u for u in several.users if u in memory and u.args[1:] == node.args[1:]), None)
@@ -90,7 +91,8 @@ def _written(gm: fx.GraphModule, node: fx.Node, subject: Any) -> fx.Node:
             value.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(value)
         gm.graph.erase_node(node)
-        return value
+        written: fx.Node = value
+        return written
     functional = getattr(aten, op_name(node).removesuffix("_"), None)
     if functional is None:
         raise CaptureError(
