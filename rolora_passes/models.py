@@ -65,6 +65,8 @@ def load_outline(source: str) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = _resolve(source)
+    if place.is_dir():
+        require_loadable(place)
     with _explained(f"a causal language model from {source}"):
         if place.suffix == ".gguf":
             config = GgufFile(place).configuration()[0]
