@@ -33,6 +33,7 @@ from rolora_passes.graphs.norm_fusion import (
     tied_tables,
 )
 from rolora_passes.graphs.shapes import infer_shapes
+from rolora_passes.graphs.transport import keep_copy
 from rolora_passes.passes import Pass, Report
 
 
@@ -102,6 +103,7 @@ def _free_tables(graph: fx.GraphModule, tied: str, report: Report) -> None:
             clone = add_parameter(
                 graph, f"{name.removesuffix('.weight')}_head.weight", get_tensor(graph, name)
             )
+            keep_copy(graph, name, str(clone.target))
             for reader in readers:
                 reader.replace_input_with(table, clone)
             report.changed.append(f"{name}: untied from the head")

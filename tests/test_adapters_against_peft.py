@@ -112,6 +112,8 @@ def test_new_tokens_of_a_tied_table_are_the_heads_too(name: str, tmp_path: Path)
     wanted = trained(name, tmp_path, trainable_token_indices=[3, 9])
     require_equal(name, tmp_path, wanted, [])
     require_equal(name, tmp_path, wanted, ROTATED)
+    save_graph(apply_passes(captured(name, torch.float32), ROTATED), tmp_path / "graph.safetensors")
+    require_equal_to(load_graph(tmp_path / "graph.safetensors"), tmp_path, wanted, [])
 
 
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
@@ -146,15 +148,22 @@ def resized(name: str, dtype: torch.dtype) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
-@pytest.mark.parametrize("kind", ["modules_to_save", "trainable_token_indices", "neither"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "modules_to_save"),  # which PEFT unties where they are tied: refused
+        *[
+            (name, kind)
+            for name in ("llama", "llama-tied")
+            for kind in ("trainable_token_indices", "neither")
+        ],
+    ],
+)
 @pytest.mark.parametrize("steps", [[], ROTATED], ids=["captured", "rotated"])
 def test_resized_embeddings_as_peft_saves_them(
     name: str, kind: str, steps: list[Pass], tmp_path: Path
 ) -> None:
     """PEFT saves both tables then, what they were before too, and loads them onto any model of that size."""
-    if (name, kind) == ("llama-tied", "modules_to_save"):
-        pytest.skip("PEFT unties them: refused")
     options = {
         "modules_to_save": {"modules_to_save": ["lm_head", "embed_tokens"]},
         "trainable_token_indices": {"trainable_token_indices": [3, 99]},
@@ -272,3 +281,31 @@ def test_rows_of_tables_that_this_model_does_not_tie_are_refused(tmp_path: Path)
     trained("llama-tied", tmp_path, base=resized, trainable_token_indices=[3, 99])
     with pytest.raises(PassError, match=r"lm_head\.weight and model\.embed_tokens\.weight, which .* not tie"):
         apply_passes(capture(resized("llama", torch.float32)), [AddLoRA(adapter=tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "opt", "gpt2"])
+@pytest.mark.parametrize("steps", [[], ROTATED], ids=["captured", "rotated"])
+def test_a_branch_of_a_tied_head_is_the_heads_alone(name: str, steps: list[Pass], tmp_path: Path) -> None:
+    """Fuse-norm gives the head a table of its own: it is still the model's head, to an adapter and back."""
+    wanted = trained(name, tmp_path / "peft", target_modules=["lm_head"])
+    require_equal(name, tmp_path / "peft", wanted, steps)
+    found = apply_passes(captured(name, torch.float32), [*steps, AddLoRA(adapter=tmp_path / "peft")])
+    save_graph(found, tmp_path / "graph.safetensors")
+    save_adapter(load_graph(tmp_path / "graph.safetensors"), tmp_path / "back")
+    again = peft.PeftModel.from_pretrained(
+        copy.deepcopy(model_of(name, torch.float32)), str(tmp_path / "back")
+    ).eval()
+    with torch.no_grad():
+        assert relative_error(again(TOKENS).logits, wanted) < 2e-5
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["made", "loaded"])
+def test_rows_of_a_tied_table_whose_head_is_folded_are_refused(saved: bool, tmp_path: Path) -> None:
+    """The embedding is still the model's then, and the head is not: not to be changed by halves."""
+    trained("llama-tied", tmp_path / "peft", trainable_token_indices=[3, 9])
+    graph = apply_passes(captured("llama-tied", torch.float32), [FuseNorm(), FoldConstants()])
+    if saved:
+        save_graph(graph, tmp_path / "graph.safetensors")
+        graph = load_graph(tmp_path / "graph.safetensors")
+    with pytest.raises(PassError, match="put add-lora before fold-constants"):
+        apply_passes(graph, [AddLoRA(adapter=tmp_path / "peft")])

@@ -203,10 +203,10 @@ def test_of_another_base(adapter: Path) -> None:
             {"use_dora": True},
             "found 'use_dora', DoRA scales weights by their norms; merge it with PEFT first",
         ),
-        ({"modules_to_save": ["lm_head"]}, "expected tensors of the module 'lm_head', found none"),
+        ({"modules_to_save": ["lm_head"]}, "expected modules_to_save to be names .* found 'lm_head'"),
         ({"bias": "some"}, "expected bias to be none, all or lora_only, found 'some'"),
         ({"r": 3}, "expected rank 3 of model.layers.0.self_attn.q_proj, found 2"),
-        ({"target_modules": ["q_proj", "k_proj"]}, "expected tensors of the module 'k_proj'"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "expected target_modules to be names .* found 'k_proj'"),
     ],
 )
 def test_adapters_that_are_refused(values: dict[str, Any], message: str, adapter: Path) -> None:

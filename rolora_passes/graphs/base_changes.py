@@ -14,11 +14,11 @@ from torch import Tensor, fx
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.affine import absmax, codebook, decode, encode
 from rolora_passes.graphs.axis_maps import LowRank, Way
-from rolora_passes.graphs.graph import get_tensor, parameter_names, parameters, set_tensor
+from rolora_passes.graphs.graph import get_tensor, set_tensor
 from rolora_passes.graphs.identity import fingerprint, is_original
 from rolora_passes.graphs.lora import without
 from rolora_passes.graphs.peft_format import MERGE, Adapter
-from rolora_passes.graphs.transport import ways
+from rolora_passes.graphs.transport import copies, ways
 
 _BLOCK = 64  # of NF4, over a weight's values in the order they are stored
 _RESIZE = "if it has new tokens, resize the model's embeddings first (model.resize_token_embeddings)"
@@ -43,9 +43,7 @@ def change_base(graph: fx.GraphModule, adapter: Adapter, linears: Collection[fx.
         replaced |= {} if rounded is None else {root: rounded}
         done += [f"{root}: less the {adapter.start} start"] if rounded is None else []
     for name, value in replaced.items():
-        old = get_tensor(graph, name)
-        # By the tensor: fuse-norm may have given a tied head a name of its own for it.
-        for same in [n for n, tensor in parameters(graph).items() if tensor is old]:
+        for same in copies(graph, name):  # fuse-norm may have given a tied head a name of its own for it
             set_tensor(graph, same, value)
         done.append(f"{name}: the adapter's own")
     if replaced:
@@ -75,11 +73,12 @@ def _start(graph: fx.GraphModule, adapter: Adapter, way: Way) -> Tensor | None:
     if adapter.start == "loftq":
         return _loftq(wide, rank, adapter.iterations).to(weight.dtype)
     taken = _pissa(wide, rank) if adapter.start == "pissa" else _olora(wide, rank, branch.scale)
-    (node,) = (n for n in graph.graph.find_nodes(op="get_attr") if n.target == way.root)
-    readers = list(node.users)
-    rest = without(graph, node, way.module, taken, weight.dtype)
-    for reader in readers:
-        reader.replace_input_with(node, rest)
+    same = copies(graph, way.root)
+    for node in [n for n in graph.graph.find_nodes(op="get_attr") if n.target in same]:
+        readers = list(node.users)
+        rest = without(graph, node, way.module, taken, weight.dtype)
+        for reader in readers:
+            reader.replace_input_with(node, rest)
     return None
 
 
@@ -173,7 +172,8 @@ def _fitting(graph: fx.GraphModule, name: str, shape: list[int] | None) -> Tenso
 def _require_original(graph: fx.GraphModule, name: str, what: str) -> None:
     if name not in graph.meta.get("weights", {}):
         raise PassError(f"{what} has no place: the model that this graph is of has no {name!r:.120}; {MERGE}")
-    if name not in parameter_names(graph) or not is_original(graph, name):
+    same = copies(graph, name)
+    if name not in same or not all(is_original(graph, name, copy) for copy in same):
         raise PassError(
             f"{what} needs {name} as the model has it, and passes or another adapter changed it here: put "
             f"add-lora before fold-constants and before what stores quantized weights, or {MERGE}"

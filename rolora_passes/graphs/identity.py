@@ -35,10 +35,10 @@ def base_hash(graph: fx.GraphModule) -> str | None:
     return hashlib.sha256(json.dumps(sorted(known.items())).encode()).hexdigest()[:16] if known else None
 
 
-def is_original(graph: fx.GraphModule, name: str) -> bool:
-    """Whether a parameter still has the values that were captured."""
+def is_original(graph: fx.GraphModule, name: str, copy: str | None = None) -> bool:
+    """Whether a parameter, or what was made of it, still has the values that were captured."""
     known: str | None = graph.meta.get("weights", {}).get(name)
-    return known is not None and known == fingerprint(get_tensor(graph, name))
+    return known is not None and known == fingerprint(get_tensor(graph, copy or name))
 
 
 def fingerprint(value: Tensor) -> str:

@@ -63,6 +63,18 @@ def keep_ways(graph: fx.GraphModule, known: Mapping[fx.Node, Way]) -> None:
             graph.meta[key] = value
 
 
+def keep_copy(graph: fx.GraphModule, name: str, copy: str) -> None:
+    """Keep that a parameter is another's copy, so that its linears are called after what the model has."""
+    kept = graph.meta.get("ways", {})
+    graph.meta["ways"] = {**kept, copy: kept.get(name, {"root": name, "steps": [], "reason": None})}
+
+
+def copies(graph: fx.GraphModule, name: str) -> list[str]:
+    """The parameters that are one of the model's, or were made of it, in order of their names."""
+    kept = graph.meta.get("ways", {})
+    return sorted(n for n in parameter_names(graph) if kept.get(n, {}).get("root", n) == name)
+
+
 def name_of(tensor: Tensor) -> str:
     """A name for a tensor that a step holds: a hash of its values, so that no two tensors share one."""
     values = tensor.detach().double().contiguous()
