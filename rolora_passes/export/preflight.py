@@ -148,7 +148,7 @@ def _memory() -> int:
     with suppress(AttributeError, ValueError, OSError):  # Windows has none of this
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     with suppress(ValueError, OSError):  # the limit of a container, if there is one
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text("utf-8")))
     return min(found)
 
 

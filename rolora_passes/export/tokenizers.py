@@ -35,17 +35,17 @@ _RARE = (
 )
 
 
-def require_tokenizer(source: str, targets: Sequence[str]) -> list[str]:
+def require_tokenizer(source: str, targets: Sequence[str], tokenizer: Any = None) -> list[str]:
     """Refuse a model whose tokenizer a runtime cannot load, or with which it gives other tokens.
 
-    It takes no weights: this can be said before they are loaded. Returns what users should know, such as
+    `tokenizer` is the model's, if it is loaded already. It takes no weights: this can be said before they are loaded. Returns what users should know, such as
     texts on which a runtime differs.
 
     Raises:
         CaptureError: the model has no tokenizer that transformers loads.
         LoweringError: names the runtime, and a text on which it differs.
     """
-    tokenizer = load_tokenizer(source)
+    tokenizer = tokenizer or load_tokenizer(source)
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(source, tokenizer, Path(folder))
         return require_same_tokens(Path(folder), tokenizer, targets)

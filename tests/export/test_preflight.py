@@ -93,7 +93,7 @@ RECIPES: dict[str, tuple[list[Any], str]] = {
     "LoftQ with a table": ([{"loftq": {"group_size": 32}}], "ort portable"),
     "LoftQ on integers": ([{"loftq": {"group_size": 32, "method": "rtn"}}, A8], ""),
     "SmoothQuant": ([{"observe-activations": {"per": "channel"}}, "smooth-quant", W4, A8], ""),
-    "a static grid": (["observe-activations", W4, {"quantize-activations": {"static": True}}], "executorch"),
+    "a static grid": (["observe-activations", W4, {"quantize-activations": {"static": True}}], ""),
     "online Hadamards": (["fuse-norm", "rotate", "insert-hadamard", W4, A8], ""),
 }  # fmt: skip
 # A whole .pte takes seconds, and other tests write many: of recipes that ExecuTorch takes, three.
