@@ -38,14 +38,17 @@ _RARE = (
 def require_tokenizer(source: str, targets: Sequence[str], tokenizer: Any = None) -> list[str]:
     """Refuse a model whose tokenizer a runtime cannot load, or with which it gives other tokens.
 
-    `tokenizer` is the model's, if it is loaded already. It takes no weights: this can be said before they are loaded. Returns what users should know, such as
+    It takes no weights: this can be said before they are loaded. Returns what users should know, such as
     texts on which a runtime differs.
+
+    Args:
+        tokenizer: the model's, if it is loaded already.
 
     Raises:
         CaptureError: the model has no tokenizer that transformers loads.
         LoweringError: names the runtime, and a text on which it differs.
     """
-    tokenizer = tokenizer or load_tokenizer(source)
+    tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(source, tokenizer, Path(folder))
         return require_same_tokens(Path(folder), tokenizer, targets)
