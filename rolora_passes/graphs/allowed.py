@@ -119,6 +119,10 @@ def named_type(name: object) -> Any:
     return _TYPES_BY_NAME[name]
 
 
+# What ATen calls its operators on whole numbers, and nodes after them.
+_BITWISE = re.compile(r"__(and|or|xor|lshift|rshift)__(_\d+)?")
+
+
 def require_identifier(name: object, taken: Collection[str], what: str) -> str:
     """The name of a node or an input: it becomes a variable in code.
 
@@ -127,7 +131,8 @@ def require_identifier(name: object, taken: Collection[str], what: str) -> str:
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
         raise GraphFormatError(f"expected an identifier as the name of {what}, found {name!r}")
-    if keyword.iskeyword(name) or name.startswith("__") or name == "self" or name in taken:
+    hidden = name.startswith("__") and not _BITWISE.fullmatch(name)
+    if keyword.iskeyword(name) or hidden or name == "self" or name in taken:
         raise GraphFormatError(f"expected a name for {what} that is not taken, found {name!r}")
     return name
 
