@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -142,3 +143,11 @@ def test_files_and_functions_stay_small() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and "export" not in path.parts:
                 assert (node.end_lineno or 0) - node.lineno <= 60, f"{path.name}: {node.name}"
+
+
+def test_every_folder_of_the_package_is_installed() -> None:
+    known = tomllib.loads((ROOT.parent / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"][
+        "packages"
+    ]
+    folders = {p.parent.relative_to(ROOT.parent) for p in ROOT.rglob("__init__.py")}
+    assert {*known} == {".".join(folder.parts) for folder in folders}
