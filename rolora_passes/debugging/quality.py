@@ -25,7 +25,8 @@ NOTED = 0.5
 """The part of what a model says from which on its loss is worth a warning.
 
 SmolLM2-135M loses 0.27 at rotated-8da4w and 0.35 at rtn:W4A16 (2.2 and 2.4 times the perplexity), 0.64 at
-quarot-rtn:W4A4KV4 (7 times), 2.1 at rtn:W4A4 (400 times). Small random models lose 0.02 to 0.45 at 8da4w.
+quarot-rtn:W4A4KV4 (7 times), 2.1 at rtn:W4A4 (400 times). Small random models lost 0.02 to 0.45 at 8da4w
+with fused norms.
 """
 REFUSED = 1.0
 """From here on a guess that never looks at the text is nearer to the model."""
