@@ -23,10 +23,10 @@ from rolora_passes import (
     apply_passes,
     history,
 )
-from rolora_passes.data import calibration_tokens
 from rolora_passes.graphs.graph import site_names
-from rolora_passes.loftq import bits_by_layer
-from rolora_passes.passes import Calibration
+from rolora_passes.loading.data import calibration_tokens
+from rolora_passes.passes.base import Calibration
+from rolora_passes.passes.loftq import bits_by_layer
 from rolora_passes.recipes import load_recipe
 
 BITS, RANKS = (4, 3, 2.5, 2), (8, 16, 32, 64)

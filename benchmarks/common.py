@@ -18,14 +18,14 @@ from torch import Tensor, fx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from rolora_passes.data import load_text, token_stream
 from rolora_passes.evaluation.parity import SAMPLE
 from rolora_passes.evaluation.perplexity import perplexity
 from rolora_passes.evaluation.scorers import GraphScorer
+from rolora_passes.files import writing
 from rolora_passes.graphs import capture
-from rolora_passes.graphs.files import writing
-from rolora_passes.models import load_model
-from rolora_passes.tokens import beginning
+from rolora_passes.loading.data import load_text, token_stream
+from rolora_passes.loading.models import load_model
+from rolora_passes.loading.tokens import beginning
 
 
 def options(description: str) -> argparse.ArgumentParser:

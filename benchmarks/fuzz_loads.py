@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from fuzz_variants import Variant, checkpoints, gguf_files
 
 from rolora_passes.errors import RoloraError
-from rolora_passes.models import load_model
+from rolora_passes.loading.models import load_model
 
 
 def outcome(variant: Variant, path: Path) -> str:

@@ -12,7 +12,7 @@ import common
 import torch
 
 from rolora_passes import FoldConstants, QuantizeWeights, apply_passes, history
-from rolora_passes.data import calibration_tokens
+from rolora_passes.loading.data import calibration_tokens
 
 
 def main() -> None:

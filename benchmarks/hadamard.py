@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from rolora_passes.graphs import hadamard
+from rolora_passes.numerics import hadamard
 
 
 def best_time(function: Callable[[], object], repeats: int) -> float:

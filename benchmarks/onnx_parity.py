@@ -17,10 +17,10 @@ from common import captured, compare, options, tokens_of
 from torch import Tensor, fx
 
 from rolora_passes import apply_passes
-from rolora_passes.export.onnx import to_onnx
-from rolora_passes.export.onnx_runner import OnnxProgram
+from rolora_passes.export.onnx.lower import to_onnx
+from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs import run
-from rolora_passes.passes import Pass
+from rolora_passes.passes.base import Pass
 from rolora_passes.recipes import load_recipe
 
 

@@ -9,10 +9,10 @@ import torch
 from common import captured, compare, options, tokens_of
 
 from rolora_passes import apply_passes
-from rolora_passes.data import calibration_tokens
 from rolora_passes.export import to_executorch
-from rolora_passes.export.runner import load_pte
+from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.graphs import run
+from rolora_passes.loading.data import calibration_tokens
 from rolora_passes.recipes import load_recipe
 
 

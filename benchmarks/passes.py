@@ -10,8 +10,8 @@ from common import options
 
 from rolora_passes.graphs import capture
 from rolora_passes.graphs.graph import parameters
-from rolora_passes.manager import apply_passes, history
-from rolora_passes.models import load_model
+from rolora_passes.loading.models import load_model
+from rolora_passes.passes.manager import apply_passes, history
 from rolora_passes.recipes import load_recipe
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import common  # noqa: F401  puts the examples on the path
 from packaged_model import packaged_model
 
-from rolora_passes.graphs.files import writing
+from rolora_passes.files import writing
 
 
 def quantize(source: Path, target: Path, keep_head: bool) -> None:

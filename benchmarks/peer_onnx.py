@@ -26,8 +26,8 @@ from typing import Any
 from common import run_costing
 from packaged_model import packaged_model
 
-from rolora_passes.graphs.files import writing_folder
-from rolora_passes.models import load_model
+from rolora_passes.files import writing_folder
+from rolora_passes.loading.models import load_model
 
 BUILDER = "onnxruntime_genai.models.builder"
 SETTING = ("block_size=32", "accuracy_level=4", "is_symmetric=true", "algo_config=default")

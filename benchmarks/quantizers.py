@@ -18,15 +18,15 @@ import torch
 from torch import fx
 
 from rolora_passes import apply_passes
-from rolora_passes.data import calibration_tokens, load_text, token_stream
 from rolora_passes.evaluation.perplexity import perplexity
 from rolora_passes.evaluation.scorers import GraphScorer
 from rolora_passes.evaluation.tasks import evaluate_tasks
-from rolora_passes.graphs.accounting import peak_mb
-from rolora_passes.graphs.files import writing
-from rolora_passes.passes import Calibration
+from rolora_passes.files import writing
+from rolora_passes.loading.data import calibration_tokens, load_text, token_stream
+from rolora_passes.loading.tokens import beginning
+from rolora_passes.memory import peak_mb
+from rolora_passes.passes.base import Calibration
 from rolora_passes.recipes import dump_recipe, load_recipe
-from rolora_passes.tokens import beginning
 
 SETTINGS = ("W4A16", "W4A4", "W4A4KV4", "W4A8", "W6A6", "W2A16")
 METHODS = ("rtn", "smoothquant", "gptq", "quarot-rtn", "quarot")

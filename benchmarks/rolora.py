@@ -18,14 +18,14 @@ from torch import fx
 from torch.nn import functional as F
 
 from rolora_passes import TuneLoRA, apply_passes, history
-from rolora_passes.data import calibration_tokens
 from rolora_passes.evaluation.scorers import GraphScorer
 from rolora_passes.evaluation.tasks import evaluate_tasks
 from rolora_passes.graphs.graph import run
-from rolora_passes.instructions import IGNORED, instruction_windows
-from rolora_passes.passes import Calibration
+from rolora_passes.loading.data import calibration_tokens
+from rolora_passes.loading.instructions import IGNORED, instruction_windows
+from rolora_passes.passes.base import Calibration
+from rolora_passes.passes.setting import Setting, quantizers
 from rolora_passes.recipes import load_recipe
-from rolora_passes.settings import Setting, quantizers
 
 # No name is a part of another, so that --rows can choose each.
 METHODS = {"LoRA without rotation": "lora", "RoLoRA": "rolora", "LoRA before rotation": "rolora-lbr"}

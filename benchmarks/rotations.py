@@ -20,11 +20,11 @@ import common
 from torch import fx
 
 from rolora_passes import LearnRotation, LearnScales, QuantizeWeights, apply_passes, history
-from rolora_passes.data import calibration_tokens
-from rolora_passes.learning.stiefel import Method
-from rolora_passes.passes import Calibration, Pass
+from rolora_passes.loading.data import calibration_tokens
+from rolora_passes.numerics.stiefel import Method
+from rolora_passes.passes.base import Calibration, Pass
+from rolora_passes.passes.setting import Setting, quantizers
 from rolora_passes.recipes import load_recipe
-from rolora_passes.settings import Setting, quantizers
 
 SETTINGS = ("W4A4KV4", "W4A8")
 ROUNDING = ("rtn", "gptq")

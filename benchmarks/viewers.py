@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rolora_passes import apply_passes
 from rolora_passes.graphs import capture
-from rolora_passes.models import load_model
+from rolora_passes.loading.models import load_model
 from rolora_passes.recipes import load_recipe
 from rolora_passes.reporting.model_explorer import write_model_explorer
 from rolora_passes.reporting.netron import write_netron

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, MergeLoRA, Rotate, apply_passes
 from rolora_passes.graphs import capture, convert, run
 from rolora_passes.graphs.graph import copy_graph, parameters, set_tensor
-from rolora_passes.models import load_model
+from rolora_passes.loading.models import load_model
 
 
 def tiny_model() -> PreTrainedModel:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rolora_passes import apply_passes
 from rolora_passes.graphs import capture, run
-from rolora_passes.models import load_model
+from rolora_passes.loading.models import load_model
 from rolora_passes.recipes import load_recipe
 
 TEXT = (

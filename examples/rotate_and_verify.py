@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rolora_passes import AddLoRA, FuseNorm, Rotate, apply_passes, history
 from rolora_passes.graphs import capture, convert, run
-from rolora_passes.graphs.inspect import bases_text
-from rolora_passes.models import load_model
+from rolora_passes.inspection.summary import bases_text
+from rolora_passes.loading.models import load_model
 
 
 def tiny_model() -> PreTrainedModel:

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForMaskedLM
 from rolora_passes import apply_passes
 from rolora_passes.export import to_onnx
 from rolora_passes.graphs import capture, run
-from rolora_passes.models import load_model
+from rolora_passes.loading.models import load_model
 from rolora_passes.recipes import load_recipe
 
 

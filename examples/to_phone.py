@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rolora_passes import apply_passes
 from rolora_passes.export import to_executorch
-from rolora_passes.export.runner import Forward, load_pte
+from rolora_passes.export.executorch.runner import Forward, load_pte
 from rolora_passes.graphs import capture
-from rolora_passes.models import load_model
+from rolora_passes.loading.models import load_model
 from rolora_passes.recipes import load_recipe
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rolora_passes.errors import RoloraError
-from rolora_passes.graphs.accounting import peak_mb
+from rolora_passes.memory import peak_mb
 from rolora_passes.version import versions
 
 _logger = logging.getLogger("rolora_passes")

@@ -1,6 +1,6 @@
 """The version, alone, so that reading it imports nothing."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def versions() -> dict[str, str]:

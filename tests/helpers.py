@@ -19,7 +19,7 @@ from rolora_passes.graphs.evaluate import values_in
 from rolora_passes.graphs.graph import copy_graph, is_op, parameters, set_tensor
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.graphs.verify import relative_error
-from rolora_passes.manager import PassLike
+from rolora_passes.passes.manager import PassLike
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:

@@ -15,9 +15,9 @@ from helpers import captured, count, model_of
 from torch import Tensor, fx
 
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, Pass, Rotate, apply_passes, history
+from rolora_passes.adapters.exchange import save_adapter
 from rolora_passes.errors import PassError
 from rolora_passes.graphs import capture, load_graph, run, save_graph
-from rolora_passes.graphs.adapters import save_adapter
 from rolora_passes.graphs.graph import parameters
 from rolora_passes.graphs.verify import relative_error
 

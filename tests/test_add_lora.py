@@ -23,11 +23,11 @@ from rolora_passes import (
     apply_passes,
     history,
 )
+from rolora_passes.adapters.lora import find_branches
 from rolora_passes.errors import PassError
 from rolora_passes.graphs import capture, load_graph, run, save_graph
 from rolora_passes.graphs.capture import from_exported
 from rolora_passes.graphs.graph import linears, parameters
-from rolora_passes.graphs.lora import find_branches
 from rolora_passes.graphs.verify import relative_error
 
 

@@ -45,7 +45,7 @@ from rolora_passes.errors import (
 )
 from rolora_passes.export import compile_model, to_executorch
 from rolora_passes.graphs import capture, load_graph, save_graph, save_rotations
-from rolora_passes.models import load_model
+from rolora_passes.loading.models import load_model
 from rolora_passes.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -512,7 +512,15 @@ def test_commands(
 def test_as_a_process(tmp_path: Path) -> None:
     """No traceback, no other library's warnings, the message on one line."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "rolora_passes.cli", "compile", "./none", "-o", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "rolora_passes.cli",
+        "compile",
+        "./none",
+        "-o",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2 and not done.stdout
     assert (

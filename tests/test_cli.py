@@ -14,11 +14,11 @@ import pytest
 import torch
 from tiny_checkpoint import TEXT, save_checkpoint
 
-from rolora_passes.data import calibration_tokens, token_stream
 from rolora_passes.evaluation import GraphScorer, Perplexity, open_scorer, perplexity
 from rolora_passes.graphs import save_graph
-from rolora_passes.passes import Calibration, Pass, Report
-from rolora_passes.registry import PASSES
+from rolora_passes.loading.data import calibration_tokens, token_stream
+from rolora_passes.passes.base import Calibration, Pass, Report
+from rolora_passes.passes.registry import PASSES
 
 QUESTIONS = [
     {"question": "What is red?", "choices": ["a rose", "grass"], "answer": 0},

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import rolora_passes
-from rolora_passes.registry import PASSES, make_pass
+from rolora_passes.passes.registry import PASSES, make_pass
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,7 +45,7 @@ def test_the_pass_and_its_test_run(page: dict[str, Path], monkeypatch: pytest.Mo
 
 def test_the_code_passes_the_checks(page: dict[str, Path]) -> None:
     ours = ["--no-cache", "--config", 'lint.isort.known-first-party=["rolora_passes"]', "--stdin-filename"]
-    for place in ("rolora_passes/sort_channels.py", "tests/test_sort_channels.py"):
+    for place in ("rolora_passes/passes/sort_channels.py", "tests/test_sort_channels.py"):
         text = page[Path(place).name].read_text()
         for command in (["check"], ["format", "--check", "--diff"]):
             ruff = [sys.executable, "-m", "ruff", *command, *ours, str(ROOT / place), "-"]

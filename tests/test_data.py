@@ -12,7 +12,9 @@ import torch
 from tiny_checkpoint import TEXT, character_tokenizer
 from tokenizers import processors
 
-from rolora_passes.data import (
+from rolora_passes.errors import DataError, MissingExtraError
+from rolora_passes.evaluation.perplexity import split_windows
+from rolora_passes.loading.data import (
     calibration_tokens,
     conversations,
     cut_windows,
@@ -20,8 +22,6 @@ from rolora_passes.data import (
     random_windows,
     token_stream,
 )
-from rolora_passes.errors import DataError, MissingExtraError
-from rolora_passes.evaluation.perplexity import split_windows
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import fx
 from rolora_passes import FoldConstants, FuseNorm, Rotate, apply_passes, history
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import constants, is_op, parameters
-from rolora_passes.passes import Report
+from rolora_passes.passes.base import Report
 
 LAYER_NORM = ["opt", "gpt2", "phi", "gpt_neox", "cohere", "starcoder2", "stablelm"]
 # Gains that must stay: before rotary embedding (q and k norms), and every one of a model with gains after the

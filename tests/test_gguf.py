@@ -15,7 +15,7 @@ from rolora_passes.errors import CaptureError
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.verify import relative_error
-from rolora_passes.models import load_model
+from rolora_passes.loading.models import load_model
 
 BATCH = torch.randint(2, 250, (1, 40), generator=torch.Generator().manual_seed(1))
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from rolora_passes import FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes, history
 from rolora_passes.errors import PassError, PassOrderError
-from rolora_passes.graphs.bases import infer_bases
+from rolora_passes.graphs.bases.inference import infer_bases
 from rolora_passes.graphs.graph import is_op, values
 
 

@@ -18,8 +18,8 @@ from rolora_passes import (
     history,
 )
 from rolora_passes.errors import PassError, PassOrderError
+from rolora_passes.graphs.bases.rotations import load_rotations, save_rotations
 from rolora_passes.graphs.graph import copy_graph, parameters, set_tensor, site_names, values
-from rolora_passes.graphs.rotations import load_rotations, save_rotations
 
 DOWN = "model.layers.0.mlp.down_proj.scale"
 

@@ -13,9 +13,9 @@ from tiny_checkpoint import TEXT, save_checkpoint
 from rolora_passes import apply_passes
 from rolora_passes.cli import main
 from rolora_passes.graphs import capture, load_graph, save_graph
-from rolora_passes.graphs.diff import diff_text
-from rolora_passes.graphs.structure import structure_text
-from rolora_passes.models import load_model
+from rolora_passes.inspection.diff import diff_text
+from rolora_passes.inspection.structure import structure_text
+from rolora_passes.loading.models import load_model
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -10,8 +10,8 @@ import pytest
 from tiny_checkpoint import save_checkpoint
 
 from rolora_passes.errors import DataError
-from rolora_passes.instructions import instruction_windows
-from rolora_passes.models import load_model
+from rolora_passes.loading.instructions import instruction_windows
+from rolora_passes.loading.models import load_model
 
 ROWS = [
     {"instruction": f"what is a {word}?", "input": "" if i % 2 else "in short", "output": f"the {word} is it"}

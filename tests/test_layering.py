@@ -6,11 +6,11 @@ import ast
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import rolora_passes
-from rolora_passes.registry import PASSES
+from rolora_passes.passes.registry import PASSES
 
 ROOT = Path(rolora_passes.__file__).parent
 FILES = sorted(p for p in ROOT.rglob("*.py"))
@@ -34,25 +34,32 @@ EXTRAS = {
 }
 # Modules that are subclasses of an extra's; nothing else imports them outside a function.
 LATE = (
-    "rolora_passes.export.xnnpack",
-    "rolora_passes.export.last_token",
-    *(f"rolora_passes.export.onnx_{name}" for name in ("emitter", "store", "inputs", "norms", "ops", "ort")),
-    *(f"rolora_passes.export.onnx_{name}" for name in ("portable", "rotary", "weights", "fake_quantize")),
-    "rolora_passes.export.onnx_genai",
+    "rolora_passes.export.executorch.xnnpack",
+    "rolora_passes.export.executorch.last_token",
+    *(f"rolora_passes.export.onnx.{name}" for name in ("emitter", "store", "inputs", "norms", "ops", "ort")),
+    *(f"rolora_passes.export.onnx.{name}" for name in ("portable", "rotary", "weights", "fake_quantize")),
+    "rolora_passes.export.onnx.genai",
     "rolora_passes.evaluation.harness",
 )
-# From the bottom to the top; what is not named here lies between the first two.
-TOP = (
-    "rolora_passes.export",
-    "rolora_passes.evaluation",
-    "rolora_passes.debugging",
-    "rolora_passes.reporting",
-    "rolora_passes.display",
-    "rolora_passes.commands",
-    "rolora_passes.cli",
-)
-# What a pass may import of the package; the manager and what is above it also import passes.
-BELOW = {"rolora_passes.errors", "rolora_passes.passes"}
+# The rooms from the bottom to the top, each with its trade: a module imports its own room and those below.
+ROOMS = {
+    "": "errors, files, memory: what every room needs",
+    "numerics": "arithmetic on plain tensors",
+    "graphs": "what a graph is",
+    "loading": "models, tokenizers and texts",
+    "quantize": "what quantizers share on a graph",
+    "adapters": "low-rank branches, and PEFT's format",
+    "learning": "loops and losses",
+    "decoding": "state, positions and caches",
+    "passes": "one file a pass, and the manager",
+    "recipes": "pipelines as data",
+    "export": "lowering",
+    "evaluation": "how good a model still is",
+    "inspection": "graphs in words",
+    "debugging": "where a recipe loses accuracy",
+    "reporting": "reports and pictures",
+    "cli": "the command line",
+}
 
 
 def imported(tree: ast.AST, top_only: bool = False) -> Iterator[str]:
@@ -83,38 +90,61 @@ def under(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
 
 
-def beyond(modules: Iterable[str], allowed: set[str]) -> list[str]:
-    """Imports of the package that are neither of its graphs nor allowed."""
-    return [
+def room(module: str) -> int:
+    """The floor of the room that a module lies in."""
+    name = module.split(".")[1] if "." in module else ""
+    return list(ROOMS).index(name if name in ROOMS else "")
+
+
+def test_every_folder_is_a_room() -> None:
+    folders = {p.parent.relative_to(ROOT).parts[0] for p in FILES if p.parent != ROOT}
+    assert folders == {*ROOMS} - {""}
+
+
+def test_imports_point_down() -> None:
+    found = [
         f"{module} imports {other}"
-        for module in modules
-        for other in sorted(ours(module) - allowed)
-        if not under(other, "rolora_passes.graphs")
+        for module in MODULES.keys() - {"rolora_passes", "rolora_passes.__main__"}
+        for other in ours(module)
+        if room(other) > room(module)
     ]
+    assert not found
 
 
-def test_graphs_import_graphs_and_errors_alone() -> None:
-    graphs = [m for m in MODULES if under(m, "rolora_passes.graphs")]
-    assert graphs and not beyond(graphs, {"rolora_passes.errors"})
+def test_numerics_knows_no_graph() -> None:
+    files = [path for module, path in MODULES.items() if under(module, "rolora_passes.numerics")]
+    found = {name for path in files for name in imported(ast.parse(path.read_text()))}
+    assert found and not any(name.startswith("torch.fx") or name == "torch.export" for name in found)
 
 
-# Passes that stand above the others: one that composes them for a runtime, one that trains under them.
-ABOVE = ("rolora_passes.export", "rolora_passes.learning")
+# What a pass may import of its room: what a pass is. Passes that train also apply the quantizers to come.
+BELOW = {"rolora_passes.passes", "rolora_passes.passes.base"}
+TRAINED = BELOW | {f"rolora_passes.passes.{name}" for name in ("training", "manager", "tune_lora")}
 
 
 def test_a_pass_imports_no_other_pass() -> None:
-    passes = sorted(m for m in PASS_MODULES if not m.startswith(ABOVE))
-    assert passes and not beyond(passes, BELOW)
+    passes = {m for m in MODULES if m in PASS_MODULES}
+    found = [
+        f"{module} imports {other}"
+        for module in passes
+        for other in ours(module) - (TRAINED if "rolora_passes.passes.training" in reached(module) else BELOW)
+        if under(other, "rolora_passes.passes")
+    ]
+    assert len(passes) == len(PASSES) and not found
 
 
-def test_nothing_imports_what_is_above_it() -> None:
-    found = []
-    for module in MODULES.keys() - {"rolora_passes.__main__"}:
-        own = [level for level, package in enumerate(TOP) if under(module, package)]
-        above = TOP[own[0] + 1 :] if own else TOP
-        wrong = [other for other in ours(module) if any(under(other, package) for package in above)]
-        found += [f"{module} imports {other}" for other in wrong]
-    assert not found
+def reached(module: str) -> set[str]:
+    """What a pass imports of its room, and what that does."""
+    own = {m for m in ours(module) if under(m, "rolora_passes.passes")}
+    return own | {m for other in own for m in ours(other)}
+
+
+def cycles() -> list[set[str]]:
+    """Circles of imports between modules, those for type checkers alone left out."""
+    edges = {m: ours(m) - {m, "rolora_passes"} for m in MODULES if m != "rolora_passes"}
+    while leaf := [m for m, to in edges.items() if not to & edges.keys()]:
+        edges = {m: to for m, to in edges.items() if m not in leaf}
+    return [{*edges}] if edges else []
 
 
 def test_extras_are_imported_inside_functions() -> None:
@@ -129,7 +159,7 @@ def test_extras_are_imported_inside_functions() -> None:
 def test_importing_the_package_is_light() -> None:
     code = (
         "import sys, rolora_passes, rolora_passes.graphs, rolora_passes.export, rolora_passes.recipes\n"
-        "import rolora_passes.data, rolora_passes.evaluation, rolora_passes.cli\n"
+        "import rolora_passes.loading.data, rolora_passes.evaluation, rolora_passes.cli\n"
         f"print(sorted({{m.split('.')[0] for m in sys.modules}} & {EXTRAS | {'transformers'}!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

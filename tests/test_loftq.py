@@ -10,10 +10,10 @@ from architectures import tiny_wide
 from helpers import captured, count, difference, tokens_for
 
 from rolora_passes import AddLoRA, FoldConstants, LoftQ, MergeLoRA, QuantizeWeights, apply_passes, history
+from rolora_passes.adapters.lora import find_branches, low_rank
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import constants, is_op, linears, parameters, run
-from rolora_passes.graphs.lora import find_branches, low_rank
 
 
 def notes(graph: Any) -> dict[str, float]:

@@ -26,8 +26,8 @@ from rolora_passes import (
 from rolora_passes.errors import PassError, PassOrderError, VerificationError
 from rolora_passes.graphs.graph import finish, parameters, set_tensor
 from rolora_passes.graphs.text import graph_text
-from rolora_passes.passes import Calibration
-from rolora_passes.registry import PASSES, make_pass, pass_class
+from rolora_passes.passes.base import Calibration
+from rolora_passes.passes.registry import PASSES, make_pass, pass_class
 
 WRONG = "model.layers.1.mlp.up_proj.weight"
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import character_tokenizer, save_checkpoint
 
 from rolora_passes.errors import CaptureError
-from rolora_passes.models import load_model, load_tokenizer
+from rolora_passes.loading.models import load_model, load_tokenizer
 
 LAYER = "model.layers.0.self_attn"
 

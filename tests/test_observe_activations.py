@@ -15,13 +15,13 @@ from torch import Tensor, fx
 
 from rolora_passes import FoldConstants, apply_passes, history
 from rolora_passes.errors import PassError
-from rolora_passes.graphs import observers
+from rolora_passes.graphs.facts import facts
 from rolora_passes.graphs.graph import finish, linears, parameters, set_tensor, site_names, values
-from rolora_passes.graphs.observers import Histogram, MinMax, Observer, Percentile, observations
-from rolora_passes.graphs.spec import facts
 from rolora_passes.graphs.text import graph_text
-from rolora_passes.observe_activations import ObserveActivations
-from rolora_passes.passes import Calibration, Report
+from rolora_passes.passes.base import Calibration, Report
+from rolora_passes.passes.observe_activations import ObserveActivations
+from rolora_passes.quantize import observers
+from rolora_passes.quantize.observers import Histogram, MinMax, Observer, Percentile, observations
 
 aten = torch.ops.aten
 WINDOWS = torch.tensor([[0, 1], [2, 3]])

@@ -11,10 +11,10 @@ from pathlib import Path, PureWindowsPath
 import pytest
 
 import rolora_passes
-from rolora_passes.graphs.accounting import peak_mb
-from rolora_passes.graphs.files import writing, writing_folder
+from rolora_passes.files import writing, writing_folder
+from rolora_passes.memory import peak_mb
+from rolora_passes.passes.rotate import Rotate
 from rolora_passes.recipes import dump_recipe
-from rolora_passes.rotate import Rotate
 
 ROOT = Path(rolora_passes.__file__).parent
 # Modules that Windows lacks; a function may import one, and do without.

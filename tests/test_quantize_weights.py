@@ -13,10 +13,10 @@ from torch import Tensor, fx
 
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, QuantizeWeights, Rotate, apply_passes, history
 from rolora_passes.errors import PassError
-from rolora_passes.graphs import affine
 from rolora_passes.graphs.accounting import weigh
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import argument, is_op, parameters, run, values
+from rolora_passes.numerics import affine
 
 
 @functools.cache

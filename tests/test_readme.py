@@ -21,16 +21,16 @@ from tiny_checkpoint import TEXT, save_byte_checkpoint
 
 import rolora_passes
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, Rotate, apply_passes
-from rolora_passes.cli import COMMANDS as MODULES
-from rolora_passes.cli import _parser, main
-from rolora_passes.export.onnx_runner import OnnxProgram
-from rolora_passes.export.runner import load_pte
+from rolora_passes.adapters.exchange import save_adapter
+from rolora_passes.cli.main import COMMANDS as MODULES
+from rolora_passes.cli.main import _parser, main
+from rolora_passes.export.executorch.runner import load_pte
+from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs import capture
-from rolora_passes.graphs.adapters import save_adapter
 from rolora_passes.graphs.graph import run
 from rolora_passes.graphs.verify import relative_error
-from rolora_passes.learning.rilq import RILQ
-from rolora_passes.models import load_model
+from rolora_passes.loading.models import load_model
+from rolora_passes.passes.rilq import RILQ
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

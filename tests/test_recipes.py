@@ -25,7 +25,7 @@ from rolora_passes import (
     SmoothQuant,
 )
 from rolora_passes.errors import PassError
-from rolora_passes.manager import check_order
+from rolora_passes.passes.manager import check_order
 from rolora_passes.recipes import dump_recipe, load_recipe, recipe_names
 
 methods = st.sampled_from(["hadamard", "orthogonal", None])

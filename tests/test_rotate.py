@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes, history
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.bases.rotations import load_rotations, save_rotations
 from rolora_passes.graphs.graph import parameters
-from rolora_passes.graphs.rotations import load_rotations, save_rotations
 
 RIGID_RESIDUAL = {"gemma2", "gemma3", "olmo2"}
 

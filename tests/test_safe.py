@@ -15,10 +15,10 @@ from test_quantize_weights import wide
 import rolora_passes
 from rolora_passes import apply_passes, history
 from rolora_passes.graphs.graph import TENSORS, copy_graph, parameters
-from rolora_passes.manager import PassLike
-from rolora_passes.passes import Calibration
+from rolora_passes.passes.base import Calibration
+from rolora_passes.passes.manager import PassLike
+from rolora_passes.passes.registry import PASSES
 from rolora_passes.recipes import load_recipe
-from rolora_passes.registry import PASSES
 from rolora_passes.reporting.arrays import Arrays
 from rolora_passes.reporting.page import write_page
 
@@ -31,9 +31,9 @@ UNSAFE = {
     "allow_pickle",
 }  # fmt: skip
 MEANT = {
-    ("export/extras.py", "import_module"),  # an extra, by a name that stands in the code
-    ("registry.py", "import_module"),  # a pass, by the table or the entry points of installed packages
-    ("graphs/rotations.py", "torch.load"),  # weights_only, which is looked at below
+    ("extras.py", "import_module"),  # an extra, by a name that stands in the code
+    ("passes/registry.py", "import_module"),  # a pass, by the table or the entry points of installed packages
+    ("graphs/bases/rotations.py", "torch.load"),  # weights_only, which is looked at below
     ("learning/loop.py", "torch.load"),
     ("loading/checkpoint.py", "torch.load"),
 }
@@ -72,7 +72,7 @@ def test_recipes_name_passes_and_nothing_else(tmp_path: Path) -> None:
     for text in (
         f"passes: [!!python/object/apply:os.mkdir ['{ran}']]",
         "passes: ['os:mkdir']",
-        "passes: [{'rolora_passes.rotate:Rotate': {}}]",
+        "passes: [{'rolora_passes.passes.rotate:Rotate': {}}]",
         "passes: [{rotate: {__class__: 1}}]",
     ):
         (tmp_path / "recipe.yaml").write_text(text, "utf-8")

@@ -11,10 +11,11 @@ from test_quantize_weights import wide
 from rolora_passes import FoldConstants, QuantizeActivations, QuantizeKVCache, QuantizeWeights, apply_passes
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.accounting import weigh
-from rolora_passes.graphs.spec import facts
-from rolora_passes.learning.training import Training
+from rolora_passes.graphs.facts import facts
+from rolora_passes.passes.setting import Setting
+from rolora_passes.passes.training import Training
 from rolora_passes.recipes import dump_recipe, load_recipe
-from rolora_passes.settings import METHODS, Setting, method_passes
+from rolora_passes.recipes.methods import METHODS, method_passes
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from torch import Tensor, fx
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes, history
 from rolora_passes.errors import PassError, PassOrderError
 from rolora_passes.graphs.capture import capture
+from rolora_passes.graphs.facts import facts
 from rolora_passes.graphs.graph import convert, linears, parameters, set_tensor, site_names, values
-from rolora_passes.graphs.spec import facts
 from rolora_passes.graphs.text import graph_text
-from rolora_passes.observe_activations import ObserveActivations
-from rolora_passes.passes import Report
-from rolora_passes.smooth_quant import SmoothQuant
+from rolora_passes.passes.base import Report
+from rolora_passes.passes.observe_activations import ObserveActivations
+from rolora_passes.passes.smooth_quant import SmoothQuant
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from tiny_checkpoint import character_tokenizer
 from tokenizers import processors
 
 from rolora_passes.errors import DataError
-from rolora_passes.tokens import beginning, end_tokens, in_template, turn_end
+from rolora_passes.loading.tokens import beginning, end_tokens, in_template, turn_end
 
 CHATML = "{% for m in messages %}{{ m.role }}:{{ m.content }}|\n{% endfor %}"
 

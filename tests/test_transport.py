@@ -27,14 +27,14 @@ from rolora_passes import (
     Rotate,
     apply_passes,
 )
+from rolora_passes.adapters.exchange import save_adapter
+from rolora_passes.adapters.peft_format import load_adapter
 from rolora_passes.errors import PassError
 from rolora_passes.graphs import load_graph, run, save_graph
-from rolora_passes.graphs.adapters import save_adapter
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import parameters
-from rolora_passes.graphs.peft_format import load_adapter
+from rolora_passes.graphs.lineage import ways
 from rolora_passes.graphs.sites import is_head
-from rolora_passes.graphs.transport import ways
 from rolora_passes.graphs.verify import relative_error
 
 ROTATED = [FuseNorm(), Rotate(others="orthogonal"), InsertHadamard(), FoldConstants()]

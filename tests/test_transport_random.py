@@ -23,9 +23,9 @@ from rolora_passes import (
     SmoothQuant,
     apply_passes,
 )
+from rolora_passes.adapters.exchange import save_adapter
 from rolora_passes.errors import RoloraError
-from rolora_passes.graphs.adapters import save_adapter
-from rolora_passes.graphs.transport import ways
+from rolora_passes.graphs.lineage import ways
 
 CALIBRATION = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(9))
 

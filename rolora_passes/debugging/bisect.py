@@ -15,8 +15,8 @@ from rolora_passes.debugging.splice import Losses, Splice, divergence, predictio
 from rolora_passes.debugging.twins import float_twin_recipe
 from rolora_passes.errors import VerificationError
 from rolora_passes.graphs.graph import dtype_of
-from rolora_passes.manager import Record, apply_passes, history, referring
-from rolora_passes.passes import Calibration, Pass
+from rolora_passes.passes.base import Calibration, Pass
+from rolora_passes.passes.manager import Record, apply_passes, history, referring
 
 _LEFT = 0.1  # bisection ends when what is left causes less than this part of the divergence
 _NONE = 1e-6  # nats a token: rounding

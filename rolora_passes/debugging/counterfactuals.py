@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from rolora_passes.debugging.splice import Losses, Splice
 from rolora_passes.errors import PassError
-from rolora_passes.insert_hadamard import InsertHadamard
-from rolora_passes.passes import Pass
+from rolora_passes.passes.base import Pass
+from rolora_passes.passes.insert_hadamard import InsertHadamard
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def sites_in_float(
 ) -> Counterfactuals:
     """Leave each site in floating point alone: its weight, what it reads, and for attention the cache.
 
-    This mirrors `rolora_passes.sensitivity`, which quantizes each site alone: where losses add up the two
+    This mirrors `evaluation.sensitivity`, which quantizes each site alone: where losses add up the two
     agree, and where sites make up for each other, or spoil each other, they do not.
 
     Args:

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from rolora_passes.data import load_text, token_stream
 from rolora_passes.errors import EvaluationError
 from rolora_passes.evaluation.perplexity import split_windows
 from rolora_passes.evaluation.scorers import GraphScorer, open_scorer
-from rolora_passes.manager import check_order, require_calibration
-from rolora_passes.passes import Calibration, Pass
+from rolora_passes.loading.data import load_text, token_stream
+from rolora_passes.loading.tokens import beginning
+from rolora_passes.passes.base import Calibration, Pass
+from rolora_passes.passes.manager import check_order, require_calibration
 from rolora_passes.recipes import load_recipe
-from rolora_passes.tokens import beginning
 
 
 @dataclass(frozen=True)

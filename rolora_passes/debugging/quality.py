@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from rolora_passes.add_lora import AddLoRA
 from rolora_passes.debugging.bisect import SiteBisection, bisect_sites, costliest, measure_passes
 from rolora_passes.errors import QualityError, RoloraError
 from rolora_passes.evaluation.parity import Loss, measure_loss, sample_text
 from rolora_passes.export.compile import Made
 from rolora_passes.graphs.graph import site_names
-from rolora_passes.insert_hadamard import InsertHadamard
-from rolora_passes.learning import TuneLoRA
-from rolora_passes.manager import apply_passes
-from rolora_passes.passes import Pass
-from rolora_passes.quantize_weights import QuantizeWeights
-from rolora_passes.rotate import Rotate
+from rolora_passes.passes.add_lora import AddLoRA
+from rolora_passes.passes.base import Pass
+from rolora_passes.passes.insert_hadamard import InsertHadamard
+from rolora_passes.passes.manager import apply_passes
+from rolora_passes.passes.quantize_weights import QuantizeWeights
+from rolora_passes.passes.rotate import Rotate
+from rolora_passes.passes.tune_lora import TuneLoRA
 
 NOTED = 0.5
 """The part of what a model says from which on its loss is worth a warning.

@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import fx
 
 from rolora_passes.errors import RoloraError
-from rolora_passes.graphs.files import writing_folder
+from rolora_passes.files import writing_folder
 from rolora_passes.graphs.graph import copy_graph, finish
 from rolora_passes.graphs.layers import find_layers
 from rolora_passes.graphs.serialize import save_graph
 from rolora_passes.log import environment, without_home
-from rolora_passes.manager import Failure, apply_passes
+from rolora_passes.passes.manager import Failure, apply_passes
 from rolora_passes.recipes import dump_recipe
 
 _SCRIPT = '''"""{title}"""

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from rolora_passes.debugging.pairing import layers_of, sites_of
 from rolora_passes.errors import GraphFormatError
+from rolora_passes.evaluation.sensitivity import compare_logits
 from rolora_passes.graphs.graph import constants, op_name, parameters, run, set_tensor
-from rolora_passes.sensitivity import compare_logits
 
 # Operators that passes insert, under names from a counter: two graphs may use one name for two values.
 _INSERTED = {

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 from rolora_passes.debugging.pairing import Pair, pair_values
 from rolora_passes.errors import GraphFormatError
+from rolora_passes.evaluation.sensitivity import compare_logits
 from rolora_passes.graphs.graph import values
-from rolora_passes.sensitivity import compare_logits
 
 _WORST = 3  # tokens that are remembered of every value
 
@@ -156,7 +156,7 @@ def track_errors(
 
     The two go in step, value by value, one window at a time, and a value is freed when its last user has run:
     the memory beyond one forward pass is the other graph's live values. Errors are of what came out, with
-    everything before already wrong: a site's own share is what `rolora_passes.sensitivity` measures.
+    everything before already wrong: a site's own share is what `evaluation.sensitivity` measures.
 
     Args:
         graph, reference: such as `with_float_twin` makes; values of the same name are compared.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from torch import fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.manager import Record, apply_passes
-from rolora_passes.passes import Calibration, Pass
+from rolora_passes.passes.base import Calibration, Pass
+from rolora_passes.passes.manager import Record, apply_passes
 
 
 def float_twin_recipe(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass], list[Pass]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.evaluation.scorers import GraphScorer, Scorer, open_program, read_manifest
-from rolora_passes.sensitivity import compare_logits
+from rolora_passes.evaluation.sensitivity import compare_logits
 
 SAMPLE = Path(__file__).with_name("sample.txt")
 _TOKENS, _NEW = 64, 16

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rolora_passes.data import cut_windows
 from rolora_passes.errors import DataError, EvaluationError
 from rolora_passes.evaluation.scorers import Scorer, require_known, require_window
-from rolora_passes.sensitivity import compare_logits
+from rolora_passes.evaluation.sensitivity import compare_logits
+from rolora_passes.loading.data import cut_windows
 
 PROTOCOL = (
     "token-level perplexity: windows that do not overlap, tail dropped, each begun as the tokenizer begins a "

@@ -10,15 +10,15 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from rolora_passes.data import load_text, token_stream
 from rolora_passes.errors import EvaluationError
 from rolora_passes.evaluation.perplexity import split_windows
 from rolora_passes.evaluation.scorers import GraphScorer, open_scorer
-from rolora_passes.manager import apply_passes, require_calibration
-from rolora_passes.passes import Calibration
+from rolora_passes.evaluation.sensitivity import sensitivity, split_recipe
+from rolora_passes.loading.data import load_text, token_stream
+from rolora_passes.loading.tokens import beginning
+from rolora_passes.passes.base import Calibration
+from rolora_passes.passes.manager import apply_passes, require_calibration
 from rolora_passes.recipes import load_recipe
-from rolora_passes.sensitivity import sensitivity, split_recipe
-from rolora_passes.tokens import beginning
 
 
 def rank_sites(

@@ -14,16 +14,16 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from rolora_passes.data import load_text, token_stream
 from rolora_passes.errors import DataError, EvaluationError
 from rolora_passes.evaluation.perplexity import PROTOCOL, perplexity, split_windows
 from rolora_passes.evaluation.scorers import GraphScorer, ProgramScorer, Scorer, open_scorer
 from rolora_passes.evaluation.tasks import COUNTS, evaluate_tasks, load_tasks, stderr_name
-from rolora_passes.graphs.files import writing
+from rolora_passes.files import writing
 from rolora_passes.graphs.graph import dtype_of
-from rolora_passes.manager import history
-from rolora_passes.passes import Calibration
-from rolora_passes.tokens import beginning
+from rolora_passes.loading.data import load_text, token_stream
+from rolora_passes.loading.tokens import beginning
+from rolora_passes.passes.base import Calibration
+from rolora_passes.passes.manager import history
 from rolora_passes.version import versions
 
 

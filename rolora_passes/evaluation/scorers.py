@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import DataError, EvaluationError, RunError, one_line
-from rolora_passes.export.onnx_runner import OnnxProgram
-from rolora_passes.export.runner import load_pte
+from rolora_passes.export.executorch.runner import load_pte
+from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import convert, run
 from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.serialize import load_graph
-from rolora_passes.manager import Record, apply_passes, check_order, require_calibration
-from rolora_passes.models import load_model
-from rolora_passes.passes import Calibration, Pass
+from rolora_passes.loading.models import load_model
+from rolora_passes.passes.base import Calibration, Pass
+from rolora_passes.passes.manager import Record, apply_passes, check_order, require_calibration
 from rolora_passes.recipes import load_recipe
 
 

@@ -10,7 +10,7 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
 from rolora_passes.errors import EvaluationError, one_line
-from rolora_passes.export.extras import require
+from rolora_passes.extras import require
 
 _DATA = "tag:yaml.org,2002:"
 

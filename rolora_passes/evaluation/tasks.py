@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from rolora_passes.data import read_lines
 from rolora_passes.errors import DataError, EvaluationError, MissingExtraError, one_line
 from rolora_passes.evaluation.scorers import Scorer
 from rolora_passes.evaluation.task_files import keep_templates_from_python, require_data
-from rolora_passes.export.extras import require
+from rolora_passes.extras import require
+from rolora_passes.loading.data import read_lines
 
 GROUPS = {
     # the seven of RoLoRA's zero-shot commonsense reasoning

@@ -15,23 +15,23 @@ from typing import Any, Literal, get_args
 
 from torch import fx
 
-from rolora_passes.add_lora import AddLoRA
+from rolora_passes.adapters.exchange import load_adapter
+from rolora_passes.decoding.kv_cache import require_context
+from rolora_passes.decoding.positions import tabulate
 from rolora_passes.errors import LoweringError
-from rolora_passes.export.executorch import LoweringReport, require_methods, to_executorch
-from rolora_passes.export.extras import require
-from rolora_passes.export.kv_cache import require_context
-from rolora_passes.export.onnx import Flavor, OnnxReport, write_onnx
-from rolora_passes.export.positions import tabulate
+from rolora_passes.export.executorch.lower import LoweringReport, require_methods, to_executorch
+from rolora_passes.export.onnx.lower import Flavor, OnnxReport, write_onnx
 from rolora_passes.export.preflight import outline, require_kernels, require_memory, require_vocabulary
 from rolora_passes.export.tokenizers import require_tokenizer, save_tokenizer
+from rolora_passes.extras import require
+from rolora_passes.files import writing_folder
 from rolora_passes.graphs.accounting import Weights, weigh
-from rolora_passes.graphs.adapters import load_adapter
+from rolora_passes.graphs.bases.rotations import load_rotations, save_rotations
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.files import writing_folder
-from rolora_passes.graphs.rotations import load_rotations, save_rotations
-from rolora_passes.manager import Record, apply_passes, check_order, history, require_calibration
-from rolora_passes.models import load_model, load_tokenizer
-from rolora_passes.passes import Calibration, Pass
+from rolora_passes.loading.models import load_model, load_tokenizer
+from rolora_passes.passes.add_lora import AddLoRA
+from rolora_passes.passes.base import Calibration, Pass
+from rolora_passes.passes.manager import Record, apply_passes, check_order, history, require_calibration
 from rolora_passes.recipes import dump_recipe, load_recipe, settled
 from rolora_passes.version import versions
 

@@ -22,24 +22,24 @@ import torch
 from torch import fx, nn
 
 import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
-from rolora_passes.add_lora import AddLoRA
 from rolora_passes.errors import CaptureError, LoweringError
-from rolora_passes.export.add_kv_cache import AddKVCache
-from rolora_passes.fold_constants import FoldConstants
-from rolora_passes.graphs.clips import CLIPS
 from rolora_passes.graphs.graph import add_parameter, aten, finish, site_names
 from rolora_passes.graphs.sites import matches
-from rolora_passes.loftq import LoftQ
-from rolora_passes.manager import apply_passes
-from rolora_passes.merge_lora import MergeLoRA
-from rolora_passes.models import load_outline
-from rolora_passes.observe_activations import ObserveActivations
-from rolora_passes.passes import Pass
-from rolora_passes.quantize_activations import QuantizeActivations
-from rolora_passes.quantize_embedding import QuantizeEmbedding
-from rolora_passes.quantize_kv_cache import QuantizeKVCache
-from rolora_passes.quantize_weights import QuantizeWeights
-from rolora_passes.smooth_quant import SmoothQuant
+from rolora_passes.loading.models import load_outline
+from rolora_passes.passes.add_kv_cache import AddKVCache
+from rolora_passes.passes.add_lora import AddLoRA
+from rolora_passes.passes.base import Pass
+from rolora_passes.passes.fold_constants import FoldConstants
+from rolora_passes.passes.loftq import LoftQ
+from rolora_passes.passes.manager import apply_passes
+from rolora_passes.passes.merge_lora import MergeLoRA
+from rolora_passes.passes.observe_activations import ObserveActivations
+from rolora_passes.passes.quantize_activations import QuantizeActivations
+from rolora_passes.passes.quantize_embedding import QuantizeEmbedding
+from rolora_passes.passes.quantize_kv_cache import QuantizeKVCache
+from rolora_passes.passes.quantize_weights import QuantizeWeights
+from rolora_passes.passes.smooth_quant import SmoothQuant
+from rolora_passes.quantize.clips import CLIPS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rolora_passes.errors import LoweringError, one_line
-from rolora_passes.export.extras import require
-from rolora_passes.models import load_tokenizer, tokenizer_files
+from rolora_passes.extras import require
+from rolora_passes.loading.models import load_tokenizer, tokenizer_files
 
 Encode = Callable[[str], list[int]]
 """A text's tokens, without what begins or ends it; none, if the runtime fails on it."""

@@ -1,9 +1,9 @@
 """Graphs: capture, canonical form, basis inference, parameters, verification, inspection."""
 
-from rolora_passes.graphs.bases import infer_bases
+from rolora_passes.graphs.bases.inference import infer_bases
+from rolora_passes.graphs.bases.rotations import load_rotations, save_rotations
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import convert, run
-from rolora_passes.graphs.rotations import load_rotations, save_rotations
 from rolora_passes.graphs.serialize import load_graph, save_graph
 
 __all__ = [

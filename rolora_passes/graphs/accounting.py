@@ -1,12 +1,9 @@
-"""What a graph's weights weigh, and what the process that made it has taken."""
+"""What a graph's weights weigh, and which of its parameters no quantizer reaches."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -112,24 +109,3 @@ def _why_it_stays(value: Tensor, readers: Sequence[fx.Node]) -> str:
     if value.dim() == 3 and any(is_op(reader, "index", "bmm", "matmul", "einsum") for reader in readers):
         return f"{len(value)} matrices in one, as experts are, read by {names}, not as a linear's weight"
     return f"read by {names}, not as a linear's weight"
-
-
-def peak_mb() -> float:
-    """The process's peak resident memory, in MB; 0 on a system that does not say."""
-    if sys.platform == "win32":
-        return _windows_peak() / 1e6
-    try:
-        import resource  # not part of Python everywhere
-    except ImportError:
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-def _windows_peak() -> int:
-    """The peak working set in bytes, as PROCESS_MEMORY_COUNTERS holds it: two DWORDs, then sizes."""
-    library: Any = getattr(ctypes, "WinDLL")("kernel32")  # noqa: B009  (there on Windows alone)
-    library.GetCurrentProcess.restype = ctypes.c_void_p
-    counters = (ctypes.c_size_t * 9)()
-    process, size = ctypes.c_void_p(library.GetCurrentProcess()), ctypes.sizeof(counters)
-    return int(counters[1]) if library.K32GetProcessMemoryInfo(process, counters, size) else 0

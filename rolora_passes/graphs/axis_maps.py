@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs import hadamard
 from rolora_passes.graphs.ops import rotate
+from rolora_passes.numerics import hadamard
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rolora_passes.graphs import affine
-from rolora_passes.graphs import hadamard as _hadamard
+from rolora_passes.numerics import affine
+from rolora_passes.numerics import hadamard as _hadamard
 
 _library = torch.library.Library("rolora", "DEF")
 
@@ -95,7 +95,7 @@ def hadamard(x: Tensor, order: int, dim: int = -1, inner: int = 1) -> Tensor:
     """Multiply an axis, or one factor of it, by the orthonormal Hadamard matrix of `order`.
 
     Axis `dim` is read as (outer, order, inner), row-major; y[.., j, ..] = sum_i x[.., i, ..] H[i, j].
-    O(n log n); see `rolora_passes.graphs.hadamard` for the orders and constructions.
+    O(n log n); see `rolora_passes.numerics.hadamard` for the orders and constructions.
     """
     return _hadamard.transform(x, order, dim, inner)
 

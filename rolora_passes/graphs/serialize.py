@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import fx
 
 from rolora_passes.errors import GraphFormatError, one_line
-from rolora_passes.graphs import quantizers as _quantizers  # noqa: F401
+from rolora_passes.files import writing
 from rolora_passes.graphs.allowed import (
     find_operator,
     named_type,
@@ -26,7 +26,6 @@ from rolora_passes.graphs.allowed import (
     require_identifier,
     require_tensor_names,
 )
-from rolora_passes.graphs.files import writing
 from rolora_passes.graphs.graph import TENSORS, parameters, set_tensor
 
 FORMAT = "rolora-graph-2"

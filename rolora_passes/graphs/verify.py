@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import VerificationError
-from rolora_passes.graphs.bases import describe
+from rolora_passes.graphs.bases.inference import describe
 from rolora_passes.graphs.evaluate import values_in
 from rolora_passes.graphs.graph import is_op, parameters
 from rolora_passes.graphs.shapes import infer_shapes

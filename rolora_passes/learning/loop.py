@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.files import writing
+from rolora_passes.files import writing
 from rolora_passes.graphs.inputs import positions_like
-from rolora_passes.graphs.split import LayeredGraph
-from rolora_passes.instructions import IGNORED
 from rolora_passes.learning import losses, processes
-from rolora_passes.learning.stiefel import Variables
+from rolora_passes.learning.layered import LayeredGraph
+from rolora_passes.loading.instructions import IGNORED
+from rolora_passes.numerics.stiefel import Variables
 
 if TYPE_CHECKING:
-    from rolora_passes.learning.training import Training
+    from rolora_passes.learning.options import Options
 
 _SAVE_SECONDS = 60.0
 _log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def train(
     teacher: LayeredGraph | None,
     variables: Variables,
     windows: Windows,
-    options: Training,
+    options: Options,
     file: Path | None,
     on_progress: Callable[[str, int, int], None],
 ) -> Trace:
@@ -118,7 +118,7 @@ class _Run:
         teacher: LayeredGraph | None,
         variables: Variables,
         windows: Windows,
-        options: Training,
+        options: Options,
         file: Path | None,
     ) -> None:
         from transformers.optimization import get_scheduler

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 from torch.nn import functional as F
 
-from rolora_passes.instructions import IGNORED
+from rolora_passes.loading.instructions import IGNORED
 
 Values = Mapping[str, Tensor]
 """A graph's logits [B, S, V] as "result", and as "hidden" what its head reads [B, S, D]."""

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from rolora_passes.graphs.split import LayeredGraph
+from rolora_passes.learning.layered import LayeredGraph
 
 
 def join() -> None:

@@ -1,1 +1,1 @@
-"""What is behind `load_model`: checkpoints and GGUF files of which nothing goes unread."""
+"""Models, tokenizers and texts from where users keep them; of a checkpoint nothing goes unread."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from rolora_passes.graphs.bases import infer_bases
+from rolora_passes.graphs.bases.inference import infer_bases
 from rolora_passes.graphs.graph import KEPT, argument, is_op
 from rolora_passes.graphs.layers import find_layers
 from rolora_passes.graphs.shapes import BATCH, SEQUENCE, infer_shapes
-from rolora_passes.graphs.structure import Words
+from rolora_passes.inspection.structure import Words
 
 Overlay = dict[str, float] | dict[str, str]
 

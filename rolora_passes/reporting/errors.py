@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from rolora_passes.debugging.pairing import logits_of, pair_values
 from rolora_passes.debugging.tracking import NodeError, in_step, track_errors
+from rolora_passes.evaluation.sensitivity import compare_logits
 from rolora_passes.graphs.evaluate import call, compute
 from rolora_passes.graphs.graph import constants, is_op
-from rolora_passes.sensitivity import compare_logits
 
 
 def describe_errors(

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import fx
 
-from rolora_passes.graphs.diff import literals
-from rolora_passes.graphs.files import writing
+from rolora_passes.files import writing
 from rolora_passes.graphs.graph import op_name
+from rolora_passes.inspection.diff import literals
 from rolora_passes.reporting.drawing import Drawing, Overlay
 
 GRAPH = "graph"  # its id, by which node data finds it

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from rolora_passes.export.extras import require
-from rolora_passes.graphs.diff import literals
-from rolora_passes.graphs.files import writing
+from rolora_passes.extras import require
+from rolora_passes.files import writing
+from rolora_passes.graphs.facts import facts
 from rolora_passes.graphs.graph import op_name, root_names
-from rolora_passes.graphs.spec import facts
-from rolora_passes.graphs.structure import formula
+from rolora_passes.inspection.diff import literals
+from rolora_passes.inspection.structure import formula
 from rolora_passes.reporting.drawing import Drawing
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from rolora_passes.export.extras import require
-from rolora_passes.graphs.files import writing
+from rolora_passes.extras import require
+from rolora_passes.files import writing
 from rolora_passes.reporting.arrays import Arrays
 
 SCRIPTS = ("core", "outliers", "errors", "grids", "structure", "main")

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 from rolora_passes.debugging.opening import Subject
 from rolora_passes.debugging.twins import with_float_twin
 from rolora_passes.errors import DataError
-from rolora_passes.fuse_norm import FuseNorm
-from rolora_passes.graphs.spec import refuted
-from rolora_passes.manager import Record, apply_passes, history
-from rolora_passes.passes import Pass
+from rolora_passes.graphs.facts import refuted
+from rolora_passes.passes.base import Pass
+from rolora_passes.passes.fuse_norm import FuseNorm
+from rolora_passes.passes.manager import Record, apply_passes, history
 from rolora_passes.recipes import dump_recipe
 from rolora_passes.reporting.activations import activation_sites, describe, headline, measure, picture_rows
 from rolora_passes.reporting.arrays import Arrays

@@ -10,11 +10,11 @@ from torch import fx
 
 from rolora_passes.debugging.pairing import layers_of, sites_of
 from rolora_passes.graphs.accounting import weigh
-from rolora_passes.graphs.bases import Group, ParameterAxis, infer_bases
+from rolora_passes.graphs.bases.inference import Group, ParameterAxis, infer_bases
 from rolora_passes.graphs.graph import KEPT, argument, constants, get_tensor, is_op, linears, root_names
-from rolora_passes.graphs.inspect import GROUPS, alike, layerless
 from rolora_passes.graphs.shapes import infer_shapes
-from rolora_passes.manager import Record
+from rolora_passes.inspection.summary import GROUPS, alike, layerless
+from rolora_passes.passes.manager import Record
 
 _FEW = 3  # names of sites that stand for the others
 

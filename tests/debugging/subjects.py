@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from rolora_passes.debugging import with_float_twin
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import copy_graph, finish, is_op, parameters, set_tensor
-from rolora_passes.manager import apply_passes
-from rolora_passes.passes import Pass
-from rolora_passes.registry import make_pass
+from rolora_passes.passes.base import Pass
+from rolora_passes.passes.manager import apply_passes
+from rolora_passes.passes.registry import make_pass
 
 ROTATED = ["fuse-norm", "rotate", {"insert-hadamard": {"r3": False}}]
 QUANTIZED = [{"quantize-weights": {"bits": 8}}, "quantize-activations", "fold-constants"]

@@ -15,7 +15,7 @@ from tiny_checkpoint import TEXT, save_checkpoint
 from rolora_passes.evaluation import GraphScorer, open_scorer
 from rolora_passes.graphs import save_graph
 from rolora_passes.graphs.graph import get_tensor, set_tensor
-from rolora_passes.registry import PASSES
+from rolora_passes.passes.registry import PASSES
 
 Run = Callable[..., tuple[int, str, str]]
 WINDOW = ("--window", 32)

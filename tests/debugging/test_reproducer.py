@@ -16,8 +16,8 @@ from rolora_passes.debugging.reproducer import reproducer_in
 from rolora_passes.errors import PassError, VerificationError
 from rolora_passes.graphs import load_graph
 from rolora_passes.graphs.graph import finish, parameters, set_tensor
-from rolora_passes.passes import Calibration
-from rolora_passes.registry import PASSES
+from rolora_passes.passes.base import Calibration
+from rolora_passes.passes.registry import PASSES
 
 
 @dataclass(frozen=True)

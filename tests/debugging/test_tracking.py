@@ -17,12 +17,12 @@ from rolora_passes import AddLoRA, QuantizeWeights, apply_passes
 from rolora_passes.debugging import ErrorTrace, float_twin_recipe, track_errors, with_float_twin
 from rolora_passes.debugging.tables import trace_table
 from rolora_passes.errors import GraphFormatError, PassError
+from rolora_passes.evaluation.sensitivity import split_recipe
 from rolora_passes.graphs.graph import parameters, run, values
 from rolora_passes.graphs.text import graph_text
-from rolora_passes.learning.rilq import RILQ
-from rolora_passes.learning.tune_lora import TuneLoRA
-from rolora_passes.sensitivity import split_recipe
-from rolora_passes.settings import method_passes
+from rolora_passes.passes.rilq import RILQ
+from rolora_passes.passes.tune_lora import TuneLoRA
+from rolora_passes.recipes.methods import method_passes
 
 
 def tracked(groups: bool = False) -> tuple[ErrorTrace, Tensor]:

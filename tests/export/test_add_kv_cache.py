@@ -13,7 +13,7 @@ from tiny_llama import tiny_llama
 from rolora_passes import apply_passes, history
 from rolora_passes.errors import CaptureError, LoweringError, PassOrderError
 from rolora_passes.export import AddKVCache, to_executorch
-from rolora_passes.export.runner import load_pte
+from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import get_tensor, is_op, parameters, run, set_tensor
 

@@ -16,8 +16,8 @@ from rolora_passes import apply_passes
 from rolora_passes.errors import LoweringError, MissingExtraError
 from rolora_passes.export import to_executorch, to_onnx
 from rolora_passes.export.checking import EXACT
-from rolora_passes.export.onnx_runner import OnnxProgram
-from rolora_passes.export.runner import load_pte
+from rolora_passes.export.executorch.runner import load_pte
+from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import convert, is_op, run
 from rolora_passes.graphs.verify import relative_error
@@ -96,7 +96,7 @@ def test_a_right_one_is_told_with_its_distance(form: str, tmp_path: Path) -> Non
 def test_one_method_that_is_wrong_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tiny_llama(layers=1)
     change(other, "attention", "scale", 0.7)
-    import rolora_passes.export.executorch as lowering
+    import rolora_passes.export.executorch.lower as lowering
 
     prepare = lowering._prepare
 

@@ -10,11 +10,11 @@ import torch
 from tiny_llama import tiny_llama
 from torch import Tensor, fx
 
+from rolora_passes.decoding.kv_cache import add_kv_cache
 from rolora_passes.errors import LoweringError, MissingExtraError
-from rolora_passes.export.executorch import LoweringReport, to_executorch
-from rolora_passes.export.extras import require
-from rolora_passes.export.kv_cache import add_kv_cache
-from rolora_passes.export.runner import load_pte
+from rolora_passes.export.executorch.lower import LoweringReport, to_executorch
+from rolora_passes.export.executorch.runner import load_pte
+from rolora_passes.extras import require
 from rolora_passes.graphs.graph import convert, is_op
 
 OUTSIDE = {
@@ -87,7 +87,7 @@ def test_plain_program_equals_its_graph(sizes: dict[str, object], tmp_path: Path
 @pytest.mark.parametrize("longest", [None, 512, 4])
 def test_calls_of_any_length(longest: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole prompts and parts of them, up to all the caches hold, by either kind of attention."""
-    monkeypatch.setattr("rolora_passes.export.xnnpack_attention._LONGEST", longest)
+    monkeypatch.setattr("rolora_passes.export.executorch.xnnpack_attention._LONGEST", longest)
     graph = tiny_llama()
     lower(graph, tmp_path / "model.pte", fast_prefill=longest is not None)
     forward = load_pte(tmp_path / "model.pte")

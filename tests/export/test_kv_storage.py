@@ -14,11 +14,11 @@ from tiny_llama import tiny_llama
 from torch import fx
 
 from rolora_passes import QuantizeKVCache, apply_passes, history
+from rolora_passes.decoding.kv_cache import add_kv_cache
 from rolora_passes.errors import LoweringError
 from rolora_passes.export import AddKVCache
-from rolora_passes.export.executorch import to_executorch
-from rolora_passes.export.kv_cache import add_kv_cache
-from rolora_passes.export.runner import load_pte
+from rolora_passes.export.executorch.lower import to_executorch
+from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.graphs.graph import parameters
 
 KERNELS = {
@@ -77,7 +77,7 @@ def test_with_quantized_linears(weights: int, table: int, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("longest", [None, 4])
 def test_calls_of_any_length(longest: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rolora_passes.export.xnnpack_attention._LONGEST", longest)
+    monkeypatch.setattr("rolora_passes.export.executorch.xnnpack_attention._LONGEST", longest)
     graph = rounded()
     to_executorch(graph, tmp_path / "model.pte", max_length=32, fast_prefill=longest is not None)
     forward = load_pte(tmp_path / "model.pte")

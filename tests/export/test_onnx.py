@@ -17,13 +17,13 @@ from torch import Tensor, fx
 
 from rolora_passes import apply_passes
 from rolora_passes.errors import LoweringError, RunError
-from rolora_passes.export.onnx import OnnxReport, to_onnx
-from rolora_passes.export.onnx_runner import OnnxProgram
+from rolora_passes.export.onnx.lower import OnnxReport, to_onnx
+from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import convert, copy_graph, insert_after, is_op, parameters, run
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.verify import relative_error
-from rolora_passes.manager import PassLike
+from rolora_passes.passes.manager import PassLike
 
 FLAVORS = ("ort", "portable")
 NARROW = {"opt", "gpt2", "gpt_neox"}  # heads of 6 channels, which ONNX Runtime's kernel does not have

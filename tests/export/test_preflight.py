@@ -21,12 +21,12 @@ from rolora_passes import apply_passes
 from rolora_passes.errors import LoweringError, PassError, RoloraError
 from rolora_passes.export import to_executorch
 from rolora_passes.export.compile import compile_model
-from rolora_passes.export.onnx import write_onnx
+from rolora_passes.export.onnx.lower import write_onnx
 from rolora_passes.export.preflight import Outline, outline, require_kernels, require_memory
 from rolora_passes.graphs.graph import site_names
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import is_head
-from rolora_passes.registry import make_pass
+from rolora_passes.passes.registry import make_pass
 
 Run = Callable[..., tuple[int, str, str]]
 TARGETS: dict[str, Callable[..., Any]] = {

@@ -9,10 +9,10 @@ import torch
 from tiny_checkpoint import save_byte_checkpoint
 
 from rolora_passes.errors import RunError
-from rolora_passes.export.executorch import to_executorch
-from rolora_passes.export.runner import _Text, generate
+from rolora_passes.export.executorch.lower import to_executorch
+from rolora_passes.export.executorch.runner import _Text, generate
 from rolora_passes.graphs import capture
-from rolora_passes.models import load_model
+from rolora_passes.loading.models import load_model
 
 
 def test_tokens_that_are_half_a_character(tmp_path: Path) -> None:

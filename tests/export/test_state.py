@@ -13,9 +13,9 @@ from tiny_llama import aten, rolora, tiny_llama
 from torch import fx
 
 from rolora_passes import apply_passes
+from rolora_passes.decoding.state import mixing
 from rolora_passes.errors import LoweringError
 from rolora_passes.export import AddKVCache, to_executorch, to_onnx
-from rolora_passes.export.state import mixing
 from rolora_passes.graphs.graph import insert, insert_after, is_op
 
 Rewrite = Callable[[fx.GraphModule, fx.Node], fx.Node]

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.tokenizers import require_same_tokens, require_tokenizer, save_tokenizer
-from rolora_passes.models import load_tokenizer
+from rolora_passes.loading.models import load_tokenizer
 
 SPECIAL = ("<s>", "</s>", "<|end|>")
 

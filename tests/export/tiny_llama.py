@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
-from rolora_passes.graphs import affine
-from rolora_passes.graphs.hadamard import few_factors
+from rolora_passes.numerics import affine
+from rolora_passes.numerics.hadamard import few_factors
 
 aten, rolora = torch.ops.aten, torch.ops.rolora
 

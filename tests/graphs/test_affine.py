@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchao.quantization import quant_primitives as ao
 
-from rolora_passes.graphs import affine
+from rolora_passes.numerics import affine
 
 WIDTHS = st.tuples(st.integers(1, 7), st.integers(1, 5), st.sampled_from([2, 4, 32, 48]))
 

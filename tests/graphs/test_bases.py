@@ -13,7 +13,7 @@ from test_bases_random import check_classes
 from torch import Tensor, fx
 
 from rolora_passes import FoldConstants, FuseNorm, apply_passes
-from rolora_passes.graphs.bases import BasisClass, Group, infer_bases
+from rolora_passes.graphs.bases.inference import BasisClass, Group, infer_bases
 from rolora_passes.graphs.graph import finish, set_tensor
 
 aten, rolora = torch.ops.aten, torch.ops.rolora

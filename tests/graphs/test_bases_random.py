@@ -10,7 +10,7 @@ from random_graphs import random_graph, tokens
 from torch import Tensor, fx
 
 from rolora_passes import Rotate
-from rolora_passes.graphs.bases import BasisClass, Group, infer_bases
+from rolora_passes.graphs.bases.inference import BasisClass, Group, infer_bases
 from rolora_passes.graphs.graph import Expressions, add_parameter, copy_graph, finish
 from rolora_passes.graphs.graph import run as logits
 from rolora_passes.graphs.text import graph_text

@@ -15,8 +15,9 @@ from helpers import captured, count, everything_in_float64, model_of, tokens_for
 from torch import fx
 
 from rolora_passes.errors import CaptureError
-from rolora_passes.graphs.canonical import canonicalize
 from rolora_passes.graphs.capture import _static_experts, capture
+from rolora_passes.graphs.capture.canonical import canonicalize
+from rolora_passes.graphs.capture.masks import Mask, Masks
 from rolora_passes.graphs.graph import (
     constants,
     copy_graph,
@@ -29,7 +30,6 @@ from rolora_passes.graphs.graph import (
     run,
     values,
 )
-from rolora_passes.graphs.masks import Mask, Masks
 from rolora_passes.graphs.shapes import BATCH, SEQUENCE, infer_shapes
 from rolora_passes.graphs.verify import relative_error
 

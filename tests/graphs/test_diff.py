@@ -12,9 +12,9 @@ from torch import fx
 
 from rolora_passes import apply_passes
 from rolora_passes.graphs import load_graph, save_graph
-from rolora_passes.graphs.diff import diff_text
 from rolora_passes.graphs.graph import copy_graph, finish, is_op, parameters, set_tensor, site_names
-from rolora_passes.manager import PassLike
+from rolora_passes.inspection.diff import diff_text
+from rolora_passes.passes.manager import PassLike
 
 STEPS: dict[str, PassLike] = {
     "fuse-norm": "fuse-norm",

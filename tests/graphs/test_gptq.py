@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs import affine
-from rolora_passes.graphs import gptq as module
-from rolora_passes.graphs.affine import Grid
-from rolora_passes.graphs.gptq import Quantized, gptq
+from rolora_passes.numerics import affine
+from rolora_passes.numerics import gptq as module
+from rolora_passes.numerics.affine import Grid
+from rolora_passes.numerics.gptq import Quantized, gptq
 
 
 def layer(rows: int, width: int, seed: int = 0, tokens: int | None = None) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,7 @@ from torch import Tensor, fx
 
 from rolora_passes import FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes
 from rolora_passes.errors import PassError
-from rolora_passes.graphs import affine
-from rolora_passes.graphs import gptq_linears as module
-from rolora_passes.graphs.affine import Grid
 from rolora_passes.graphs.evaluate import compute
-from rolora_passes.graphs.gptq import Quantized, gptq
-from rolora_passes.graphs.gptq_linears import Hessian, gptq_linears
 from rolora_passes.graphs.graph import (
     add_parameter,
     copy_graph,
@@ -32,6 +27,11 @@ from rolora_passes.graphs.graph import (
     values,
 )
 from rolora_passes.graphs.verify import relative_error
+from rolora_passes.numerics import affine
+from rolora_passes.numerics.affine import Grid
+from rolora_passes.numerics.gptq import Quantized, gptq
+from rolora_passes.quantize import gptq_linears as module
+from rolora_passes.quantize.gptq_linears import Hessian, gptq_linears
 
 GRID = Grid(4, 8)
 Sites = dict[fx.Node, tuple[str, Grid]]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rolora_passes.graphs import hadamard
+from rolora_passes.numerics import hadamard
 
 # What no construction here reaches, among the multiples of 4 up to 256.
 MISSING = [188, 236]

@@ -11,9 +11,9 @@ import torch
 from helpers import captured, difference, model_of, randomized
 
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, Rotate, apply_passes
+from rolora_passes.adapters.exchange import save_adapter
 from rolora_passes.errors import PassError
 from rolora_passes.graphs import capture, convert, load_graph, save_graph
-from rolora_passes.graphs.adapters import save_adapter
 from rolora_passes.graphs.identity import base_hash, fingerprint, is_original
 
 

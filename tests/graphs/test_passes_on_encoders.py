@@ -23,10 +23,10 @@ from rolora_passes import (
     history,
 )
 from rolora_passes.errors import RoloraError
-from rolora_passes.export.add_kv_cache import AddKVCache
-from rolora_passes.graphs.bases import infer_bases
+from rolora_passes.graphs.bases.inference import infer_bases
 from rolora_passes.graphs.graph import linears, values
-from rolora_passes.graphs.stages import Stages
+from rolora_passes.passes.add_kv_cache import AddKVCache
+from rolora_passes.quantize.stages import Stages
 
 ALL = Rotate(residual="orthogonal", heads="orthogonal", others="orthogonal")
 LORA = AddLoRA(rank=2)

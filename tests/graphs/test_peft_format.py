@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rolora_passes import AddLoRA, apply_passes
+from rolora_passes.adapters.exchange import save_adapter
+from rolora_passes.adapters.peft_format import _READ, _REFUSED, _WITHOUT_EFFECT, load_adapter
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.adapters import save_adapter
-from rolora_passes.graphs.peft_format import _READ, _REFUSED, _WITHOUT_EFFECT, load_adapter
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 K = "base_model.model.model.layers.0.self_attn.k_proj"

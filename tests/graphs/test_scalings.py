@@ -16,7 +16,8 @@ from random_graphs import KEEPING, Builder, Impossible, tokens
 from test_bases import between, call, fused
 from torch import Tensor, fx
 
-from rolora_passes.graphs.bases import ParameterAxis
+from rolora_passes.graphs.bases.inference import ParameterAxis
+from rolora_passes.graphs.bases.scalings import Scaling, apply_scaling, find_scalings, largest
 from rolora_passes.graphs.graph import (
     Expressions,
     add_parameter,
@@ -27,7 +28,6 @@ from rolora_passes.graphs.graph import (
     values,
 )
 from rolora_passes.graphs.graph import run as logits
-from rolora_passes.graphs.scalings import Scaling, apply_scaling, find_scalings, largest
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.graphs.verify import relative_error
 

@@ -15,12 +15,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import fx
 
-from rolora_passes import FoldConstants, FuseNorm, QuantizeActivations, QuantizeWeights, Rotate, apply_passes
+from rolora_passes import (
+    FoldConstants,
+    FuseNorm,
+    QuantizeActivations,
+    QuantizeWeights,
+    Rotate,
+    apply_passes,
+    files,
+)
 from rolora_passes.errors import GraphFormatError
-from rolora_passes.graphs import files
+from rolora_passes.graphs.facts import facts
 from rolora_passes.graphs.graph import copy_graph, dtype_of, insert_after, parameters, run
 from rolora_passes.graphs.serialize import load_graph, save_graph
-from rolora_passes.graphs.spec import facts
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.graphs.verify import relative_error
 

@@ -15,9 +15,9 @@ from torch import fx
 
 from rolora_passes import FoldConstants, FuseNorm, Pass, Report, Rotate, apply_passes, history
 from rolora_passes.errors import GraphFormatError, NoSiteWarning, PassError, PassOrderError
+from rolora_passes.graphs.facts import FACTS, Fact, add_fact, facts, require_legal
 from rolora_passes.graphs.graph import aten, copy_graph, finish, insert_after, is_op, parameters
 from rolora_passes.graphs.serialize import load_graph, save_graph
-from rolora_passes.graphs.spec import FACTS, Fact, add_fact, facts, require_legal
 
 # What establishes each fact, from a captured LLaMA in float32.
 ESTABLISHING = {

@@ -14,8 +14,6 @@ from torch import Tensor, fx
 
 from rolora_passes import FuseNorm, Rotate, apply_passes
 from rolora_passes.graphs import evaluate
-from rolora_passes.graphs import stages as module
-from rolora_passes.graphs.affine import Grid, quantize
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import (
     add_parameter,
@@ -29,7 +27,9 @@ from rolora_passes.graphs.graph import (
     upstream,
     values,
 )
-from rolora_passes.graphs.stages import Stages
+from rolora_passes.numerics.affine import Grid, quantize
+from rolora_passes.quantize import stages as module
+from rolora_passes.quantize.stages import Stages
 
 rolora = torch.ops.rolora
 

@@ -23,8 +23,8 @@ from rolora_passes import (
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import is_op
 from rolora_passes.graphs.layers import find_layers
-from rolora_passes.graphs.structure import numberless, spans, structure_text
-from rolora_passes.manager import PassLike
+from rolora_passes.inspection.structure import numberless, spans, structure_text
+from rolora_passes.passes.manager import PassLike
 
 STEPS: dict[str, list[PassLike]] = {
     "plain": [],

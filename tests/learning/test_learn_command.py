@@ -13,10 +13,10 @@ import torch
 from tiny_checkpoint import TEXT, save_checkpoint
 
 from rolora_passes import apply_passes
+from rolora_passes.graphs.bases.rotations import load_rotations
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import run
-from rolora_passes.graphs.rotations import load_rotations
-from rolora_passes.models import load_model
+from rolora_passes.loading.models import load_model
 from rolora_passes.recipes import load_recipe
 
 Run = Callable[..., tuple[int, str, str]]

@@ -18,9 +18,9 @@ from rolora_passes.errors import GraphFormatError, PassError
 from rolora_passes.graphs import load_graph, save_graph
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import copy_graph, dtype_of, parameters, set_tensor
-from rolora_passes.graphs.structure import structure_text
+from rolora_passes.inspection.structure import structure_text
 from rolora_passes.learning import loop
-from rolora_passes.passes import Calibration
+from rolora_passes.passes.base import Calibration
 
 
 def learn(

@@ -23,11 +23,11 @@ from rolora_passes import (
     apply_passes,
     history,
 )
+from rolora_passes.adapters.exchange import save_adapter
 from rolora_passes.errors import PassError, PassOrderError
-from rolora_passes.graphs.adapters import save_adapter
 from rolora_passes.graphs.graph import parameters, run
 from rolora_passes.learning import loop
-from rolora_passes.passes import Calibration, Pass
+from rolora_passes.passes.base import Calibration, Pass
 
 ROUND = [QuantizeWeights(bits=3, group_size=None, clip_search=True), FoldConstants()]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rolora_passes.learning.stiefel import CayleySGD, Method, Variables
+from rolora_passes.numerics.stiefel import CayleySGD, Method, Variables
 
 
 def orthogonal(size: int, seed: int) -> Tensor:

@@ -16,11 +16,11 @@ from tiny_checkpoint import TEXT, save_checkpoint
 from transformers import AutoModelForCausalLM
 
 from rolora_passes import apply_passes
-from rolora_passes.export.runner import load_pte
+from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import run
 from rolora_passes.graphs.verify import relative_error
-from rolora_passes.models import load_model
+from rolora_passes.loading.models import load_model
 from rolora_passes.recipes import load_recipe
 
 Run = Callable[..., tuple[int, str, str]]
@@ -59,7 +59,7 @@ def tune(rolora: Run, checkpoint: Path, tmp_path: Path) -> Run:
 def test_instructions_that_are_missing_are_found_before_the_model_is_loaded(
     checkpoint: Path, tmp_path: Path, rolora: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rolora_passes.learning.running.load_model", None)
+    monkeypatch.setattr("rolora_passes.recipes.learned.load_model", None)
     status, _, said = rolora("tune", checkpoint, "-o", tmp_path / "out", "--data", tmp_path / "none.jsonl")
     assert status == 2 and re.search(r"error: DataError: expected .*none\.jsonl", said), said
 

@@ -12,7 +12,7 @@ import torch
 from browser import Page, browsing, find_browser
 from helpers import captured, tokens_for
 
-from rolora_passes.passes import Pass
+from rolora_passes.passes.base import Pass
 from rolora_passes.recipes import load_recipe
 from rolora_passes.reporting import gather, write_page
 

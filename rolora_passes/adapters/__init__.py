@@ -1,0 +1,1 @@
+"""LoRA branches of a graph, and adapters as PEFT keeps them."""

@@ -1,0 +1,141 @@
+"""`rolora compile`: a model in, a folder that a stock runtime serves out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rolora_passes.cli.display import Display, console, pass_line, print_summary
+from rolora_passes.cli.options import (
+    assignment,
+    at_least,
+    calibration_of,
+    print_options,
+    printing_of,
+    recipe_options,
+)
+
+if TYPE_CHECKING:
+    from rolora_passes.export.compile import Made
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("compile", help="model in, programs for stock runtimes and a report out")
+    parser.add_argument("model", help="model folder, hub name, or .gguf file")
+    parser.add_argument("--recipe", default="rotated-8da4w", help="recipe name or .yaml (%(default)s)")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
+    parser.add_argument(
+        "--max-length", type=at_least(16, int), default=512, help="tokens of context (%(default)s)"
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        choices=("executorch", "onnx"),
+        help="what to lower to, once or twice (executorch)",
+    )
+    parser.add_argument(
+        "--flavor",
+        choices=("ort", "portable"),
+        help="of ONNX: ONNX Runtime's kernels, or the standard's operators alone (ort)",
+    )
+    parser.add_argument(
+        "--accuracy-level",
+        type=int,
+        choices=(0, 4),
+        help="of ONNX products with quantized weights: 4 is int8 activations (where the recipe has them)",
+    )
+    parser.add_argument(
+        "--fast-prefill", action="store_true", help="attend in XNNPACK in calls from position 0"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=assignment,
+        metavar="NAME=FOLDER",
+        help="a PEFT adapter that is to be a method of the .pte, beside forward; more than once for several",
+    )
+    parser.add_argument(
+        "--accept-loss", action="store_true", help="go on where the quantized graph is far from the model"
+    )
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not compare the model, the quantized graph and the programs on text",
+    )
+    recipe_options(parser)
+    print_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from rolora_passes.debugging.quality import NOTED, require_likeness
+    from rolora_passes.errors import LoweringError
+    from rolora_passes.evaluation.parity import compare_programs
+    from rolora_passes.export.compile import compile_model
+
+    targets: Any = options.target or ("executorch",)
+    _require_used(options, targets)
+    adapters = dict(options.adapter)
+    if len(adapters) < len(options.adapter):
+        names = ", ".join(name for name, _ in options.adapter)
+        raise LoweringError(f"expected adapters of different names, found {names}")
+    warnings = list[str]()
+    with Display() as display:
+
+        def judge(made: Made) -> dict[str, Any]:
+            tell = partial(display.count, "evaluations, at most")
+            loss = require_likeness(made, options.accept_loss, on_stage=display.stage, on_progress=tell)
+            if loss.part >= NOTED:
+                warnings.append(f"the quantized graph is far from the model: {loss}")
+            return loss.row()
+
+        compiled = compile_model(
+            options.model,
+            options.recipe,
+            options.output,
+            targets=targets,
+            max_length=options.max_length,
+            flavor=options.flavor or "ort",
+            accuracy_level=options.accuracy_level,
+            fast_prefill=options.fast_prefill,
+            adapters=adapters,
+            verify=not options.no_verify,
+            calibration=calibration_of(options, display),
+            seed=options.seed,
+            on_stage=display.stage,
+            on_pass=pass_line,
+            on_warning=_warn,
+            printing=printing_of(options),
+            run=not options.no_check,
+            judge=None if options.no_check else judge,
+            check=None if options.no_check else partial(compare_programs, on_progress=display.count),
+        )
+    print_summary(compiled)
+    for warning in [*compiled.warnings, *warnings]:
+        _warn(warning)
+
+
+def _warn(warning: str) -> None:
+    console.print("[bold yellow]warning:[/] ", end="")
+    console.print(warning, markup=False, soft_wrap=True)
+
+
+def _require_used(options: argparse.Namespace, targets: Sequence[str]) -> None:
+    """Refuse options of a target that is not asked for: they would do nothing."""
+    from rolora_passes.errors import LoweringError
+
+    given = {
+        "--fast-prefill": ("executorch", options.fast_prefill),
+        "--flavor": ("onnx", options.flavor is not None),
+        "--accuracy-level": ("onnx", options.accuracy_level is not None),
+    }
+    for name, (target, there) in given.items():
+        if there and target not in targets:
+            raise LoweringError(
+                f"expected --target {target} with {name}, found {', '.join(targets)}: add it, or leave "
+                f"{name} out"
+            )

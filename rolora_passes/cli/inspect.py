@@ -1,0 +1,164 @@
+"""`rolora inspect`: what a model, a saved graph or a compiled folder is made of."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rolora_passes.cli.display import Display, console, pass_line
+from rolora_passes.cli.opening import is_compiled, stages
+from rolora_passes.cli.options import at_least, open_from, recipe_options
+from rolora_passes.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from torch import fx
+
+_VIEWERS = (".json", ".onnx")
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect", help="what a model, a saved graph or a compiled folder is made of"
+    )
+    parser.add_argument("model", help="model folder, hub name, .gguf, saved graph, or compiled folder")
+    parser.add_argument("--recipe", help="apply a recipe first, by name or .yaml")
+    parser.add_argument(
+        "--bases", action="store_true", help="which axes may rotate together, or what blocks them"
+    )
+    parser.add_argument("--graph", action="store_true", help="the graph, a line a node")
+    parser.add_argument("--as-captured", action="store_true", help="before fuse-norm")
+    parser.add_argument(
+        "--view", type=Path, metavar="FILE", help="write it for Model Explorer (.json) or Netron (.onnx)"
+    )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="with --recipe and --text: all that can be seen, as one page",
+    )
+    parser.add_argument("--text", help="with --recipe and --view: measure the SQNR of every value on this")
+    parser.add_argument("--window", type=at_least(2, int), help="its tokens (512; 128 with --html)")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved graph, which has none")
+    recipe_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from rolora_passes.graphs.text import graph_text
+    from rolora_passes.inspection.structure import structure_text
+    from rolora_passes.inspection.summary import bases_text, summary
+
+    if options.view is not None and options.view.suffix not in _VIEWERS:
+        raise EvaluationError(f"--view: expected a file ending in .json or .onnx, found {options.view}")
+    if is_compiled(options.model):
+        _compiled(options)
+        return
+    if options.html is not None:
+        _write_html(options)
+        return
+    with Display() as display:
+        graph, sqnr = _opened(options, display)
+    print(summary(graph) + "\n" + structure_text(graph), end="")
+    if options.bases:
+        print("\n" + bases_text(graph), end="")
+    if options.graph:
+        print("\n" + graph_text(graph), end="")
+    if options.view is not None:
+        _write_view(graph, options.view, sqnr)
+
+
+def _compiled(options: argparse.Namespace) -> None:
+    from rolora_passes.reporting.artefact import artefact_text
+
+    asked = [n for n in ("recipe", "bases", "graph", "as_captured", "view", "html") if getattr(options, n)]
+    if asked:
+        raise EvaluationError(
+            f"{options.model} is compiled and has no graph: leave --{asked[0].replace('_', '-')} out, "
+            "or give the model it was made of"
+        )
+    print(artefact_text(Path(options.model).expanduser()), end="")
+
+
+def _opened(options: argparse.Namespace, display: Display) -> tuple[fx.GraphModule, dict[str, float] | None]:
+    """What is to be shown, and the SQNR of its values by node where there is a text to measure it on."""
+    from rolora_passes.graphs.facts import facts
+    from rolora_passes.passes.fuse_norm import FuseNorm
+    from rolora_passes.passes.manager import apply_passes
+
+    if options.text is not None:
+        return _measured(options, display)
+    *_, (_, graph) = stages(options, display)
+    plain = options.recipe is None and not facts(graph, ("norms fused", *FuseNorm.forbids))
+    return (
+        apply_passes(graph, [FuseNorm()], verify=False) if plain and not options.as_captured else graph
+    ), None
+
+
+def _measured(options: argparse.Namespace, display: Display) -> tuple[fx.GraphModule, dict[str, float]]:
+    from rolora_passes.debugging import track_errors, with_float_twin
+
+    if options.recipe is None or options.view is None:
+        raise EvaluationError("--text is what SQNR is measured on: give --recipe and --view with it")
+    options.window, options.windows = options.window or 512, 1
+    subject = open_from(options, display)
+    display.stage("passes")
+    known: dict[str, Any] = {
+        "calibration": subject.calibration,
+        "verify": not options.no_verify,
+        "on_pass": pass_line,
+    }
+    twin, graph = with_float_twin(subject.graph, subject.passes, **known)
+    display.stage("tracking")
+    trace = track_errors(
+        graph, twin, subject.tokens, lambda done, total: display.count("values", done, total)
+    )
+    return graph, {node.name: node.sqnr for node in trace.nodes if math.isfinite(node.sqnr)}
+
+
+def _write_view(graph: fx.GraphModule, path: Path, sqnr: dict[str, float] | None) -> None:
+    """Write for a viewer, and say how to open what was written."""
+    if path.suffix == ".onnx":
+        from rolora_passes.reporting.netron import write_netron
+
+        write_netron(graph, path, sqnr)
+        how = f"netron {path}"
+    else:
+        from rolora_passes.reporting.model_explorer import write_model_explorer
+
+        first, *others = write_model_explorer(graph, path, sqnr)
+        how = f"model-explorer {first} --node_data_paths={','.join(map(str, others))}"
+    console.print(f"open it with: {how}", markup=False, soft_wrap=True)
+
+
+def _write_html(options: argparse.Namespace) -> None:
+    """Write the page, and say where it is."""
+    from rolora_passes.reporting.page import plotting_library
+    from rolora_passes.reporting.report import report_html
+
+    if options.recipe is None or options.text is None:
+        raise EvaluationError("--html shows what a recipe does on a text: give --recipe and --text with it")
+    beside = [name for name in ("bases", "graph", "as_captured", "view") if getattr(options, name)]
+    if beside:
+        raise EvaluationError(f"--html is all that is written: leave --{beside[0].replace('_', '-')} out")
+    plotting_library()  # refused before the model is loaded
+    options.window, options.windows = options.window or 128, 1
+    about = {
+        "model": Path(options.model).name,
+        "recipe": Path(options.recipe).name,
+        "text": Path(options.text).name,
+        "seed": options.seed,
+    }
+    with Display() as display:
+        subject = open_from(options, display)
+        report_html(
+            subject,
+            options.html,
+            about,
+            verify=not options.no_verify,
+            on_stage=display.stage,
+            on_progress=display.count,
+            on_pass=pass_line,
+        )
+    console.print(f"open it in a browser: {options.html}", markup=False, soft_wrap=True)

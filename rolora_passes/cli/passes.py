@@ -1,0 +1,41 @@
+"""`rolora passes`: the passes and recipes, or one of them."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("passes", help="list the passes and recipes, or explain one")
+    parser.add_argument("name", nargs="?")
+    parser.set_defaults(run=run)
+
+
+def documents(cls: type[Any]) -> Iterator[str]:
+    """What a pass says of itself, and what the classes say whose options it has too."""
+    from rolora_passes.passes.base import Pass
+
+    for each in cls.__mro__[: cls.__mro__.index(Pass)]:
+        if each.__doc__:
+            yield inspect.cleandoc(each.__doc__)
+
+
+def run(options: argparse.Namespace) -> None:
+    from rolora_passes.passes.registry import PASSES, pass_class
+    from rolora_passes.recipes import dump_recipe, load_recipe, recipe_names
+    from rolora_passes.recipes.methods import METHODS
+
+    if (options.name and options.name in recipe_names()) or ":" in (options.name or ""):
+        print(dump_recipe(load_recipe(options.name)), end="")
+        return
+    if options.name:
+        print("\n\n".join(documents(pass_class(options.name))))
+        return
+    for name in PASSES:
+        cls = pass_class(name)
+        print(f"{name:22} {(inspect.getdoc(cls) or '').splitlines()[0]}")
+    print(f"\nrecipes: {', '.join(recipe_names())}")
+    print(f"methods, at any setting: {', '.join(f'{name}:W4A4KV4' for name in METHODS)}")

@@ -1,0 +1,62 @@
+"""What `rolora learn` and `rolora tune` share: options of the pass that trains, and what is said after it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rolora_passes.cli.display import Display, console, pass_line
+from rolora_passes.cli.options import assignment, recipe_options
+
+if TYPE_CHECKING:
+    from rolora_passes.passes.manager import Record
+
+
+def training_options(parser: argparse.ArgumentParser) -> None:
+    """A model, a folder, and changes to the pass that trains."""
+    parser.add_argument("model", help="model folder, hub name, or .gguf file")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", type=_assignment,
+        help="an option of the pass that trains, in place of the recipe's: steps=50",
+    )  # fmt: skip
+    recipe_options(parser)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, value = assignment(text)
+    return name, yaml.safe_load(value)
+
+
+def training_arguments(options: argparse.Namespace, display: Display) -> dict[str, Any]:
+    """The arguments by name that every training takes, from `training_options`."""
+    from rolora_passes.learning import processes
+
+    return {
+        "changes": dict(options.set),
+        "seed": options.seed,
+        "verify": not options.no_verify,
+        "on_stage": display.stage,
+        "on_pass": pass_line if processes.rank() == 0 else None,
+    }
+
+
+def tell(record: Record, folder: Path, trained: str, more: str) -> None:
+    """Say what was trained, what it cost, and what to do with it; of several processes the first does."""
+    from rolora_passes.learning import processes
+    from rolora_passes.recipes import load_recipe
+
+    if processes.rank():
+        return
+    notes, recipe = record.report.notes, folder / "recipe.yaml"
+    data = " --calibration TEXT" if any(p.needs_calibration for p in load_recipe(recipe)) else ""
+    losses, minutes = notes["losses"], notes["seconds"] / 60
+    line = (
+        f"{folder}: {len(record.report.changed)} {trained}, {len(losses)} steps in {minutes:.1f} min, "
+        f"loss {losses[0]:.4g} -> {losses[-1]:.4g}, peak {notes['peak_mb']:.0f} MB, {more}\n"
+        f"now: rolora compile MODEL --recipe {recipe}{data}"
+    )
+    console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""What a runtime needs that feeds tokens a few at a time: state, positions, and caches."""

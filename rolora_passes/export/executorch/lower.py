@@ -1,0 +1,264 @@
+"""Lowering a graph to an ExecuTorch program (`.pte`) that the stock runner drives."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rolora_passes.decoding.kv_cache import add_kv_cache
+from rolora_passes.decoding.ready import ready
+from rolora_passes.decoding.state import require_state
+from rolora_passes.errors import LoweringError
+from rolora_passes.export.checking import Checked, Reference, check_decoder, rows
+from rolora_passes.export.executorch.embeddings import fuse_embeddings
+from rolora_passes.export.executorch.rotary import expand_rotary
+from rolora_passes.export.executorch.runner import load_pte
+from rolora_passes.export.fuse_heads import fuse_heads
+from rolora_passes.extras import require
+from rolora_passes.files import writing
+from rolora_passes.graphs.graph import copy_graph, get_tensor
+from rolora_passes.graphs.inputs import require_decoder
+from rolora_passes.graphs.static_shapes import Shape, infer_shapes, written
+
+CANONICAL: dict[str, Shape] = {"tokens": (1, None), "positions": (1, None)}
+CACHED: dict[str, Shape] = {"tokens": (1, None), "input_pos": (1,)}
+# How the names of the methods begin that the runner reads its metadata from.
+_RUNNERS = ("get_", "use_", "enable_")
+
+
+@dataclass(frozen=True)
+class LoweringReport:
+    """What a lowering wrote, and what it left outside the delegates."""
+
+    path: Path
+    bytes: int
+    delegates: int
+    """Of all methods."""
+    operators: dict[str, int]
+    """Instructions of forward that are not delegate calls, by operator."""
+    cache_bytes: int
+    """What the caches of keys and values take in memory, for each method that is loaded."""
+    seconds: dict[str, float]
+    """CPU seconds by stage."""
+    checks: list[Checked] = field(default_factory=list)
+    """How every method compared with its graph."""
+
+    def rows(self) -> list[str]:
+        """Lines for people."""
+        outside = ", ".join(f"{count} {name}" for name, count in self.operators.items())
+        return [
+            f"{self.path.name}, {self.bytes / 1e6:.1f} MB",
+            f"{self.delegates} XNNPACK delegates",
+            f"{sum(self.operators.values())} instructions outside: {outside}",
+            *rows(self.checks),
+        ]
+
+
+@dataclass
+class _Stages:
+    """CPU seconds spent in each named stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.process_time()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.process_time() - start, 3)
+
+
+def to_executorch(
+    graph: fx.GraphModule,
+    path: str | os.PathLike[str],
+    *,
+    max_length: int = 512,
+    last_token: bool = True,
+    fast_prefill: bool = False,
+    methods: Mapping[str, fx.GraphModule] | None = None,
+    check: bool = True,
+) -> LoweringReport:
+    """Lower a canonical graph to `path` and say what became of it.
+
+    Constant expressions are folded, and a graph in half precision is widened to float32, first.
+
+    Args:
+        graph: `forward(tokens, positions) -> logits`, or what `add_kv_cache` made of it; weights plain,
+            or as `rolora::dequantize` of integers.
+        path: the `.pte`; written only when everything has succeeded.
+        max_length: tokens the caches hold. Taken from the graph if it has caches already.
+        last_token: return the logits of the last token alone, [1, 1, V], as the runner needs; otherwise
+            of all tokens, [1, S, V].
+        fast_prefill: let calls that start at position 0 attend in XNNPACK, over their own keys and values
+            instead of the caches. A third more prefill speed, for a second delegate in every layer and
+            longer lowering.
+        methods: other graphs, which the program has beside `forward` under these names: one base with one
+            adapter or another. What they have in common with it is in the file once; each has caches of its
+            own. The heads' projections are then not joined, for those with a branch cannot be.
+        check: run what was written, a prompt and decoded tokens, and leave it only if every method gives its
+            graph's logits; it takes seconds.
+
+    Raises:
+        MissingExtraError: ExecuTorch is not installed.
+        LoweringError: a graph is in float64, attends as no kernel does, mixes positions without a cache,
+            or quantizes as no kernel or cache holds it; a method's name is no identifier, or taken; the
+            program does not compute what its graph does.
+        VerificationError: folding changed the function.
+    """
+    _require_executorch()
+    require_methods(methods or {})
+    graphs = {"forward": graph, **(methods or {})}
+    stages, lowered, lengths, count = _Stages(), dict[str, fx.GraphModule](), dict[str, tuple[int, int]](), 0
+    caches: dict[str, dict[str, Tensor]] = {}
+    for name, each in graphs.items():
+        with stages.stage("prepare"):
+            graphs[name] = _ready(each)
+            prepared = _prepare(graphs[name], max_length, last_token, fused=len(graphs) == 1)
+        with stages.stage("delegate"):
+            lowered[name], delegates = _delegate(prepared, fast_prefill)
+        lengths[name] = (prepared.meta["max_length"], prepared.meta["call_length"])
+        caches[name] = {b: get_tensor(prepared, b) for b in written(prepared.graph)}
+        count += delegates
+    length, call = (min(each) for each in zip(*lengths.values(), strict=True))
+    if any(held != length for held, _ in lengths.values()):
+        found = {name: held for name, (held, _) in lengths.items()}
+        raise LoweringError(f"expected methods whose caches hold equally many tokens, found {found}")
+    metadata = _metadata(caches["forward"], graph.meta.get("config", {}), length, call)
+    program = _program(lowered, call, metadata, stages)
+    path, held = Path(path), max(sum(t.nbytes for t in each.values()) for each in caches.values())
+    with writing(path) as temporary:
+        with stages.stage("write"), temporary.open("wb") as file:
+            program.write_to_file(file)
+        operators, size = _operators(program), temporary.stat().st_size
+        del program, lowered, caches, prepared  # what the runtime loads takes their place
+        with stages.stage("check"):
+            checks = [_check(temporary, name, each, length) for name, each in graphs.items() if check]
+    return LoweringReport(path, size, count, operators, held, stages.seconds, checks)
+
+
+def _ready(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy for the kernels' arithmetic, of which a cache can be made, or has been."""
+    if "max_length" in graph.meta:
+        return ready(graph)
+    require_decoder(graph, "ExecuTorch's runner")
+    result = ready(graph)
+    require_state(result)
+    return result
+
+
+def _check(pte: Path, method: str, graph: fx.GraphModule, length: int) -> Checked:
+    forward = load_pte(pte, method)
+    return check_decoder(method, lambda t, start: forward(t, torch.tensor([start])), Reference(graph, length))
+
+
+def require_methods(names: Iterable[str]) -> None:
+    """Refuse names that methods beside `forward` cannot have.
+
+    Raises:
+        LoweringError: no identifier, or one that the runner's own methods have.
+    """
+    for name in names:
+        if not name.isidentifier() or name == "forward" or name.startswith(_RUNNERS):
+            raise LoweringError(
+                "expected names of methods that are identifiers, not forward, and do not begin with "
+                f"{' or '.join(_RUNNERS)}, found {name!r}"
+            )
+
+
+def _delegate(graph: fx.GraphModule, fast_prefill: bool) -> tuple[fx.GraphModule, int]:
+    from rolora_passes.export.executorch.xnnpack import delegate_to_xnnpack
+
+    return delegate_to_xnnpack(graph, CACHED, fast_prefill)
+
+
+def _prepare(graph: fx.GraphModule, max_length: int, last_token: bool, fused: bool) -> fx.GraphModule:
+    """A copy with caches, in the operators and the grouping that suit the kernels."""
+    from rolora_passes.export.executorch.last_token import keep_last_token
+
+    cached, result = "max_length" in graph.meta, copy_graph(graph)
+    if fused:
+        fuse_heads(result)
+    shapes = infer_shapes(result, CACHED if cached else CANONICAL)
+    expand_rotary(result, {node: shape[-1] for node, (shape, _) in shapes.items() if shape and shape[-1]})
+    fuse_embeddings(result)
+    result = result if cached else add_kv_cache(result, max_length)
+    if last_token:
+        keep_last_token(result)
+    return result
+
+
+def _require_executorch() -> None:
+    """Import ExecuTorch and the libraries that define the operators a program calls."""
+    for module in (
+        "executorch.exir",
+        "executorch.extension.llm.custom_ops.custom_ops",
+        "executorch.kernels.quantized",
+    ):
+        require(module, "executorch")
+
+
+def _program(
+    graphs: Mapping[str, fx.GraphModule], length: int, metadata: dict[str, Any], stages: _Stages
+) -> Any:
+    """The serialised program of graphs, by method, whose delegates are made."""
+    from executorch import exir
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+
+    example = (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    dynamic = ({1: torch.export.Dim("length", min=1, max=length)}, None)
+    with stages.stage("export"), torch.no_grad():
+        exported = {
+            name: torch.export.export(graph, example, dynamic_shapes=dynamic, strict=False)
+            for name, graph in graphs.items()
+        }
+    with stages.stage("edge"):
+        config = exir.EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+        edge = exir.to_edge(exported, compile_config=config, constant_methods=metadata)
+    with stages.stage("program"):
+        backend = exir.ExecutorchBackendConfig(
+            extract_delegate_segments=True,
+            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+        )
+        return edge.to_executorch(backend)
+
+
+def _metadata(caches: Iterable[str], config: dict[str, Any], length: int, call: int) -> dict[str, Any]:
+    """The constant methods the runner reads; a prompt of more than `call` tokens it gives in pieces."""
+    layers = sum(re.fullmatch(r"cache_*\.key_\d+", name) is not None for name in caches)
+    ends = config.get("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    found = {
+        "get_max_seq_len": call,
+        "get_max_context_len": length,
+        "get_bos_id": config.get("bos_token_id"),
+        "get_eos_ids": ends,
+        "get_vocab_size": config.get("vocab_size"),
+        "get_n_layers": layers,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+    return {name: value for name, value in found.items() if value not in (None, [])}
+
+
+def _operators(program: Any) -> dict[str, int]:
+    """Instructions outside delegates, by operator."""
+    plan = next(p for p in program.executorch_program.execution_plan if p.name == "forward")
+    found: Counter[str] = Counter()
+    for instruction in plan.chains[0].instructions:
+        call = instruction.instr_args
+        if type(call).__name__ == "KernelCall":
+            operator = plan.operators[call.op_index]
+            found[f"{operator.name}.{operator.overload}".rstrip(".")] += 1
+    return dict(found.most_common())

@@ -1,0 +1,146 @@
+"""Modules that moved in 0.2: their old names go on working for one release, with a warning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_PACKAGE = "rolora_passes"
+MOVED = {
+    "add_lora": "passes.add_lora",
+    "chats": "loading.chats",
+    "commands": "cli",
+    "data": "loading.data",
+    "display": "cli.display",
+    "export.add_kv_cache": "passes.add_kv_cache",
+    "export.embeddings": "export.executorch.embeddings",
+    "export.extras": "extras",
+    "export.kv_cache": "decoding.kv_cache",
+    "export.kv_storage": "decoding.kv_storage",
+    "export.last_token": "export.executorch.last_token",
+    "export.onnx_check": "export.onnx.check",
+    "export.onnx_emitter": "export.onnx.emitter",
+    "export.onnx_fake_quantize": "export.onnx.fake_quantize",
+    "export.onnx_genai": "export.onnx.genai",
+    "export.onnx_inputs": "export.onnx.inputs",
+    "export.onnx_norms": "export.onnx.norms",
+    "export.onnx_ops": "export.onnx.ops",
+    "export.onnx_ort": "export.onnx.ort",
+    "export.onnx_portable": "export.onnx.portable",
+    "export.onnx_rotary": "export.onnx.rotary",
+    "export.onnx_runner": "export.onnx.runner",
+    "export.onnx_store": "export.onnx.store",
+    "export.onnx_weights": "export.onnx.weights",
+    "export.places": "decoding.places",
+    "export.position_rules": "decoding.position_rules",
+    "export.positions": "decoding.positions",
+    "export.ready": "decoding.ready",
+    "export.rotary": "export.executorch.rotary",
+    "export.runner": "export.executorch.runner",
+    "export.shapes": "graphs.static_shapes",
+    "export.state": "decoding.state",
+    "export.xnnpack": "export.executorch.xnnpack",
+    "export.xnnpack_attention": "export.executorch.xnnpack_attention",
+    "export.xnnpack_emitter": "export.executorch.xnnpack_emitter",
+    "export.xnnpack_graph": "export.executorch.xnnpack_graph",
+    "export.xnnpack_hadamard": "export.executorch.xnnpack_hadamard",
+    "export.xnnpack_linear": "export.executorch.xnnpack_linear",
+    "export.xnnpack_ops": "export.executorch.xnnpack_ops",
+    "export.xnnpack_signature": "export.executorch.xnnpack_signature",
+    "fold_constants": "passes.fold_constants",
+    "fuse_norm": "passes.fuse_norm",
+    "graphs.adapters": "adapters.exchange",
+    "graphs.affine": "numerics.affine",
+    "graphs.base_changes": "adapters.base_changes",
+    "graphs.basis_rules": "graphs.bases.rules",
+    "graphs.basis_variables": "graphs.bases.variables",
+    "graphs.bookkeeping": "graphs.capture.bookkeeping",
+    "graphs.canonical": "graphs.capture.canonical",
+    "graphs.casts": "graphs.capture.casts",
+    "graphs.clips": "quantize.clips",
+    "graphs.diff": "inspection.diff",
+    "graphs.files": "files",
+    "graphs.functional": "graphs.capture.functional",
+    "graphs.fused": "graphs.capture.fused",
+    "graphs.gains": "learning.gains",
+    "graphs.gptq": "numerics.gptq",
+    "graphs.gptq_linears": "quantize.gptq_linears",
+    "graphs.hadamard": "numerics.hadamard",
+    "graphs.hadamard_constructions": "numerics.constructions",
+    "graphs.inspect": "inspection.summary",
+    "graphs.lora": "adapters.lora",
+    "graphs.masks": "graphs.capture.masks",
+    "graphs.norm_fusion": "graphs.bases.norm_fusion",
+    "graphs.norms": "graphs.capture.norms",
+    "graphs.observers": "quantize.observers",
+    "graphs.peft_format": "adapters.peft_format",
+    "graphs.peft_targets": "adapters.peft_targets",
+    "graphs.precision": "graphs.capture.precision",
+    "graphs.quantizers": "quantize.quantizers",
+    "graphs.rotary": "graphs.capture.rotary",
+    "graphs.rotations": "graphs.bases.rotations",
+    "graphs.scalings": "graphs.bases.scalings",
+    "graphs.spec": "graphs.facts",
+    "graphs.split": "learning.layered",
+    "graphs.stages": "quantize.stages",
+    "graphs.structure": "inspection.structure",
+    "graphs.transport": "graphs.lineage",
+    "insert_hadamard": "passes.insert_hadamard",
+    "insert_scaling": "passes.insert_scaling",
+    "instructions": "loading.instructions",
+    "learning.learn_rotation": "passes.learn_rotation",
+    "learning.learn_scales": "passes.learn_scales",
+    "learning.rilq": "passes.rilq",
+    "learning.running": "recipes.learned",
+    "learning.stiefel": "numerics.stiefel",
+    "learning.training": "passes.training",
+    "learning.tune_lora": "passes.tune_lora",
+    "loftq": "passes.loftq",
+    "manager": "passes.manager",
+    "merge_lora": "passes.merge_lora",
+    "models": "loading.models",
+    "observe_activations": "passes.observe_activations",
+    "quantize_activations": "passes.quantize_activations",
+    "quantize_embedding": "passes.quantize_embedding",
+    "quantize_kv_cache": "passes.quantize_kv_cache",
+    "quantize_weights": "passes.quantize_weights",
+    "registry": "passes.registry",
+    "rotate": "passes.rotate",
+    "sensitivity": "evaluation.sensitivity",
+    "settings": "recipes.methods",
+    "smooth_quant": "passes.smooth_quant",
+    "tokens": "loading.tokens",
+}
+
+
+class MovedModules(MetaPathFinder, Loader):
+    """Finds a module of the package by the name that it had."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """A spec that loads the module under its new name; None for all other modules."""
+        known = name.startswith(f"{_PACKAGE}.") and name.removeprefix(f"{_PACKAGE}.") in MOVED
+        return ModuleSpec(name, self) if known else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The module itself, not a copy: patches and instance checks hold under both names."""
+        new = f"{_PACKAGE}.{MOVED[spec.name.removeprefix(f'{_PACKAGE}.')]}"
+        warnings.warn(f"{spec.name} is {new} now; this name goes in 0.3", FutureWarning, stacklevel=6)
+        module = importlib.import_module(new)
+        self._kept = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It has run already; its own spec is given back to it."""
+        module.__spec__ = self._kept
+
+
+def install() -> None:
+    """Have old names found, after all others."""
+    sys.meta_path.append(MovedModules())

@@ -1,0 +1,1 @@
+"""Arithmetic on plain tensors: grids, GPTQ, Hadamard transforms, orthogonal matrices."""

@@ -1,0 +1,122 @@
+"""What a pass is: a frozen dataclass of options that rewrites a copy of a graph and says what it did."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, fx
+
+from rolora_passes.graphs.verify import verify_same
+
+
+@dataclass
+class Report:
+    """What a pass did.
+
+    Attributes:
+        changed: sites it rewrote.
+        left: sites it could have rewritten and did not, each with the reason.
+        moved: names of values that stand in another basis afterwards, so a comparison skips them.
+        notes: figures worth printing.
+    """
+
+    changed: list[str] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+    moved: set[str] = field(default_factory=set)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def modified(self) -> bool:
+        """Whether the graph is any different."""
+        return bool(self.changed)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What passes that look at data are given.
+
+    Attributes:
+        tokens: int64 [N, S], N windows of S tokens.
+        work: a folder for what a pass has finished, so that a run that was killed goes on from there;
+            None to keep nothing.
+        on_progress: called with the pass, how much is done, and of how much.
+        reference: the graph before the first pass that rounds, what training distills; `apply_passes` gives
+            it to a pass that stands in one list with that one.
+        labels: int64 [N, S], the tokens that training is to predict, -100 elsewhere; None: all of them.
+    """
+
+    tokens: Tensor
+    work: Path | None = None
+    on_progress: Callable[[str, int, int], None] = lambda name, done, total: None
+    reference: fx.GraphModule | None = None
+    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. Subclasses set the class attributes and implement `run`.
+
+    Class attributes:
+        kind: "exact" keeps the function up to rounding, and is verified; "lossy" puts values on a grid;
+            "trained" changes the function by learning.
+        requires, forbids: facts (`rolora_passes.graphs.facts`) that must hold before, and must not.
+        ensures, removes: facts that hold after, if the pass found a site, and that no longer do.
+    """
+
+    kind: ClassVar[Literal["exact", "lossy", "trained"]] = "exact"
+    requires: ClassVar[tuple[str, ...]] = ("canonical",)
+    ensures: ClassVar[tuple[str, ...]] = ()
+    forbids: ClassVar[tuple[str, ...]] = ()
+    removes: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def pass_name(cls) -> str:
+        """`FuseNorm` is `fuse-norm` in recipes and on the command line; `AddLoRA` is `add-lora`, `LoftQ`
+        `loftq`."""
+        words = cls.__name__.replace("LoRA", "Lora").replace("LoftQ", "Loftq").replace("RILQ", "Rilq")
+        return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", words).lower()
+
+    @property
+    def name(self) -> str:
+        return self.pass_name()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the pass, with these options, keeps the function."""
+        return self.kind == "exact"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the pass, with these options, looks at data: `calibrate` is then called, not `run`."""
+        return False
+
+    def options(self) -> dict[str, Any]:
+        """Options that differ from their defaults."""
+        return {
+            f.name: value
+            for f in dataclasses.fields(self)
+            if (value := getattr(self, f.name)) != f.default
+            and not (f.default_factory is not dataclasses.MISSING and value == f.default_factory())
+        }
+
+    def run(self, graph: fx.GraphModule) -> Report:
+        """Rewrite the graph in place (it is a copy made for this pass)."""
+        raise NotImplementedError
+
+    def calibrate(self, graph: fx.GraphModule, calibration: Calibration) -> Report:
+        """Rewrite the graph in place, by what its values are on the calibration tokens."""
+        raise NotImplementedError
+
+    def verify(self, before: fx.GraphModule, after: fx.GraphModule, report: Report) -> float | None:
+        """Check that the function is kept; returns the relative error of the logits, or None if the
+        two graphs cannot be compared.
+
+        Raises:
+            VerificationError: it is not; says where it is lost.
+        """
+        return verify_same(before, after, self.name, report.moved)

@@ -1,0 +1,1 @@
+"""What quantizers share on a graph: how they are written, what they observe, and runs in stages."""
