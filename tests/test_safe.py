@@ -32,6 +32,7 @@ UNSAFE = {
 }  # fmt: skip
 MEANT = {
     ("extras.py", "import_module"),  # an extra, by a name that stands in the code
+    ("moved.py", "import_module"),  # our own modules, by the table of their names
     ("passes/registry.py", "import_module"),  # a pass, by the table or the entry points of installed packages
     ("graphs/bases/rotations.py", "torch.load"),  # weights_only, which is looked at below
     ("learning/loop.py", "torch.load"),
