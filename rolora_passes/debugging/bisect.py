@@ -14,7 +14,7 @@ from rolora_passes.debugging.differences import what_differs
 from rolora_passes.debugging.splice import Losses, Splice, divergence, predictions
 from rolora_passes.debugging.twins import float_twin_recipe
 from rolora_passes.errors import VerificationError
-from rolora_passes.graphs.graph import dtype_of
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.passes.base import Calibration, Pass
 from rolora_passes.passes.manager import Record, apply_passes, history, referring
 

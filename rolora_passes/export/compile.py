@@ -28,6 +28,7 @@ from rolora_passes.files import writing_folder
 from rolora_passes.graphs.accounting import Weights, weigh
 from rolora_passes.graphs.bases.rotations import load_rotations, save_rotations
 from rolora_passes.graphs.capture import capture
+from rolora_passes.graphs.info import info
 from rolora_passes.loading.models import load_model, load_tokenizer
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Calibration, Pass
@@ -204,7 +205,7 @@ def compile_model(
         _keep_inputs(temporary, made.graph, passes, adapters)
         weights, records = weigh(made.graph), history(made.graph)
         compiled = Compiled(Path(folder), weights, records, lowerings, [], clock.seconds, loss, warnings)
-        about = _manifest(source, made.graph.meta.get("config", {}), compiled, max_length)
+        about = _manifest(source, info(made.graph).config, compiled, max_length)
         (temporary / "manifest.json").write_text(json.dumps(about, indent=1), "utf-8")
         if check is not None:
             with clock.stage("compare"):
@@ -300,7 +301,7 @@ def _keep_inputs(
         shutil.copytree(adapter, folder / "adapters" / name)
     kept = _with_adapters(settled(passes, "rotations.json"), folder)
     (folder / "recipe.yaml").write_text(dump_recipe(kept), "utf-8")
-    if graph.meta.get("rotations"):
+    if info(graph).rotations:
         save_rotations(graph, folder)
 
 
@@ -348,7 +349,7 @@ class _Clock:
         self.seconds[name] = round(time.perf_counter() - start, 2)
 
 
-def _manifest(source: str, config: dict[str, Any], compiled: Compiled, max_length: int) -> dict[str, Any]:
+def _manifest(source: str, config: Mapping[str, Any], compiled: Compiled, max_length: int) -> dict[str, Any]:
     weights = compiled.weights
     return {
         "source": Path(source).name,

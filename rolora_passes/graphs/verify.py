@@ -13,6 +13,7 @@ from rolora_passes.errors import VerificationError
 from rolora_passes.graphs.bases.inference import describe
 from rolora_passes.graphs.evaluate import values_in
 from rolora_passes.graphs.graph import is_op, parameters
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.shapes import infer_shapes
 
 # Of logits in float64, relative to the largest: rounding over the depth of a model stays below it.
@@ -30,7 +31,7 @@ def sample_tokens(graph: fx.GraphModule, batch: int = 2, length: int = 8) -> Ten
     """Random tokens int64 [batch, length] within the graph's vocabulary."""
     tables = [n.args[0] for n in graph.graph.nodes if is_op(n, "embedding")]
     rows = [p.shape[0] for name, p in parameters(graph).items() if p.dim() == 2 and p.shape[0] > 1]
-    size = graph.meta.get("config", {}).get("vocab_size") or (min(rows) if tables and rows else 2)
+    size = info(graph).vocabulary or (min(rows) if tables and rows else 2)
     return torch.randint(0, size, (batch, length), generator=torch.Generator().manual_seed(0))
 
 

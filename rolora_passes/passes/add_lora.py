@@ -22,8 +22,9 @@ from rolora_passes.adapters.lora import (
 from rolora_passes.adapters.peft_format import load_adapter
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.axis_maps import LowRank
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.graphs.evaluate import compute
-from rolora_passes.graphs.graph import constants, dtype_of, finish, is_op, site_names
+from rolora_passes.graphs.graph import constants, finish, is_op, site_names
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import attention_roles, by_name_only, is_head, matches, named
 from rolora_passes.passes.base import Pass, Report

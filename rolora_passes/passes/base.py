@@ -5,35 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, fx
 
+from rolora_passes.graphs.info import Report as Report
 from rolora_passes.graphs.verify import verify_same
-
-
-@dataclass
-class Report:
-    """What a pass did.
-
-    Attributes:
-        changed: sites it rewrote.
-        left: sites it could have rewritten and did not, each with the reason.
-        moved: names of values that stand in another basis afterwards, so a comparison skips them.
-        notes: figures worth printing.
-    """
-
-    changed: list[str] = field(default_factory=list)
-    left: list[tuple[str, str]] = field(default_factory=list)
-    moved: set[str] = field(default_factory=set)
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def modified(self) -> bool:
-        """Whether the graph is any different."""
-        return bool(self.changed)
 
 
 @dataclass(frozen=True)

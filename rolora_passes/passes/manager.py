@@ -9,9 +9,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +20,9 @@ from rolora_passes.errors import GraphFormatError, NoSiteWarning, PassError, Pas
 from rolora_passes.graphs.capture import from_exported
 from rolora_passes.graphs.facts import FACTS, ROUNDED, facts, refuted, require_legal
 from rolora_passes.graphs.graph import copy_graph, parameters
+from rolora_passes.graphs.info import Record as Record
+from rolora_passes.graphs.info import history as history
+from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.graphs.verify import in_a_row
 from rolora_passes.memory import peak_mb
@@ -28,56 +31,6 @@ from rolora_passes.passes.registry import PassLike, make_pass
 
 Print = Literal["never", "failed", "changed", "all"]
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class Record:
-    """What one pass did, what it cost, and how far the function moved.
-
-    Attributes:
-        seconds: of the pass itself; verification apart.
-        peak_mb: the process's peak memory so far, in MB.
-        nodes: graph nodes before and after.
-        error: largest difference of the logits, relative to the largest logit; None if not verified.
-    """
-
-    name: str
-    options: dict[str, Any]
-    kind: str
-    seconds: float
-    verify_seconds: float
-    peak_mb: float
-    nodes: tuple[int, int]
-    report: Report
-    error: float | None
-
-    def __str__(self) -> str:
-        """A line for a log."""
-        options = ", ".join(f"{key}={value!r:.80}" for key, value in self.options.items())
-        exact = (
-            "" if self.error is None else f", same function to {self.error:.0e} ({self.verify_seconds:.1f} s)"
-        )
-        sites = f"{len(self.report.changed)} sites" if self.report.changed else "no site found"
-        return (
-            f"{self.name}({options}): {sites}, {len(self.report.left)} left, "
-            f"{self.seconds:.2f} s, peak {self.peak_mb:.0f} MB, {self.nodes[0]} nodes before and "
-            f"{self.nodes[1]} after{exact}"
-        )
-
-    def row(self) -> dict[str, Any]:
-        """A JSON-able summary."""
-        known = asdict(self)
-        known["options"] = {name: _plain(value) for name, value in self.options.items()}
-        report = self.report
-        known["report"] = {"changed": report.changed, "left": report.left, "notes": report.notes}
-        return known
-
-
-def _plain(value: Any) -> Any:
-    """An option as JSON has it: a file by its name, tensors by their keys."""
-    if isinstance(value, Path):
-        return value.as_posix()
-    return list(value) if isinstance(value, Mapping) else value
 
 
 @dataclass(frozen=True)
@@ -140,7 +93,7 @@ def apply_passes(
     check_order(pipeline, facts(graph, {f for step in pipeline for f in (*step.requires, *step.forbids)}))
     if isinstance(calibration, Tensor):
         calibration = Calibration(calibration)
-    require_calibration(pipeline, calibration, graph.meta.get("config", {}).get("vocab_size"))
+    require_calibration(pipeline, calibration, info(graph).vocabulary)
     current = graph
     with in_a_row():
         for number, step in enumerate(pipeline):
@@ -174,11 +127,6 @@ def _pipeline(passes: Iterable[PassLike]) -> list[Pass]:
     if isinstance(passes, (Pass, str, Mapping)) or not isinstance(passes, Iterable):
         raise PassError(f"expected a list of passes, found {passes!r}: write [{passes!r}]")
     return [make_pass(p) for p in passes]
-
-
-def history(graph: fx.GraphModule) -> list[Record]:
-    """The records of every pass applied to a graph, oldest first."""
-    return list(graph.meta.get("history", []))
 
 
 def referring(calibration: Calibration | None, graph: fx.GraphModule, step: Pass) -> Calibration | None:
@@ -281,7 +229,7 @@ def _apply(
     spent = time.perf_counter() - start
     kind = "exact" if step.exact else "trained" if step.kind == "trained" else "lossy"
     record = Record(step.name, step.options(), kind, seconds, spent, peak_mb(), counts, report, error)
-    after.meta["history"] = [*before.meta.get("history", []), record]
+    set_info(after, history=(*info(before).history, record))
     if print_graph == "all" or (print_graph == "changed" and report.modified):
         _write(place, graph_diff(before, after) if print_graph == "changed" else graph_text(after), print_to)
     return after, record

@@ -10,13 +10,13 @@ from torch import fx
 
 from rolora_passes.adapters.lora import Branch, find_branches
 from rolora_passes.graphs.axis_maps import CHANGED
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import (
     KEPT,
     add_parameter,
     argument,
     aten,
-    dtype_of,
     finish,
     insert,
     is_op,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.graphs.graph import (
     add_parameter,
-    dtype_of,
     finish,
     get_tensor,
     insert,
