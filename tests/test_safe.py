@@ -33,7 +33,8 @@ UNSAFE = {
 }  # fmt: skip
 MEANT = {
     ("extras.py", "import_module"),  # an extra, by a name that stands in the code
-    ("passes/registry.py", "import_module"),  # a pass, by the table or the entry points of installed packages
+    ("passes/registry.py", "import_module"),  # the catalogue of passes
+    ("plugins.py", "import_module"),  # the entry points of installed packages
     ("graphs/bases/rotations.py", "torch.load"),  # weights_only, which is looked at below
     ("learning/loop.py", "torch.load"),
     ("loading/checkpoint.py", "torch.load"),
@@ -165,4 +166,4 @@ def test_no_pass_writes_into_what_it_was_given(name: str) -> None:
 
 
 def test_every_pass_is_tried() -> None:
-    assert PIPELINES.keys() == PASSES.keys()
+    assert PIPELINES.keys() == {*PASSES}

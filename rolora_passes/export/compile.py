@@ -32,7 +32,15 @@ from rolora_passes.graphs.info import info
 from rolora_passes.loading.models import load_model, load_tokenizer
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Calibration, Pass
-from rolora_passes.passes.manager import Record, apply_passes, check_order, history, require_calibration
+from rolora_passes.passes.manager import (
+    Applied,
+    Record,
+    apply_passes,
+    check_order,
+    history,
+    require_calibration,
+    steps,
+)
 from rolora_passes.recipes import dump_recipe, load_recipe, settled
 from rolora_passes.version import versions
 
@@ -48,14 +56,14 @@ class Made:
 
     Attributes:
         captured, graph: before the recipe and after it.
-        steps: every pass, with the graph that it made.
+        steps: every pass as it was applied.
         tokenizer: the model's.
         calibration: what the passes were given.
     """
 
     captured: fx.GraphModule
     graph: fx.GraphModule
-    steps: list[tuple[Pass, fx.GraphModule]]
+    steps: list[Applied]
     tokenizer: Any
     calibration: Calibration | None
 
@@ -237,15 +245,18 @@ def _make(
         captured = capture(model)
         del model
         _require_positions(captured, max_length)
-    steps: list[tuple[Pass, fx.GraphModule]] = []
+    graph, kept, how = captured, list[Applied](), {**known}
+    tell = how.pop("on_pass") or (lambda record: None)
     with clock.stage("passes"):
-        on_graph = (lambda step, made: steps.append((step, made))) if keep else None
-        graph = apply_passes(captured, passes, calibration=calibration, on_graph=on_graph, **known)
+        for applied in steps(captured, passes, calibration=calibration, **how):
+            tell(applied.record)
+            graph = applied.graph
+            kept += [applied] if keep else []
         own = {name: known[name] for name in ("verify", "on_pass")}
         methods = {
             name: apply_passes(graph, [AddLoRA(adapter=adapter)], **own) for name, adapter in adapters.items()
         }
-    return Made(captured, graph, steps, tokenizer, calibration), methods
+    return Made(captured, graph, kept, tokenizer, calibration), methods
 
 
 def _preflight(

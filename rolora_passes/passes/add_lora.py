@@ -33,7 +33,7 @@ _INITS = ("zero", "gaussian", "svd", "loftq")
 
 
 @dataclass(frozen=True)
-class AddLoRA(Pass):
+class AddLoRA(Pass, name="add-lora"):
     """Add y += (alpha / rank) · B A x to linears.
 
     Before:                       After:

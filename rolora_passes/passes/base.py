@@ -41,6 +41,7 @@ class Pass:
     """Base of all passes. Subclasses set the class attributes and implement `run`.
 
     Class attributes:
+        name: in recipes, on the command line and in reports.
         kind: "exact" keeps the function up to rounding, and is verified; "lossy" puts values on a grid;
             "trained" changes the function by learning.
         requires, forbids: facts (`rolora_passes.graphs.facts`) that must hold before, and must not.
@@ -53,16 +54,12 @@ class Pass:
     forbids: ClassVar[tuple[str, ...]] = ()
     removes: ClassVar[tuple[str, ...]] = ()
 
-    @classmethod
-    def pass_name(cls) -> str:
-        """`FuseNorm` is `fuse-norm` in recipes and on the command line; `AddLoRA` is `add-lora`, `LoftQ`
-        `loftq`."""
-        words = cls.__name__.replace("LoRA", "Lora").replace("LoftQ", "Loftq").replace("RILQ", "Rilq")
-        return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", words).lower()
+    name: ClassVar[str]
 
-    @property
-    def name(self) -> str:
-        return self.pass_name()
+    def __init_subclass__(cls, name: str | None = None, **more: Any) -> None:
+        """`FuseNorm` is `fuse-norm` in recipes and on the command line, if it is given no other `name`."""
+        super().__init_subclass__(**more)
+        cls.name = name or re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
 
     @property
     def exact(self) -> bool:

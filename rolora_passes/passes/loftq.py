@@ -23,7 +23,7 @@ _METHODS = ("nf", "uniform", "rtn")
 
 
 @dataclass(frozen=True)
-class LoftQ(Pass):
+class LoftQ(Pass, name="loftq"):
     """Find Q and s·B A with Q + s·B A near W, Q on a grid: quantize what the branch leaves, then decompose
     the rest.
 

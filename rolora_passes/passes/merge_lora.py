@@ -30,7 +30,7 @@ from rolora_passes.quantize.quantizers import encode_weight, quantize_weight
 
 
 @dataclass(frozen=True)
-class MergeLoRA(Pass):
+class MergeLoRA(Pass, name="merge-lora"):
     """Replace every low-rank branch by an expression on the weight.
 
     Before:                                               After:

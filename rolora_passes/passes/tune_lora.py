@@ -19,7 +19,7 @@ from rolora_passes.passes.training import Training
 
 
 @dataclass(frozen=True)
-class TuneLoRA(Training):
+class TuneLoRA(Training, name="tune-lora"):
     """Train A and B of every branch, on text or on instructions
     (`rolora_passes.loading.instructions.instruction_windows`).
 
