@@ -19,7 +19,7 @@ from rolora_passes.graphs.graph import get_tensor, set_tensor
 from rolora_passes.graphs.identity import fingerprint, is_original
 from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.lineage import copies, ways
-from rolora_passes.numerics.affine import absmax, codebook, decode, encode
+from rolora_passes.numerics.codebooks import absmax, decode, encode, normal_float
 
 _BLOCK = 64  # of NF4, over a weight's values in the order they are stored
 _RESIZE = "if it has new tokens, resize the model's embeddings first (model.resize_token_embeddings)"
@@ -107,7 +107,7 @@ def _loftq(weight: Tensor, rank: int, iterations: int) -> Tensor:
 
 def _nf4(weight: Tensor) -> Tensor:
     values = torch.nn.functional.pad(weight.reshape(-1), (0, -weight.numel() % _BLOCK))
-    scale, table = absmax(values, _BLOCK), codebook("nf", 4)
+    scale, table = absmax(values, _BLOCK), normal_float(4)
     return (
         decode(encode(values, scale, table), scale, table)[: weight.numel()].reshape(weight.shape).to(weight)
     )

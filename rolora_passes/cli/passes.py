@@ -25,6 +25,7 @@ def documents(cls: type[Any]) -> Iterator[str]:
 
 def run(options: argparse.Namespace) -> None:
     from rolora_passes.errors import PluginError
+    from rolora_passes.numerics.grids import GRIDS
     from rolora_passes.passes.registry import PASSES
     from rolora_passes.recipes import dump_recipe, load_recipe, recipe_names
     from rolora_passes.recipes.methods import METHODS
@@ -44,5 +45,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{name:22} {about}" + (f" [{origin}]" if origin else ""))
         for clash in PASSES.clashes(name):
             print(f"{'':22} {clash}")
-    print(f"\nrecipes: {', '.join(recipe_names())}")
+    grids = [name + (f" [{origin}]" if (origin := GRIDS.origin(name)) else "") for name in GRIDS]
+    print(f"\ngrids: {', '.join(grids)}")
+    print(f"recipes: {', '.join(recipe_names())}")
     print(f"methods, at any setting: {', '.join(f'{name}:W4A4KV4' for name in METHODS)}")

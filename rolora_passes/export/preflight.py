@@ -214,7 +214,7 @@ def _forms(step: Pass) -> Iterator[Pass]:
         yield change(step, clip_search=False, clip=CLIPS[1])
     elif isinstance(step, LoftQ):
         sites: Any = {"targets": step.targets, "exclude": step.exclude}
-        yield QuantizeWeights(int(step.bits), step.group_size, method=step.method, head=None, **sites)
+        yield QuantizeWeights(int(step.bits), step.group_size, grid=step.grid, head=None, **sites)
         yield AddLoRA(targets=step.targets, rank=step.rank)
     elif isinstance(step, AddLoRA):
         yield AddLoRA(rank=step.rank)  # which linears have one makes no difference

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,3 +97,11 @@ class Pass:
             VerificationError: it is not; says where it is lost.
         """
         return verify_same(before, after, self.name, report.moved)
+
+
+def renamed(step: Pass, old: str, **options: Any) -> None:
+    """Take an option as it was written in the version before: these stand for it, and a warning says so."""
+    now = ", ".join(f"{key}: {value}" for key, value in options.items() if value is not None)
+    warnings.warn(f"{step.name}: `{old}` is `{now}` now; the old spelling goes in 0.3", FutureWarning, 4)
+    for key, value in options.items():
+        object.__setattr__(step, key, value)

@@ -24,7 +24,7 @@ from rolora_passes.graphs.graph import (
     site_names,
 )
 from rolora_passes.graphs.lineage import keep_ways, ways
-from rolora_passes.numerics.affine import Grid
+from rolora_passes.numerics.affine import Integers
 from rolora_passes.passes.base import Pass, Report
 from rolora_passes.quantize.quantizers import encode_weight, quantize_weight
 
@@ -117,10 +117,9 @@ def _requantized(graph: fx.GraphModule, before: fx.Node, old: Any, added: fx.Nod
     weight = add_parameter(graph, name, (exact + more).to(dtype_of(graph)))
     bits = argument(old, "bits")
     if is_op(old, "decode"):
-        kind = str(old.args[2].target).split(".")[1].rstrip("0123456789")
-        return encode_weight(graph, before, weight, kind, bits, group)
+        return encode_weight(graph, before, weight, old.args[2], bits, group)
     symmetric = argument(old, "zero") is None
-    return quantize_weight(graph, before, weight, Grid(bits, group, symmetric, False))
+    return quantize_weight(graph, before, weight, Integers(bits, group, symmetric))
 
 
 def _merged_bias(graph: fx.GraphModule, linear: fx.Node, branch: Branch, high: Any) -> fx.Node | None:

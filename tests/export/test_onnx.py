@@ -429,7 +429,7 @@ def test_options_that_mean_nothing(options: dict[str, Any], message: str, tmp_pa
 def test_graphs_that_cannot_be_lowered(wide: fx.GraphModule, tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match=r"expected a graph in torch.float32, .* found torch.float64"):
         lower(convert(tiny_llama(), torch.float64), tmp_path / "model", "ort")
-    coded = apply_passes(wide, [{"quantize-weights": {"method": "nf"}}, "fold-constants"])
+    coded = apply_passes(wide, [{"quantize-weights": {"grid": "nf"}}, "fold-constants"])
     with pytest.raises(LoweringError, match=r"uniform grid.* codes of a codebook"):
         lower(coded, tmp_path / "model", "ort")
     assert not list(tmp_path.iterdir())
