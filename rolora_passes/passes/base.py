@@ -37,6 +37,9 @@ class Calibration:
     labels: Tensor | None = None
 
 
+Kind = Literal["exact", "lossy", "trained"]
+
+
 @dataclass(frozen=True)
 class Pass:
     """Base of all passes. Subclasses set the class attributes and implement `run`.
@@ -44,12 +47,13 @@ class Pass:
     Class attributes:
         name: in recipes, on the command line and in reports.
         kind: "exact" keeps the function up to rounding, and is verified; "lossy" puts values on a grid;
-            "trained" changes the function by learning.
+            "trained" changes the function by learning, or adds what was learned. A property where options
+            decide.
         requires, forbids: facts (`rolora_passes.graphs.facts`) that must hold before, and must not.
         ensures, removes: facts that hold after, if the pass found a site, and that no longer do.
     """
 
-    kind: ClassVar[Literal["exact", "lossy", "trained"]] = "exact"
+    kind: ClassVar[Kind] = "exact"
     requires: ClassVar[tuple[str, ...]] = ("canonical",)
     ensures: ClassVar[tuple[str, ...]] = ()
     forbids: ClassVar[tuple[str, ...]] = ()
@@ -64,7 +68,7 @@ class Pass:
 
     @property
     def exact(self) -> bool:
-        """Whether the pass, with these options, keeps the function."""
+        """Whether the pass, with these options, keeps the function: its `kind` is "exact"."""
         return self.kind == "exact"
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -16,7 +16,7 @@ from rolora_passes.graphs.layers import find_layers
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import by_name_only, is_head, require_match, why_left
 from rolora_passes.numerics.grids import make_grid
-from rolora_passes.passes.base import Pass, Report, renamed
+from rolora_passes.passes.base import Kind, Pass, Report, renamed
 from rolora_passes.quantize.quantizers import quantize_weight, require_float32, require_group
 
 
@@ -50,7 +50,7 @@ class LoftQ(Pass, name="loftq"):
             an input, a method or width that there is no table of.
     """
 
-    kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
+    kind: ClassVar[Kind] = "lossy"
     ensures: ClassVar[tuple[str, ...]] = ("weights quantized",)
 
     bits: float = 4

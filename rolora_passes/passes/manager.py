@@ -206,8 +206,7 @@ def _apply(
         raise
     counts = len(before.graph.nodes), len(after.graph.nodes)
     spent = time.perf_counter() - start
-    kind = "exact" if step.exact else "trained" if step.kind == "trained" else "lossy"
-    record = Record(step.name, step.options(), kind, seconds, spent, peak_mb(), counts, report, error)
+    record = Record(step.name, step.options(), step.kind, seconds, spent, peak_mb(), counts, report, error)
     set_info(after, history=(*info(before).history, record))
     printing.done(place, before, after, report.modified)
     return after, record

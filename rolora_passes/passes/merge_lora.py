@@ -25,7 +25,7 @@ from rolora_passes.graphs.graph import (
 )
 from rolora_passes.graphs.lineage import keep_ways, ways
 from rolora_passes.numerics.affine import Integers
-from rolora_passes.passes.base import Pass, Report
+from rolora_passes.passes.base import Kind, Pass, Report
 from rolora_passes.quantize.quantizers import encode_weight, quantize_weight
 
 
@@ -51,9 +51,9 @@ class MergeLoRA(Pass, name="merge-lora"):
     requantize: bool = False
 
     @property
-    def exact(self) -> bool:
-        """Unless it rounds."""
-        return not self.requantize
+    def kind(self) -> Kind:  # type: ignore[override]
+        """Exact, unless it rounds."""
+        return "lossy" if self.requantize else "exact"
 
     def run(self, graph: fx.GraphModule) -> Report:
         report, names = Report(), site_names(graph)

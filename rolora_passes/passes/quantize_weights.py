@@ -18,7 +18,7 @@ from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import by_name_only, is_head, require_match, why_left
 from rolora_passes.numerics.affine import Integers
 from rolora_passes.numerics.grids import Grid, make_grid
-from rolora_passes.passes.base import Calibration, Pass, Report, renamed
+from rolora_passes.passes.base import Calibration, Kind, Pass, Report, renamed
 from rolora_passes.quantize.gptq_linears import gptq_linears
 from rolora_passes.quantize.quantizers import (
     quantize_weight,
@@ -69,7 +69,7 @@ class QuantizeWeights(Pass):
             GPTQ finds an input that it cannot work with (nothing seen, singular Hessian).
     """
 
-    kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
+    kind: ClassVar[Kind] = "lossy"
     ensures: ClassVar[tuple[str, ...]] = ("weights quantized",)
 
     bits: int = 4
