@@ -12,6 +12,7 @@ from rolora_passes.debugging.pairing import layers_of, sites_of
 from rolora_passes.errors import GraphFormatError
 from rolora_passes.evaluation.sensitivity import compare_logits
 from rolora_passes.graphs.graph import constants, op_name, parameters, run, set_tensor
+from rolora_passes.graphs.info import info, set_info
 
 # Operators that passes insert, under names from a counter: two graphs may use one name for two values.
 _INSERTED = {
@@ -70,7 +71,7 @@ class Splice:
         for name, nodes in self.shared.items():
             side = int(name in from_second)
             copy(side, nodes[side])
-        result.meta["config"] = self.first.meta.get("config", {})
+        set_info(result, config=info(self.first).config)
         result.recompile()
         return result
 

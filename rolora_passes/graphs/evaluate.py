@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.graphs.graph import argument, constants, get_tensor, op_name, retyped, upstream
+from rolora_passes.graphs.dtypes import retyped
+from rolora_passes.graphs.graph import argument, constants, get_tensor, op_name, upstream
 from rolora_passes.graphs.inputs import inputs_for
 
 # Elements evaluated at a time where rows are independent (a token table): 8 MB in float64.

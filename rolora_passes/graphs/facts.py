@@ -4,7 +4,7 @@
 statement that a pass may rely on ("norms fused"). It holds if looking at the graph does not refute it, so it
 is as true of a graph that was loaded, converted or edited by hand as of one that a pass has just made. What
 cannot be seen in a folded weight is that it was rotated or scaled. Of that the graph keeps a record,
-`graph.meta["rotations"]`, with the matrices.
+`GraphInfo.rotations`, with the matrices.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rolora_passes.errors import GraphFormatError, PassError
 from rolora_passes.graphs.bases.norm_fusion import find_untied_fusions
 from rolora_passes.graphs.bases.rotations import only
 from rolora_passes.graphs.graph import KEPT, argument, constants, is_op, leaves, op_name
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import CACHED, DECODER, ENCODER, ENCODER_DECODER, input_names
 
 # Copies, of which canonical form has none.
@@ -124,7 +125,7 @@ def _without(
 
 def _recorded(kind: str) -> Callable[[fx.GraphModule], Collection[object]]:
     """Entries of the record of rotations that are of a kind, see `rotations.only`."""
-    return lambda graph: only(kind, dict.fromkeys(graph.meta.get("rotations", {}), torch.empty(0)))
+    return lambda graph: only(kind, {k: r.matrix for k, r in info(graph).rotations.items()})
 
 
 def _reading(operator: str, place: slice, *of: str) -> Callable[[fx.GraphModule], list[fx.Node]]:

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.evaluate import evaluate
+from rolora_passes.graphs.expressions import merge_equal
 from rolora_passes.graphs.graph import (
     add_parameter,
     constants,
@@ -17,7 +18,6 @@ from rolora_passes.graphs.graph import (
     get_tensor,
     is_op,
     leaves,
-    merge_equal,
     op_name,
     parameter_names,
     root_names,

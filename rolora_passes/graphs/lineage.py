@@ -6,6 +6,7 @@ Until fold-constants the way is the expression on the weight itself; it keeps it
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from rolora_passes.graphs.graph import (
     parameter_names,
     root_names,
 )
+from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.shapes import infer_shapes
 
 # What leaves every axis as it is.
@@ -47,32 +49,28 @@ def keep_ways(graph: fx.GraphModule, known: Mapping[fx.Node, Way]) -> None:
     What was kept of parameters that are gone goes too: another may be given such a name.
     """
     present = parameter_names(graph)
-    kept = {name: way for name, way in graph.meta.get("ways", {}).items() if name in present}
-    tensors = dict(graph.meta.get("way_tensors", {}))
+    kept = {name: way for name, way in info(graph).ways.items() if name in present}
     for linear, way in known.items():
         name = root_names(linear.args[1])[0]
         if way.steps or way.reason or name != way.root:
-            steps = [plain(step) for step in way.steps]
-            kept[name] = {"root": way.root, "steps": steps, "reason": way.reason}
-            tensors |= way.tensors
-    named = {name for way in kept.values() for step in way["steps"] for name in _step(step).tensors}
-    found = {"ways": kept, "way_tensors": {name: tensors[name] for name in sorted(named)}}
-    for key, value in found.items():
-        graph.meta.pop(key, None)
-        if value:
-            graph.meta[key] = value
+            kept[name] = dataclasses.replace(way, transposed=False)
+    set_info(graph, ways=kept)
 
 
 def keep_copy(graph: fx.GraphModule, name: str, copy: str) -> None:
     """Keep that a parameter is another's copy, so that its linears are called after what the model has."""
-    kept = graph.meta.get("ways", {})
-    graph.meta["ways"] = {**kept, copy: kept.get(name, {"root": name, "steps": [], "reason": None})}
+    kept = info(graph).ways
+    set_info(graph, ways={**kept, copy: kept.get(name, _unchanged(name))})
 
 
 def copies(graph: fx.GraphModule, name: str) -> list[str]:
     """The parameters that are one of the model's, or were made of it, in order of their names."""
-    kept = graph.meta.get("ways", {})
-    return sorted(n for n in parameter_names(graph) if kept.get(n, {}).get("root", n) == name)
+    kept = info(graph).ways
+    return sorted(n for n in parameter_names(graph) if kept.get(n, _unchanged(n)).root == name)
+
+
+def _unchanged(name: str) -> Way:
+    return Way(name, (), {})
 
 
 def name_of(tensor: Tensor) -> str:
@@ -88,7 +86,8 @@ def plain(step: Step) -> list[Any]:
     return [step.kind, step.side, step.place, list(step.numbers), list(step.tensors)]
 
 
-def _step(plain: list[Any]) -> Step:
+def step_of(plain: list[Any]) -> Step:
+    """The step that `plain` wrote."""
     kind, side, place, numbers, tensors = plain
     return Step(kind, side, place, tuple(numbers), tuple(tensors))
 
@@ -96,8 +95,8 @@ def _step(plain: list[Any]) -> Step:
 class _Reader:
     def __init__(self, graph: fx.GraphModule) -> None:
         self.graph = graph
-        self.kept: dict[str, Any] = graph.meta.get("ways", {})
-        self.tensors: dict[str, Tensor] = dict(graph.meta.get("way_tensors", {}))
+        self.kept = info(graph).ways
+        self.tensors: dict[str, Tensor] = {}
         self.shapes = infer_shapes(graph, only=constants(graph))
         self.names: dict[fx.Node, str] = {}
 
@@ -106,7 +105,7 @@ class _Reader:
             return self._way(linear)
         except _NoMap as found:
             root = root_names(linear.args[1])[0]
-            return Way(self.kept.get(root, {}).get("root", root), (), {}, str(found))
+            return Way(self.kept.get(root, _unchanged(root)).root, (), {}, str(found))
 
     def _way(self, linear: fx.Node) -> Way:
         chain: list[fx.Node] = []
@@ -114,9 +113,9 @@ class _Reader:
         while node.op != "get_attr":
             chain.append(node)
             node = node.args[0]
-        kept = self.kept.get(str(node.target), {"root": str(node.target), "steps": [], "reason": None})
-        if kept["reason"]:
-            raise _NoMap(kept["reason"])
+        kept = self.kept.get(str(node.target), _unchanged(str(node.target)))
+        if kept.reason:
+            raise _NoMap(kept.reason)
         found: list[Step] = []  # from the weight back to its parameter
         sides = ["out", "in"]
         shift = self._shift(linear)
@@ -124,10 +123,9 @@ class _Reader:
             found += self._pushed(shift, op)
             found += self._steps(op, sides)
         found += self._pushed(shift, node)
-        steps = (*map(_step, kept["steps"]), *reversed(found))
-        names = {name for step in steps for name in step.tensors}
-        tensors = {name: self.tensors[name] for name in names}
-        return Way(kept["root"], steps, tensors, transposed=sides == ["in", "out"])
+        own = {name: self.tensors[name] for step in found for name in step.tensors}
+        steps = (*kept.steps, *reversed(found))
+        return Way(kept.root, steps, {**kept.tensors, **own}, transposed=sides == ["in", "out"])
 
     def _steps(self, node: Any, sides: list[str]) -> list[Step]:
         """The map that a node is, and `sides` as they are of its operand."""

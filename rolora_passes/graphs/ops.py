@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rolora_passes.numerics import affine
+from rolora_passes.numerics import affine, codebooks
 from rolora_passes.numerics import hadamard as _hadamard
 
 _library = torch.library.Library("rolora", "DEF")
@@ -157,17 +157,17 @@ def dequantize(integers: Tensor, scale: Tensor, zero: Tensor | None = None, bits
 
 def absmax(weight: Tensor, group_size: int | None) -> Tensor:
     """The largest magnitude in every group of a weight: float32 [out, in / group_size]."""
-    return affine.absmax(weight, group_size)
+    return codebooks.absmax(weight, group_size)
 
 
 def encode(weight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """The nearest entry of a table to w / s: uint8 [out, in]."""
-    return affine.encode(weight, scale, table)
+    return codebooks.encode(weight, scale, table)
 
 
 def decode(codes: Tensor, scale: Tensor, table: Tensor, bits: int = 8) -> Tensor:
     """s·table[code]: uint8 [out, in], scale [out, groups] -> [out, in] in the scale's type."""
-    return affine.decode(codes, scale, table)
+    return codebooks.decode(codes, scale, table)
 
 
 def fake_quantize(

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.bases.inference import Bases, infer_bases
 from rolora_passes.graphs.bases.rotations import add_rotation, check_orthogonal, load_rotations, only
-from rolora_passes.graphs.graph import constants, dtype_of, finish, insert_after, is_op, op_name, root_names
+from rolora_passes.graphs.dtypes import dtype_of
+from rolora_passes.graphs.graph import constants, finish, insert_after, is_op, op_name, root_names
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.numerics import hadamard
 from rolora_passes.passes.base import Pass, Report

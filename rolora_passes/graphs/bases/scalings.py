@@ -23,16 +23,8 @@ from torch import Tensor, fx
 
 from rolora_passes.graphs.bases.inference import BasisClass, Group, ParameterAxis, describe, infer_bases
 from rolora_passes.graphs.evaluate import evaluate
-from rolora_passes.graphs.graph import (
-    Expressions,
-    argument,
-    aten,
-    constants,
-    insert_after,
-    is_op,
-    linears,
-    root_names,
-)
+from rolora_passes.graphs.expressions import Expressions
+from rolora_passes.graphs.graph import argument, aten, constants, insert_after, is_op, linears, root_names
 from rolora_passes.graphs.shapes import infer_shapes
 
 _HOMOGENEOUS = {aten.relu.default, aten.leaky_relu.default, aten.abs.default}

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.graphs.graph import CASTS, aten, constants, get_tensor, insert, is_op, set_tensor
+from rolora_passes.graphs.dtypes import CASTS
+from rolora_passes.graphs.graph import aten, constants, get_tensor, insert, is_op, set_tensor
 
 _MOVES = (
     "transpose", "permute", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand",
