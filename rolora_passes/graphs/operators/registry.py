@@ -41,6 +41,7 @@ _TRADES = (
 )  # fmt: skip
 OURS: tuple[Operator, ...] = tuple(record for trade in _TRADES for record in trade.OPERATORS)
 _libraries: dict[str, torch.library.Library] = {}
+_defined: set[str] = set()
 
 
 def operator_of(subject: object) -> Operator | None:
@@ -65,18 +66,18 @@ def has(node: object, traits: Trait) -> TypeGuard[Any]:
 
 
 def axis_map(kind: str) -> AxisMap:
-    """The map that a step of this kind is.
+    """The map that steps of a kind are.
 
     Raises:
-        PluginError: no operator has such a map: the package that added it is not installed.
+        PluginError: no operator has such a map: the package that adds it is not installed.
     """
-    found = _axis_maps().get(kind)
-    if found is None:
+    maps = {r.axis_map.kind: r.axis_map for r in operators().values() if r.axis_map is not None}
+    if kind not in maps:
         raise PluginError(
-            f"expected one of the maps {', '.join(sorted(_axis_maps()))}, found {kind!r}: install the "
+            f"expected one of the maps {', '.join(filter(None, sorted(maps)))}, found {kind!r}: install the "
             "package whose operator a weight of this graph went through"
         )
-    return found
+    return maps[kind]
 
 
 @cache
@@ -118,29 +119,18 @@ def _loaded(entry: importlib.metadata.EntryPoint, owner: str) -> Iterator[Operat
         yield record
 
 
-@cache
-def _axis_maps() -> dict[str, AxisMap]:
-    return {r.axis_map.kind: r.axis_map for r in operators().values() if r.axis_map and r.axis_map.kind}
-
-
 def _define(record: Operator) -> None:
     """Make an operator known to torch, if its record says what it computes.
 
     It stays one node under `torch.export`, which keeps functional custom operators that are composites.
     """
-    if record.implementation is None:
+    if record.implementation is None or record.name in _defined:
         return
     namespace, _, name = record.name.partition("::")
-    if namespace not in _libraries:
-        _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
-    _libraries[namespace].define(f"{name}{record.schema}")
-    _libraries[namespace].impl(name, record.implementation, "CompositeImplicitAutograd")
-
-
-def forget() -> None:
-    """Ask for the records of other packages again: one was installed while Python ran."""
-    operators.cache_clear()
-    _axis_maps.cache_clear()
+    library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    library.define(f"{name}{record.schema}")
+    library.impl(name, record.implementation, "CompositeImplicitAutograd")
+    _defined.add(record.name)
 
 
 for _record in OURS:
