@@ -38,8 +38,8 @@ MOVED = {
     "export.onnx_runner": "export.onnx.runner",
     "export.onnx_store": "export.onnx.store",
     "export.onnx_weights": "export.onnx.weights",
-    "export.places": "decoding.places",
-    "export.position_rules": "decoding.position_rules",
+    "export.places": "graphs.operators.places",
+    "export.position_rules": "graphs.operators.places",
     "export.positions": "decoding.positions",
     "export.ready": "decoding.ready",
     "export.rotary": "export.executorch.rotary",
@@ -59,7 +59,7 @@ MOVED = {
     "graphs.adapters": "adapters.exchange",
     "graphs.affine": "numerics.affine",
     "graphs.base_changes": "adapters.base_changes",
-    "graphs.basis_rules": "graphs.bases.rules",
+    "graphs.basis_rules": "graphs.operators",
     "graphs.basis_variables": "graphs.bases.variables",
     "graphs.bookkeeping": "graphs.capture.bookkeeping",
     "graphs.canonical": "graphs.capture.canonical",
@@ -80,6 +80,7 @@ MOVED = {
     "graphs.norm_fusion": "graphs.bases.norm_fusion",
     "graphs.norms": "graphs.capture.norms",
     "graphs.observers": "quantize.observers",
+    "graphs.ops": "graphs.operators",
     "graphs.peft_format": "adapters.peft_format",
     "graphs.peft_targets": "adapters.peft_targets",
     "graphs.precision": "graphs.capture.precision",
@@ -122,7 +123,6 @@ MOVED = {
 # Names that left a module, and where they are.
 _NAMES = {
     "graphs.graph": {
-        "CASTS": "graphs.dtypes:CASTS",
         "Expressions": "graphs.expressions:Expressions",
         "convert": "graphs.dtypes:convert",
         "dtype_of": "graphs.dtypes:dtype_of",

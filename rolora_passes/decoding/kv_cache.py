@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
+import rolora_passes.graphs.operators  # noqa: F401  (defines torch.ops.rolora)
 from rolora_passes.decoding.kv_storage import Cache, Held, held, read_cache, write_cache
 from rolora_passes.decoding.positions import position_only, tabulate
 from rolora_passes.errors import LoweringError

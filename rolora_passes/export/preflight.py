@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
+import rolora_passes.graphs.operators  # noqa: F401  (defines torch.ops.rolora)
 from rolora_passes.errors import CaptureError, LoweringError
 from rolora_passes.graphs.graph import add_parameter, aten, finish, site_names
 from rolora_passes.graphs.info import set_info

@@ -11,10 +11,8 @@ from torch import fx
 
 from rolora_passes.errors import GraphFormatError
 from rolora_passes.graphs.graph import copy_graph, finish, get_tensor, is_op, set_tensor, upstream
+from rolora_passes.graphs.operators import Trait, has
 from rolora_passes.graphs.shapes import infer_shapes
-
-# Operators that cast.
-CASTS = ("to", "_to_copy", "type_as")
 
 
 def dtype_of(graph: fx.GraphModule) -> torch.dtype:
@@ -60,7 +58,7 @@ def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
 
 def _drop_casts(graph: fx.GraphModule) -> None:
     """Casts of a value to the type it has go."""
-    casts = [n for n in graph.graph.nodes if is_op(n, *CASTS)]
+    casts = [n for n in graph.graph.nodes if has(n, Trait.CAST)]
     types = infer_shapes(graph, only=upstream(casts))
     for node in casts:
         before, after = types[node.args[0]], types[node]

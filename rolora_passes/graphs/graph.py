@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,13 +19,16 @@ from torch import Tensor, fx
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.inputs import positions_like as positions_like
+from rolora_passes.graphs.nodes import argument as argument
+from rolora_passes.graphs.nodes import is_op as is_op
+from rolora_passes.graphs.nodes import op_name as op_name
+from rolora_passes.graphs.operators import OURS, Trait, has
 from rolora_passes.graphs.sources import take_source
 
 aten = torch.ops.aten
 
-# Where a constant expression ends though its operands are constant: what is left of a quantizer must
-# stay in the graph, or there would be nothing for a kernel to read.
-KEPT = {"dequantize", "decode"}
+# The names of ours that are `Trait.KEPT`.
+KEPT = {r.name.partition("::")[2] for r in OURS if r.traits & Trait.KEPT}
 
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
@@ -112,12 +115,12 @@ def first_compute(graph: fx.GraphModule) -> fx.Node:
 
 
 def constants(graph: fx.GraphModule) -> set[fx.Node]:
-    """Nodes whose value depends on parameters alone, quantizers' second halves excepted (`KEPT`)."""
+    """Nodes whose value depends on parameters alone, what is left of quantizers excepted (`Trait.KEPT`)."""
     found: set[fx.Node] = set()
     for node in graph.graph.nodes:
         if node.op == "get_attr" or (
             node.op == "call_function"
-            and op_name(node) not in KEPT
+            and not has(node, Trait.KEPT)
             and node.all_input_nodes
             and all(a in found for a in node.all_input_nodes)
         ):
@@ -155,36 +158,6 @@ def root_names(node: Any) -> list[str]:
     return list(seen)
 
 
-def op_name(node: fx.Node) -> str:
-    """`linear` for `aten.linear.default`, `getitem` for `operator.getitem`, `placeholder` for an input."""
-    if node.op != "call_function":
-        return node.op
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[1]
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def is_op(node: object, *names: str) -> TypeGuard[Any]:
-    """Whether a value is a call of one of these operators, in any overload.
-
-    To a type checker the node is `Any` from here: what its arguments are, its operator says.
-    """
-    return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) in names
-
-
-def argument(node: Any, name: str, default: Any = None) -> Any:
-    """An operator's argument by the name its schema gives, or the schema's default."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    schema = node.target._schema.arguments
-    for position, declared in enumerate(schema):
-        if declared.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return declared.default_value if declared.has_default_value() else default
-    return default
-
-
 def linears(graph: fx.GraphModule) -> list[fx.Node]:
     """The linear nodes whose weight is a constant expression, or the dequantized half of one.
 
@@ -192,7 +165,7 @@ def linears(graph: fx.GraphModule) -> list[fx.Node]:
     """
     known, every = constants(graph), [n for n in graph.graph.nodes if is_op(n, "linear")]
     biases = upstream(bias for n in every if (bias := argument(n, "bias")) is not None)
-    return [n for n in every if n not in biases and (n.args[1] in known or op_name(n.args[1]) in KEPT)]
+    return [n for n in every if n not in biases and (n.args[1] in known or has(n.args[1], Trait.KEPT))]
 
 
 def site_names(graph: fx.GraphModule) -> dict[fx.Node, str]:

@@ -15,6 +15,7 @@ from rolora_passes.graphs.bases.inference import describe
 from rolora_passes.graphs.evaluate import values_in
 from rolora_passes.graphs.graph import is_op, parameters
 from rolora_passes.graphs.info import info
+from rolora_passes.graphs.operators import Trait, has
 from rolora_passes.graphs.shapes import infer_shapes
 
 # Of logits in float64, relative to the largest: rounding over the depth of a model stays below it.
@@ -34,8 +35,6 @@ class Verified:
 
 
 _verified: ContextVar[Verified | None] = ContextVar("verified", default=None)
-# Operators that want one type of all their operands.
-_ONE_TYPE = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "attention")
 
 
 def sample_tokens(graph: fx.GraphModule, batch: int = 2, length: int = 8) -> Tensor:
@@ -111,7 +110,7 @@ def _require_types(before: fx.GraphModule, after: fx.GraphModule, name: str) -> 
     expected, types = infer_shapes(before)[old], infer_shapes(after)
     for node in after.graph.nodes:
         given = [types[a] for a in node.all_input_nodes if isinstance(types[a], Tensor)]
-        mixed = is_op(node, *_ONE_TYPE) and len({value.dtype for value in given}) > 1
+        mixed = has(node, Trait.ONE_TYPE) and len({value.dtype for value in given}) > 1
         if mixed:
             operands = ", ".join(f"{a} {_kind(types[a])}" for a in node.all_input_nodes)
             raise VerificationError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
+import rolora_passes.graphs.operators  # noqa: F401  (defines torch.ops.rolora)
 from rolora_passes.graphs.info import set_info
 from rolora_passes.numerics import affine
 from rolora_passes.numerics.hadamard import few_factors

@@ -15,7 +15,7 @@ from rolora_passes.errors import PassError
 from rolora_passes.files import writing
 from rolora_passes.graphs.graph import add_parameter
 from rolora_passes.graphs.info import Rotation, info, set_info
-from rolora_passes.graphs.ops import rotate
+from rolora_passes.graphs.operators.transforms import rotate
 
 if TYPE_CHECKING:
     from rolora_passes.graphs.bases.inference import BasisClass

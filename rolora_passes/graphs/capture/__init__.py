@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rolora_passes.errors import CaptureError, one_line
-from rolora_passes.graphs import ops as _ops  # noqa: F401  (registers the operators)
+from rolora_passes.graphs import operators as _operators  # noqa: F401  (registers the operators)
 from rolora_passes.graphs.capture.canonical import canonicalize
 from rolora_passes.graphs.capture.masks import Mask, Masks
 from rolora_passes.graphs.capture.precision import InFloat32

@@ -24,17 +24,14 @@ from torch import fx
 from rolora_passes.errors import CaptureError
 from rolora_passes.graphs import graph
 from rolora_passes.graphs.capture import bookkeeping, casts, functional, fused, norms, rotary
-from rolora_passes.graphs.dtypes import CASTS, dtype_of, retyped
+from rolora_passes.graphs.dtypes import dtype_of, retyped
 from rolora_passes.graphs.expressions import merge_equal
 from rolora_passes.graphs.graph import aten, finish, is_op, op_name
 from rolora_passes.graphs.inputs import DECODER, ENCODER, ENCODER_DECODER, input_names
+from rolora_passes.graphs.operators import Trait, has
 from rolora_passes.graphs.shapes import same_shape, shape_of
 from rolora_passes.graphs.sources import keep_only_source, note_source
 
-_COPIES = {
-    "clone", "alias", "detach", "detach_", "contiguous", "lift_fresh_copy", "lift_fresh", "view_as",
-    "positive",
-}  # fmt: skip
 _CHECKS = ("_assert", "sym_constrain", "_guards_fn", "_assert_tensor_metadata")
 
 
@@ -186,13 +183,13 @@ def _is_copy(node: fx.Node) -> bool:
     name, source = op_name(node), node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or not node.users:
         return False
-    if name in _COPIES:
+    if has(node, Trait.COPY):
         return True
     if name in ("dropout", "dropout_", "feature_dropout"):
         return node.args[2] is False
-    if name in CASTS:
+    if has(node, Trait.CAST):
         before, after = source.meta.get("val"), node.meta.get("val")
-        return isinstance(before, torch.Tensor) and before.dtype == after.dtype  # type: ignore[union-attr]
+        return isinstance(before, torch.Tensor) and before.dtype == after.dtype
     if name in (
         "view",
         "reshape",
