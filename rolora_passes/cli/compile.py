@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,10 @@ from rolora_passes.cli.options import (
     printing_of,
     recipe_options,
 )
+from rolora_passes.export.target import Target, make_target, target_names, target_options
 
 if TYPE_CHECKING:
-    from rolora_passes.export.compile import Made
+    from rolora_passes.export.order import Made
 
 
 def add(commands: Any) -> None:
@@ -33,23 +34,11 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--target",
         action="append",
-        choices=("executorch", "onnx"),
-        help="what to lower to, once or twice (executorch)",
+        choices=target_names(),
+        help="what to lower to; more than once for several (executorch)",
     )
-    parser.add_argument(
-        "--flavor",
-        choices=("ort", "portable"),
-        help="of ONNX: ONNX Runtime's kernels, or the standard's operators alone (ort)",
-    )
-    parser.add_argument(
-        "--accuracy-level",
-        type=int,
-        choices=(0, 4),
-        help="of ONNX products with quantized weights: 4 is int8 activations (where the recipe has them)",
-    )
-    parser.add_argument(
-        "--fast-prefill", action="store_true", help="attend in XNNPACK in calls from position 0"
-    )
+    for name, users in target_options().items():
+        _add_option(parser, name, users)
     parser.add_argument(
         "--adapter",
         action="append",
@@ -77,8 +66,7 @@ def run(options: argparse.Namespace) -> None:
     from rolora_passes.evaluation.parity import compare_programs
     from rolora_passes.export.compile import compile_model
 
-    targets: Any = options.target or ("executorch",)
-    _require_used(options, targets)
+    targets = _targets(options)
     adapters = dict(options.adapter)
     if len(adapters) < len(options.adapter):
         names = ", ".join(name for name, _ in options.adapter)
@@ -99,9 +87,6 @@ def run(options: argparse.Namespace) -> None:
             options.output,
             targets=targets,
             max_length=options.max_length,
-            flavor=options.flavor or "ort",
-            accuracy_level=options.accuracy_level,
-            fast_prefill=options.fast_prefill,
             adapters=adapters,
             verify=not options.no_verify,
             calibration=calibration_of(options, display),
@@ -124,18 +109,34 @@ def _warn(warning: str) -> None:
     console.print(warning, markup=False, soft_wrap=True)
 
 
-def _require_used(options: argparse.Namespace, targets: Sequence[str]) -> None:
-    """Refuse options of a target that is not asked for: they would do nothing."""
+def _add_option(parser: argparse.ArgumentParser, name: str, users: dict[str, dataclasses.Field[Any]]) -> None:
+    """An option of targets, with what each says of it."""
+    says = [f"of {target}: {field.metadata.get('help', name)}" for target, field in users.items()]
+    field = next(iter(users.values()))
+    given: dict[str, Any] = {"action": "store_true"} if isinstance(field.default, bool) else {}
+    if choices := field.metadata.get("choices"):
+        given = {"choices": choices, "type": type(choices[0])}
+    shown = "" if field.default in (None, False) else f" ({field.default})"
+    flag = f"--{name.replace('_', '-')}"
+    parser.add_argument(flag, default=argparse.SUPPRESS, help="; ".join(says) + shown, **given)
+
+
+def _targets(options: argparse.Namespace) -> list[Target]:
+    """The targets that are asked for, with their options; options of others are refused: they would do
+    nothing."""
     from rolora_passes.errors import LoweringError
 
-    given = {
-        "--fast-prefill": ("executorch", options.fast_prefill),
-        "--flavor": ("onnx", options.flavor is not None),
-        "--accuracy-level": ("onnx", options.accuracy_level is not None),
-    }
-    for name, (target, there) in given.items():
-        if there and target not in targets:
+    names = options.target or ["executorch"]
+    given = {name: getattr(options, name) for name in target_options() if name in options}
+    for name in given:
+        users = target_options()[name]
+        if not users.keys() & {*names}:
+            flag = f"--{name.replace('_', '-')}"
             raise LoweringError(
-                f"expected --target {target} with {name}, found {', '.join(targets)}: add it, or leave "
-                f"{name} out"
+                f"expected --target {' or '.join(users)} with {flag}, found {', '.join(names)}: add it, or "
+                f"leave {flag} out"
             )
+    return [
+        make_target(each, **{name: given[name] for name in given if each in target_options()[name]})
+        for each in names
+    ]

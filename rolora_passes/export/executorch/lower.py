@@ -6,8 +6,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rolora_passes.decoding.ready import ready
 from rolora_passes.decoding.state import require_state
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.checking import Checked, Reference, check_decoder, rows
+from rolora_passes.export.clock import Clock
 from rolora_passes.export.executorch.embeddings import fuse_embeddings
 from rolora_passes.export.executorch.rotary import expand_rotary
 from rolora_passes.export.executorch.runner import load_pte
@@ -49,7 +49,7 @@ class LoweringReport:
     cache_bytes: int
     """What the caches of keys and values take in memory, for each method that is loaded."""
     seconds: dict[str, float]
-    """CPU seconds by stage."""
+    """CPU seconds by step."""
     checks: list[Checked] = field(default_factory=list)
     """How every method compared with its graph."""
 
@@ -62,19 +62,6 @@ class LoweringReport:
             f"{sum(self.operators.values())} instructions outside: {outside}",
             *rows(self.checks),
         ]
-
-
-@dataclass
-class _Stages:
-    """CPU seconds spent in each named stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.process_time()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.process_time() - start, 3)
 
 
 def to_executorch(
@@ -117,13 +104,18 @@ def to_executorch(
     _require_executorch()
     require_methods(methods or {})
     graphs = {"forward": graph, **(methods or {})}
-    stages, lowered, lengths, count = _Stages(), dict[str, fx.GraphModule](), dict[str, tuple[int, int]](), 0
+    clock, lowered, lengths, count = (
+        Clock(time.process_time),
+        dict[str, fx.GraphModule](),
+        dict[str, tuple[int, int]](),
+        0,
+    )
     caches: dict[str, dict[str, Tensor]] = {}
     for name, each in graphs.items():
-        with stages.stage("prepare"):
+        with clock.step("prepare"):
             graphs[name] = _ready(each)
             prepared = _prepare(graphs[name], max_length, last_token, fused=len(graphs) == 1)
-        with stages.stage("delegate"):
+        with clock.step("delegate"):
             lowered[name], delegates = _delegate(prepared, fast_prefill)
         lengths[name] = (prepared.meta["max_length"], prepared.meta["call_length"])
         caches[name] = {b: get_tensor(prepared, b) for b in written(prepared.graph)}
@@ -133,16 +125,16 @@ def to_executorch(
         found = {name: held for name, (held, _) in lengths.items()}
         raise LoweringError(f"expected methods whose caches hold equally many tokens, found {found}")
     metadata = _metadata(caches["forward"], graph.meta.get("config", {}), length, call)
-    program = _program(lowered, call, metadata, stages)
+    program = _program(lowered, call, metadata, clock)
     path, held = Path(path), max(sum(t.nbytes for t in each.values()) for each in caches.values())
     with writing(path) as temporary:
-        with stages.stage("write"), temporary.open("wb") as file:
+        with clock.step("write"), temporary.open("wb") as file:
             program.write_to_file(file)
         operators, size = _operators(program), temporary.stat().st_size
         del program, lowered, caches, prepared  # what the runtime loads takes their place
-        with stages.stage("check"):
+        with clock.step("check"):
             checks = [_check(temporary, name, each, length) for name, each in graphs.items() if check]
-    return LoweringReport(path, size, count, operators, held, stages.seconds, checks)
+    return LoweringReport(path, size, count, operators, held, clock.seconds, checks)
 
 
 def _ready(graph: fx.GraphModule) -> fx.GraphModule:
@@ -207,7 +199,7 @@ def _require_executorch() -> None:
 
 
 def _program(
-    graphs: Mapping[str, fx.GraphModule], length: int, metadata: dict[str, Any], stages: _Stages
+    graphs: Mapping[str, fx.GraphModule], length: int, metadata: dict[str, Any], clock: Clock
 ) -> Any:
     """The serialised program of graphs, by method, whose delegates are made."""
     from executorch import exir
@@ -216,15 +208,15 @@ def _program(
 
     example = (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     dynamic = ({1: torch.export.Dim("length", min=1, max=length)}, None)
-    with stages.stage("export"), torch.no_grad():
+    with clock.step("export"), torch.no_grad():
         exported = {
             name: torch.export.export(graph, example, dynamic_shapes=dynamic, strict=False)
             for name, graph in graphs.items()
         }
-    with stages.stage("edge"):
+    with clock.step("edge"):
         config = exir.EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
         edge = exir.to_edge(exported, compile_config=config, constant_methods=metadata)
-    with stages.stage("program"):
+    with clock.step("program"):
         backend = exir.ExecutorchBackendConfig(
             extract_delegate_segments=True,
             memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),

@@ -109,10 +109,7 @@ def to_onnx(
         VerificationError: folding changed the function.
         FileExistsError: `folder` is there and is not such a folder.
     """
-    if flavor not in get_args(Flavor):
-        raise LoweringError(f"expected a flavor of {', '.join(get_args(Flavor))}, found {flavor!r}")
-    if accuracy_level not in (None, 0, 4):
-        raise LoweringError(f"expected accuracy_level 0, 4 or None, found {accuracy_level}")
+    require_options(flavor, accuracy_level)
     require_context(max_length)
     require_replaceable(Path(folder))
     with writing_folder(Path(folder)) as temporary:
@@ -128,6 +125,18 @@ def to_onnx(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return replace(report, path=Path(folder) / MODEL)
+
+
+def require_options(flavor: str, accuracy_level: int | None) -> None:
+    """Refuse options that `to_onnx` does not have.
+
+    Raises:
+        LoweringError: so it is.
+    """
+    if flavor not in get_args(Flavor):
+        raise LoweringError(f"expected a flavor of {', '.join(get_args(Flavor))}, found {flavor!r}")
+    if accuracy_level not in (None, 0, 4):
+        raise LoweringError(f"expected accuracy_level 0, 4 or None, found {accuracy_level}")
 
 
 def require_replaceable(folder: Path) -> None:
