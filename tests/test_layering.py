@@ -36,9 +36,12 @@ EXTRAS = {
 LATE = (
     "rolora_passes.export.executorch.xnnpack",
     "rolora_passes.export.executorch.last_token",
-    *(f"rolora_passes.export.onnx.{name}" for name in ("emitter", "store", "inputs", "norms", "ops", "ort")),
-    *(f"rolora_passes.export.onnx.{name}" for name in ("portable", "rotary", "weights", "fake_quantize")),
-    "rolora_passes.export.onnx.genai",
+    *(f"rolora_passes.export.onnx.{name}" for name in ("writer", "store", "inputs", "emitter", "matching")),
+    *(
+        f"rolora_passes.export.onnx.{name}"
+        for name in ("standard", "reshaping", "transforms", "norms", "rotary")
+    ),
+    *(f"rolora_passes.export.onnx.{name}" for name in ("fake_quantize", "ort", "portable", "genai")),
     "rolora_passes.evaluation.harness",
 )
 # The rooms from the bottom to the top, each with its trade: a module imports its own room and those below.

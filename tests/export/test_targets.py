@@ -120,10 +120,11 @@ def test_a_target_of_another_package_on_the_command_line(
 
 
 def test_what_a_target_refuses_is_known_before_weights_are_loaded(
-    checkpoint: Path, tmp_path: Path, install: Install, capfd: pytest.CaptureFixture[str]
-) -> None:
+    checkpoint: Path, tmp_path: Path, install: Install, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     install("echo-runtime", "echo", ECHO)
-    (checkpoint / "model.safetensors").write_bytes(b"nothing that can be loaded")
+    monkeypatch.delattr("transformers.PreTrainedModel.from_pretrained")
     command = ["compile", str(checkpoint), "--recipe", "8da4w", "-o", str(tmp_path / "out")]
     assert main([*command, "--target", "echo"]) == 2
     assert "LoweringError: an echo rounds no activations" in capfd.readouterr().err

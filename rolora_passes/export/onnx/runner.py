@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from rolora_passes.errors import LoweringError, RunError, one_line
-from rolora_passes.export.onnx.lower import INPUTS, MODEL
 from rolora_passes.export.target import Encode
 from rolora_passes.extras import require
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+INPUTS = {"tokens": "input_ids", "decoder_tokens": "decoder_input_ids"}
+"""What a graph's inputs are called."""
 
 
 def generate(
