@@ -93,11 +93,7 @@ def compile_model(
         FileExistsError: `folder` is something else than a compiled folder.
         Also what `load_model`, `load_recipe`, `capture`, `apply_passes` and `judge` raise.
     """
-    own: dict[Any, dict[str, Any]] = {
-        "executorch": {"fast_prefill": fast_prefill},
-        "onnx": {"flavor": flavor, "accuracy_level": accuracy_level},
-    }
-    chosen = tuple(make_target(target, **own.get(target, {})) for target in dict.fromkeys(targets))
+    chosen = _targets(targets, fast_prefill, flavor, accuracy_level)
     printing = {"verify": verify, "on_pass": on_pass, **(printing or {})}
     passes = load_recipe(recipe, seed)
     order = Order(
@@ -119,6 +115,16 @@ def compile_model(
         _keep(order, made, compiled, temporary)
         _compare(order, made, compiled, temporary, clock)
     return compiled
+
+
+def _targets(
+    targets: Sequence[Target | str], fast_prefill: bool, flavor: Flavor, accuracy_level: int | None
+) -> tuple[Target, ...]:
+    own: dict[Any, dict[str, Any]] = {
+        "executorch": {"fast_prefill": fast_prefill},
+        "onnx": {"flavor": flavor, "accuracy_level": accuracy_level},
+    }
+    return tuple(make_target(target, **own.get(target, {})) for target in dict.fromkeys(targets))
 
 
 def _preflight(order: Order, clock: Clock) -> tuple[list[str], Calibration | None]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from rolora_passes.decoding.kv_cache import add_kv_cache
 from rolora_passes.decoding.ready import ready
@@ -85,56 +85,81 @@ def to_executorch(
         max_length: tokens the caches hold. Taken from the graph if it has caches already.
         last_token: return the logits of the last token alone, [1, 1, V], as the runner needs; otherwise
             of all tokens, [1, S, V].
-        fast_prefill: let calls that start at position 0 attend in XNNPACK, over their own keys and values
-            instead of the caches. A third more prefill speed, for a second delegate in every layer and
-            longer lowering.
-        methods: other graphs, which the program has beside `forward` under these names: one base with one
-            adapter or another. What they have in common with it is in the file once; each has caches of its
-            own. The heads' projections are then not joined, for those with a branch cannot be.
-        check: run what was written, a prompt and decoded tokens, and leave it only if every method gives its
-            graph's logits; it takes seconds.
+        fast_prefill: let calls that start at position 0 attend in XNNPACK, over their own keys and values: a
+            third more prefill speed, for a second delegate in every layer and longer lowering.
+        methods: other graphs, beside `forward`, by name: one base with one adapter or another. What they
+            share is in the file once; each has its own caches, and the heads' projections are not joined.
+        check: run what was written, and leave it only if every method gives its graph's logits.
 
     Raises:
         MissingExtraError: ExecuTorch is not installed.
-        LoweringError: a graph is in float64, attends as no kernel does, mixes positions without a cache,
-            or quantizes as no kernel or cache holds it; a method's name is no identifier, or taken; the
-            program does not compute what its graph does.
+        LoweringError: a graph that no kernel or cache can hold, a method's name that is no identifier or
+            is taken, or a program that does not compute what its graph does.
         VerificationError: folding changed the function.
     """
     _require_executorch()
     require_methods(methods or {})
-    graphs = {"forward": graph, **(methods or {})}
-    clock, lowered, lengths, count = (
-        Clock(time.process_time),
-        dict[str, fx.GraphModule](),
-        dict[str, tuple[int, int]](),
-        0,
-    )
-    caches: dict[str, dict[str, Tensor]] = {}
-    for name, each in graphs.items():
-        with clock.step("prepare"):
-            graphs[name] = _ready(each)
-            prepared = _prepare(graphs[name], max_length, last_token, fused=len(graphs) == 1)
-        with clock.step("delegate"):
-            lowered[name], delegates = _delegate(prepared, fast_prefill)
-        lengths[name] = (prepared.meta["max_length"], prepared.meta["call_length"])
-        caches[name] = {b: get_tensor(prepared, b) for b in written(prepared.graph)}
-        count += delegates
-    length, call = (min(each) for each in zip(*lengths.values(), strict=True))
-    if any(held != length for held, _ in lengths.values()):
-        found = {name: held for name, (held, _) in lengths.items()}
-        raise LoweringError(f"expected methods whose caches hold equally many tokens, found {found}")
-    metadata = _metadata(caches["forward"], graph.meta.get("config", {}), length, call)
-    program = _program(lowered, call, metadata, clock)
-    path, held = Path(path), max(sum(t.nbytes for t in each.values()) for each in caches.values())
-    with writing(path) as temporary:
+    graphs, clock = {"forward": graph, **(methods or {})}, Clock(time.process_time)
+    made = {
+        name: _method(each, max_length, last_token, fast_prefill, len(graphs) == 1, clock)
+        for name, each in graphs.items()
+    }
+    length, call = _require_one_length(made), min(method.call for method in made.values())
+    metadata = _metadata(made["forward"].caches, graph.meta.get("config", {}), length, call)
+    program = _program({name: method.lowered for name, method in made.items()}, call, metadata, clock)
+    held = max(sum(method.caches.values()) for method in made.values())
+    count = sum(method.delegates for method in made.values())
+    graphs = {name: method.ready for name, method in made.items()}
+    with writing(Path(path)) as temporary:
         with clock.step("write"), temporary.open("wb") as file:
             program.write_to_file(file)
         operators, size = _operators(program), temporary.stat().st_size
-        del program, lowered, caches, prepared  # what the runtime loads takes their place
+        del program, made  # what the runtime loads takes their place
         with clock.step("check"):
             checks = [_check(temporary, name, each, length) for name, each in graphs.items() if check]
-    return LoweringReport(path, size, count, operators, held, clock.seconds, checks)
+    return LoweringReport(Path(path), size, count, operators, held, clock.seconds, checks)
+
+
+@dataclass(frozen=True)
+class _Method:
+    """One of a program's graphs.
+
+    Attributes:
+        ready: as `ready` made it, to check the program against.
+        lowered: with caches and delegates.
+        length, call: how many tokens the caches hold, and a call may have.
+        caches: their bytes, by name.
+    """
+
+    ready: fx.GraphModule
+    lowered: fx.GraphModule
+    delegates: int
+    length: int
+    call: int
+    caches: dict[str, int]
+
+
+def _method(
+    graph: fx.GraphModule, max_length: int, last_token: bool, fast_prefill: bool, fused: bool, clock: Clock
+) -> _Method:
+    from rolora_passes.export.executorch.xnnpack.partition import delegate_to_xnnpack
+
+    with clock.step("prepare"):
+        given = _ready(graph)
+        prepared = _prepare(given, max_length, last_token, fused)
+    with clock.step("delegate"):
+        lowered, delegates = delegate_to_xnnpack(prepared, CACHED, fast_prefill)
+    caches = {name: get_tensor(prepared, name).nbytes for name in written(prepared.graph)}
+    known = prepared.meta
+    return _Method(given, lowered, delegates, known["max_length"], known["call_length"], caches)
+
+
+def _require_one_length(methods: Mapping[str, _Method]) -> int:
+    """The tokens that all caches hold; methods that differ in it are refused."""
+    found = {name: method.length for name, method in methods.items()}
+    if len({*found.values()}) > 1:
+        raise LoweringError(f"expected methods whose caches hold equally many tokens, found {found}")
+    return min(found.values())
 
 
 def _ready(graph: fx.GraphModule) -> fx.GraphModule:
@@ -164,12 +189,6 @@ def require_methods(names: Iterable[str]) -> None:
                 "expected names of methods that are identifiers, not forward, and do not begin with "
                 f"{' or '.join(_RUNNERS)}, found {name!r}"
             )
-
-
-def _delegate(graph: fx.GraphModule, fast_prefill: bool) -> tuple[fx.GraphModule, int]:
-    from rolora_passes.export.executorch.xnnpack import delegate_to_xnnpack
-
-    return delegate_to_xnnpack(graph, CACHED, fast_prefill)
 
 
 def _prepare(graph: fx.GraphModule, max_length: int, last_token: bool, fused: bool) -> fx.GraphModule:
