@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from rolora_passes.cli.options import (
     printing_of,
     recipe_options,
 )
-from rolora_passes.export.target import Target, make_target, target_names, target_options
+from rolora_passes.export.target import Target, loadable_targets, make_target, target_names
 
 if TYPE_CHECKING:
     from rolora_passes.export.order import Made
@@ -37,8 +39,6 @@ def add(commands: Any) -> None:
         choices=target_names(),
         help="what to lower to; more than once for several (executorch)",
     )
-    for name, users in target_options().items():
-        _add_option(parser, name, users)
     parser.add_argument(
         "--adapter",
         action="append",
@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
     )
     recipe_options(parser)
     print_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, flags=[*_add_target_options(parser)])
 
 
 def run(options: argparse.Namespace) -> None:
@@ -109,34 +109,43 @@ def _warn(warning: str) -> None:
     console.print(warning, markup=False, soft_wrap=True)
 
 
-def _add_option(parser: argparse.ArgumentParser, name: str, users: dict[str, dataclasses.Field[Any]]) -> None:
-    """An option of targets, with what each says of it."""
-    says = [f"of {target}: {field.metadata.get('help', name)}" for target, field in users.items()]
-    field = next(iter(users.values()))
-    given: dict[str, Any] = {"action": "store_true"} if isinstance(field.default, bool) else {}
-    if choices := field.metadata.get("choices"):
-        given = {"choices": choices, "type": type(choices[0])}
-    shown = "" if field.default in (None, False) else f" ({field.default})"
-    flag = f"--{name.replace('_', '-')}"
-    parser.add_argument(flag, default=argparse.SUPPRESS, help="; ".join(says) + shown, **given)
+def _add_target_options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
+    """The options of all targets; one whose name is taken already has its target's name before it.
+
+    Yields: the target, the option's name, and its flag.
+    """
+    for cls in loadable_targets():
+        for field in dataclasses.fields(cls):
+            plain = field.name.replace("_", "-")
+            for flag in (f"--{plain}", f"--{cls.name}-{plain}"):
+                with suppress(argparse.ArgumentError):
+                    parser.add_argument(flag, dest=f"{cls.name}.{field.name}", **_described(cls, field))
+                    yield cls.name, field.name, flag
+                    break
+
+
+def _described(cls: type[Target], field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """What argparse is to know of a target's option; one that is not given is not in the namespace."""
+    default, choices = field.default, field.metadata.get("choices")
+    shown = "" if default in (None, False) else f" ({default})"
+    about = {"default": argparse.SUPPRESS, "help": f"of {cls.name}: {field.metadata.get('help', '')}{shown}"}
+    if isinstance(default, bool):
+        return about | {"action": argparse.BooleanOptionalAction if default else "store_true"}
+    one = choices[0] if choices else default
+    return about | {"choices": choices, "type": str if one is None else type(one)}
 
 
 def _targets(options: argparse.Namespace) -> list[Target]:
-    """The targets that are asked for, with their options; options of others are refused: they would do
+    """The targets that are asked for, with their options; those of others are refused: they would do
     nothing."""
     from rolora_passes.errors import LoweringError
 
-    names = options.target or ["executorch"]
-    given = {name: getattr(options, name) for name in target_options() if name in options}
-    for name in given:
-        users = target_options()[name]
-        if not users.keys() & {*names}:
-            flag = f"--{name.replace('_', '-')}"
-            raise LoweringError(
-                f"expected --target {' or '.join(users)} with {flag}, found {', '.join(names)}: add it, or "
-                f"leave {flag} out"
-            )
-    return [
-        make_target(each, **{name: given[name] for name in given if each in target_options()[name]})
-        for each in names
-    ]
+    given: dict[str, dict[str, Any]] = {name: {} for name in options.target or ["executorch"]}
+    for target, name, flag in options.flags:
+        if (value := getattr(options, f"{target}.{name}", None)) is None:
+            continue
+        if target not in given:
+            found = f"found {', '.join(given)}: add it, or leave {flag} out"
+            raise LoweringError(f"expected --target {target} with {flag}, {found}")
+        given[target][name] = value
+    return [make_target(name, **known) for name, known in given.items()]

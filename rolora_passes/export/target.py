@@ -10,7 +10,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -200,15 +200,6 @@ def target_class(name: str) -> type[Target]:
     if cls.name != name:
         raise LoweringError(f"expected the target {name} under its own name, found {cls.name}")
     return cls
-
-
-def target_options() -> dict[str, dict[str, Field[Any]]]:
-    """The options of all targets: for each name, the targets that have it, and as what."""
-    found: dict[str, dict[str, Field[Any]]] = {}
-    for cls in loadable_targets():
-        for field in fields(cls):
-            found.setdefault(field.name, {})[cls.name] = field
-    return found
 
 
 def make_target(target: Target | str, **options: Any) -> Target:

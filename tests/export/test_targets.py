@@ -33,6 +33,7 @@ from rolora_passes.graphs.graph import is_op, run
 class Written:
     path: Path
     length: int
+    seed: int
 
     def rows(self):
         return [f"{self.path.name}, for {self.length} tokens"]
@@ -45,12 +46,13 @@ class Echo(Target):
     name: ClassVar[str] = "echo"
     program: ClassVar[str] = "echo.safetensors"
     shout: bool = field(default=False, metadata={"help": "in capitals"})
+    seed: int = field(default=0, metadata={"help": "of nothing"})
 
     def lower(self, graph, folder, *, max_length, methods=None, check=True):
         if any(is_op(node, "fake_quantize") for node in graph.graph.nodes):
             raise LoweringError("an echo rounds no activations")
         graph.meta["config"]["shout"] = self.shout
-        return Written(save_graph(graph, folder / self.program), max_length)
+        return Written(save_graph(graph, folder / self.program), max_length, self.seed)
 
     def score(self, folder):
         graph, before = load_graph(folder / self.program), []
@@ -100,9 +102,9 @@ def test_a_target_of_another_package_on_the_command_line(
     assert target_names() == ["executorch", "onnx", "echo"]
     folder, text = tmp_path / "out", tmp_path / "text.txt"
     command = ["compile", str(checkpoint), "--recipe", "float", "--max-length", "32", "-o", str(folder)]
-    assert main([*command, "--target", "echo", "--shout"]) == 0
+    assert main([*command, "--target", "echo", "--shout", "--echo-seed", "3"]) == 0
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["targets"] == {"echo": {"length": 32}}
+    assert manifest["targets"] == {"echo": {"length": 32, "seed": 3}}
     (row,) = (row for row in manifest["parity"] if row["name"] == "echo")
     assert row["kl_graph"] < 1e-6 and row["greedy"] == row["of"]
     text.write_text("The quick brown fox jumps over the lazy dog. " * 2)
