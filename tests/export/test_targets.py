@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tiny_checkpoint import save_byte_checkpoint
 from rolora_passes.cli import main
 from rolora_passes.errors import LoweringError
 from rolora_passes.evaluation import ProgramScorer
-from rolora_passes.export import compile_model
+from rolora_passes.export import compile_model, targets
 from rolora_passes.export.target import GROUP, make_target, target_names
 
 ECHO = '''
@@ -119,6 +120,14 @@ def test_a_target_of_another_package_on_the_command_line(
     assert capfd.readouterr().out == "FOX\n"
     assert ProgramScorer(folder).target.name == "echo"
     assert main([*command, "--target", "echo"]) == 0, "a compiled folder may be replaced"
+
+
+def test_a_target_of_ours_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "echo.py").write_text(ECHO + "\n\nTARGET = Echo\n")
+    monkeypatch.setattr(targets, "__path__", [*targets.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, f"{targets.__name__}.echo", raising=False)
+    assert target_names() == ["executorch", "onnx", "echo"]
+    assert make_target("echo", shout=True).program == "echo.safetensors"
 
 
 def test_what_a_target_refuses_is_known_before_weights_are_loaded(

@@ -111,7 +111,7 @@ def to_onnx(
     """
     require_options(flavor, accuracy_level)
     require_context(max_length)
-    require_replaceable(Path(folder))
+    _require_replaceable(Path(folder))
     with writing_folder(Path(folder)) as temporary:
         report = write_onnx(
             graph,
@@ -139,7 +139,7 @@ def require_options(flavor: str, accuracy_level: int | None) -> None:
         raise LoweringError(f"expected accuracy_level 0, 4 or None, found {accuracy_level}")
 
 
-def require_replaceable(folder: Path) -> None:
+def _require_replaceable(folder: Path) -> None:
     """Refuse to write over a folder that is something else.
 
     Raises:
