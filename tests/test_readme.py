@@ -22,8 +22,7 @@ from tiny_checkpoint import TEXT, save_byte_checkpoint
 import rolora_passes
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, Rotate, apply_passes
 from rolora_passes.adapters.exchange import save_adapter
-from rolora_passes.cli.main import COMMANDS as MODULES
-from rolora_passes.cli.main import _parser, main
+from rolora_passes.cli.main import RENAMED, commands, main, parser
 from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs import capture
@@ -52,7 +51,7 @@ WINDOWS, DATA = "--window 32 --windows 1", "--samples 4 --length 32"
 SMALL = {
     "compile": "--max-length 64", "run": "--max-new-tokens 4", "passes": "", "diff": "", "inspect": "",
     "learn": f"{DATA} --set steps=2 --set batch=2", "tune": "--window 64 --epochs 1 --set batch=4",
-    "eval": WINDOWS, "sensitivity": WINDOWS, "track": WINDOWS, "bisect": WINDOWS, "ablate": WINDOWS,
+    "eval": WINDOWS, "diagnose": WINDOWS, **dict.fromkeys(RENAMED, WINDOWS),
 }  # fmt: skip
 
 
@@ -173,15 +172,14 @@ def test_all_is_known() -> None:
     assert {title for title, found in SECTIONS.items() if any(not is_command(s) for s in found)} == {
         "Adapters"
     }
-    commands = {line.split()[1] for found in SECTIONS.values() for line in found if line.startswith("rolora")}
-    assert commands == SMALL.keys() == {module.__name__.rpartition(".")[2] for module in MODULES}
+    shown = {line.split()[1] for found in SECTIONS.values() for line in found if line.startswith("rolora")}
+    assert {RENAMED.get(name, (name,))[0] for name in shown} == {*commands()}
     assert all(line in NOT_RUN for found in SECTIONS.values() for line in found if line.startswith("make"))
 
 
 def test_every_option_that_is_named_exists() -> None:
-    parser = _parser()
-    (commands,) = (a for a in parser._actions if hasattr(a, "choices") and isinstance(a.choices, dict))
-    known = {option for one in commands.choices.values() for option in one._option_string_actions}
+    (choices,) = (a for a in parser()._actions if isinstance(a.choices, dict))
+    known = {option for one in choices.choices.values() for option in one._option_string_actions}
     code = " ".join(re.findall(r"`[^`]+`", without_programs(README)))
     named = set(re.findall(r"(?<=[`\s])--[a-z][a-z-]+", code))
     assert {"--fast-prefill", "--accuracy-level", "--work"} <= named
