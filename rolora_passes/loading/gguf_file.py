@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rolora_passes.errors import CaptureError, one_line
+from rolora_passes.extras import require
 from rolora_passes.loading.checkpoint import some
 from rolora_passes.loading.gguf_entries import KNOWN, configuration
 from rolora_passes.loading.gguf_rope import FACTORS, TENSORS, require_rotary_width, scale_frequencies
@@ -40,6 +41,8 @@ class GgufFile:
     """
 
     def __init__(self, path: Path) -> None:
+        for module in ("transformers", "gguf", "accelerate"):  # transformers reads GGUF files with both
+            require(module, "gguf")
         from transformers.integrations.gguf import read_gguf_metadata
 
         self.path = path
