@@ -172,7 +172,7 @@ def compile_model(
             adapters for ONNX alone or named as no method can be, or what cannot be lowered.
         FileExistsError: `folder` is something else than a compiled folder.
         MissingExtraError: what writes a target's programs is not installed.
-        Also what `load_model`, `load_recipe`, `capture`, `apply_passes` and `judge` raise.
+        RoloraError: also what `load_model`, `load_recipe`, `capture`, `apply_passes` and `judge` raise.
     """
     lower = _Lowering(tuple(dict.fromkeys(targets)), max_length, fast_prefill, flavor, accuracy_level, run)
     _require_adapters(adapters := adapters or {}, lower.targets)
