@@ -44,7 +44,7 @@ def passes() -> str:
     parts = []
     for name in PASSES:
         cls = pass_class(name)
-        options = ", ".join(str(p) for p in inspect.signature(cls).parameters.values())
+        options = ", ".join(f"{p.name}={p.default!r}" for p in inspect.signature(cls).parameters.values())
         text = "\n\n".join(documents(cls))
         parts.append(f"## {name}\n\n`{cls.__name__}({options})` is {cls.kind}.\n\n```text\n{text}\n```")
     return "\n\n".join(parts)

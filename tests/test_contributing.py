@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import rolora_passes
+from rolora_passes import passes
 from rolora_passes.passes.registry import PASSES, make_pass
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ def page(tmp_path: Path) -> dict[str, Path]:
 
 def test_the_pass_and_its_test_run(page: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = page["sort_channels.py"].parent
-    monkeypatch.setattr(rolora_passes, "__path__", [*rolora_passes.__path__, str(folder)])
+    monkeypatch.setattr(passes, "__path__", [*passes.__path__, str(folder)])
     (registration,) = ast.literal_eval("{" + page["registry.txt"].read_text() + "}").items()
     monkeypatch.setitem(PASSES, *registration)
     try:
@@ -39,7 +39,7 @@ def test_the_pass_and_its_test_run(page: dict[str, Path], monkeypatch: pytest.Mo
         test = str(page["test_sort_channels.py"])
         assert pytest.main([test, "--rootdir", str(folder), "-p", "no:cacheprovider", "-q"]) == 0
     finally:
-        for name in ("rolora_passes.sort_channels", "test_sort_channels"):
+        for name in ("rolora_passes.passes.sort_channels", "test_sort_channels"):
             sys.modules.pop(name, None)
 
 

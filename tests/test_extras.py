@@ -116,3 +116,13 @@ def test_all_is_all_extras_for_users() -> None:
     (everything,) = EXTRAS["all"]
     listed = everything.partition("[")[2].rstrip("]").split(",")
     assert set(listed) == EXTRAS.keys() - {"all", "dev", "docs"}
+
+
+def test_the_release_script_tries_every_extra() -> None:
+    sys.path.insert(0, str(ROOT.parent / "scripts"))
+    import release
+
+    assert set(release.extras()) == release.TRIED.keys()
+    assert set(release.extras()) == EXTRAS.keys() - {"dev", "docs"} | {"none"}
+    for code in (release.FIXTURE, *(release.ALWAYS + code for code in release.TRIED.values())):
+        compile(code, "release", "exec")
