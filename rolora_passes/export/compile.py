@@ -90,7 +90,8 @@ def compile_model(
     Raises:
         LoweringError: what `Order` refuses, or what cannot be lowered.
         FileExistsError: `folder` is something else than a compiled folder.
-        Also what `load_model`, `load_recipe`, `capture`, `apply_passes` and `judge` raise.
+        MissingExtraError: what writes a target's programs is not installed.
+        RoloraError: also what `load_model`, `load_recipe`, `capture`, `apply_passes` and `judge` raise.
     """
     chosen = _targets(targets, fast_prefill, flavor, accuracy_level)
     printing = {"verify": verify, "on_pass": on_pass, **(printing or {})}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from rolora_passes.errors import CaptureError, one_line
+from rolora_passes.extras import require
 from rolora_passes.loading.checkpoint import some
 from rolora_passes.loading.gguf_entries import KNOWN, configuration
 from rolora_passes.loading.gguf_reading import forget, read_once, reader
@@ -48,6 +49,8 @@ class GgufFile:
         return _file(path, state.st_mtime_ns, state.st_size)
 
     def __init__(self, path: Path) -> None:
+        for module in ("transformers", "gguf", "accelerate"):  # transformers reads GGUF files with both
+            require(module, "gguf")
         from transformers.integrations.gguf import read_gguf_metadata
 
         self.path = path

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rolora_passes.errors import CaptureError, RoloraError, one_line
+from rolora_passes.extras import require
 from rolora_passes.loading import gguf_tokens
 from rolora_passes.loading.checkpoint import require_enough, require_loadable, require_read
 from rolora_passes.loading.gguf_file import GgufFile
@@ -45,15 +46,14 @@ def load_tokenizer(source: str) -> Any:
     Raises:
         CaptureError: nothing there, or nothing that can be loaded.
     """
-    from transformers import AutoTokenizer
-
+    transformers = require("transformers", "transformers")
     place = _resolve(source)
     if place.is_dir():
         require_loadable(place)  # a damaged file is named before a tokenizer that it may have spoilt
     with _explained(f"the tokenizer of {source}"):
         if place.suffix == ".gguf":
             return gguf_tokens.load_tokenizer(place, GgufFile.at(place).entries)
-        return AutoTokenizer.from_pretrained(str(place) if place.is_dir() else source)
+        return transformers.AutoTokenizer.from_pretrained(str(place) if place.is_dir() else source)
 
 
 def load_outline(source: str) -> PreTrainedModel:
@@ -62,8 +62,7 @@ def load_outline(source: str) -> PreTrainedModel:
     Raises:
         CaptureError: nothing there; not the configuration of a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    transformers = require("transformers", "transformers")
     place = _resolve(source)
     if place.is_dir():
         require_loadable(place)
@@ -71,9 +70,9 @@ def load_outline(source: str) -> PreTrainedModel:
         if place.suffix == ".gguf":
             config = GgufFile.at(place).configuration()[0]
         else:
-            config = AutoConfig.from_pretrained(str(place) if place.is_dir() else source)
+            config = transformers.AutoConfig.from_pretrained(str(place) if place.is_dir() else source)
         with torch.device("meta"):
-            found: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            found: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
     return found
 
 
@@ -91,14 +90,13 @@ _TOKENIZER = (
 
 
 def _load_checkpoint(source: str, place: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
+    transformers = require("transformers", "transformers")
     if place.is_dir():
         require_loadable(place)
     with _explained(f"a causal language model from {source}"):
         if place.is_dir():
             require_enough(place)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
             str(place) if place.is_dir() else source,
             dtype=dtype,
             output_loading_info=True,

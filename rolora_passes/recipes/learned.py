@@ -13,7 +13,8 @@ from typing import Any
 from torch import fx
 
 from rolora_passes.adapters.exchange import save_adapter
-from rolora_passes.errors import MissingExtraError, PassError
+from rolora_passes.errors import PassError
+from rolora_passes.extras import require
 from rolora_passes.files import writing_folder
 from rolora_passes.graphs.bases.rotations import save_rotations
 from rolora_passes.learning import processes
@@ -211,16 +212,8 @@ def _require_replaceable(folder: Path) -> None:
 
 
 def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            "matplotlib is not installed: run `pip install rolora-passes[learn]`"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    require("matplotlib", "learn").use("Agg")
+    return require("matplotlib.pyplot", "learn")
 
 
 def _write_account(folder: Path, record: Record, source: str, data: Calibration) -> None:

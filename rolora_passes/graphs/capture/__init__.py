@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rolora_passes.errors import CaptureError, one_line
+from rolora_passes.extras import require
 from rolora_passes.graphs import operators as _operators  # noqa: F401  (registers the operators)
 from rolora_passes.graphs.capture.canonical import canonicalize
 from rolora_passes.graphs.capture.masks import Mask, Masks
@@ -215,10 +216,9 @@ def _same_attributes(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _kind(model: object) -> _Kind:
-    from transformers import PreTrainedModel
-
+    transformers = require("transformers", "transformers")
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, transformers.PreTrainedModel):
         raise CaptureError(
             f"expected a transformers model of text, found {name}; "
             "load it with transformers.AutoModelForCausalLM, or the class of its own head"
