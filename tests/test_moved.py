@@ -45,9 +45,7 @@ def test_names_that_left_a_module_are_found_with_a_warning() -> None:
     from rolora_passes.graphs import expressions, graph
     from rolora_passes.numerics import affine, codebooks
 
-    with pytest.warns(
-        FutureWarning, match=r"graphs\.graph\.Expressions is .*expressions\.Expressions now"
-    ):
+    with pytest.warns(FutureWarning, match=r"graphs\.graph\.Expressions is .*expressions\.Expressions now"):
         assert graph.Expressions is expressions.Expressions  # type: ignore[attr-defined]
     with pytest.warns(FutureWarning, match=r"numerics\.affine\.absmax is .*numerics\.codebooks\.absmax now"):
         assert affine.absmax is codebooks.absmax  # type: ignore[attr-defined]
