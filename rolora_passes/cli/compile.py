@@ -1,4 +1,4 @@
-"""`rolora compile`: a model in, a folder that a stock runtime serves out."""
+"""`rolora compile`: turns a model into a folder that stock runtimes can serve."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _warn(warning: str) -> None:
 
 
 def _require_used(options: argparse.Namespace, targets: Sequence[str]) -> None:
-    """Refuse options of a target that is not asked for: they would do nothing."""
+    """Refuse options of targets that were not asked for, since they would do nothing."""
     from rolora_passes.errors import LoweringError
 
     given = {

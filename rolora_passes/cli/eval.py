@@ -1,4 +1,4 @@
-"""`rolora eval`: perplexity and task accuracies of a model or an artefact."""
+"""`rolora eval`: perplexity and task accuracy of a model, a saved graph or a compiled folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`rolora run`: text from a compiled folder in its stock runtime."""
+"""`rolora run`: generates text with a compiled folder in its stock runtime."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def run(options: argparse.Namespace) -> None:
     room = _held(folder) - count
     if room < 1:
         raise RunError(
-            f"the prompt has {count} tokens, and the program holds {room + count}, with what it answers: "
-            "give a shorter one, or compile with a larger --max-length"
+            f"the prompt has {count} tokens, and the program holds {room + count} with the answer: "
+            "give a shorter prompt, or compile with a larger --max-length"
         )
-    descriptor = os.dup(sys.stdout.fileno())  # ExecuTorch prints too, and is put aside
+    descriptor = os.dup(sys.stdout.fileno())  # ExecuTorch prints too, and is sent elsewhere
     screen = os.fdopen(descriptor, "w", encoding=sys.stdout.encoding)
 
     def show(text: str) -> None:
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _held(folder: Path) -> int:
-    """How many tokens a folder's programs hold."""
+    """The number of tokens that a folder's programs hold."""
     try:
         return int(json.loads((folder / "manifest.json").read_text("utf-8"))["max_length"])
     except (ValueError, KeyError, TypeError) as error:
@@ -89,9 +89,9 @@ def _held(folder: Path) -> int:
 
 
 def _prompt(folder: Path, prompt: str, raw: bool) -> tuple[str, int, int]:
-    """A prompt as the program reads it, how many tokens the tokenizer begins it with, and how many it has.
+    """(the prompt as the program reads it, special tokens that the tokenizer adds before it, all its tokens).
 
-    That is the model's own chat template, which has its own beginning, or else the prompt as it is.
+    The prompt is wrapped in the model's chat template, which has its own special tokens, or left as it is.
     """
     from rolora_passes.loading.tokens import beginning, in_template
     from rolora_passes.recipes.opening import load_tokenizer
