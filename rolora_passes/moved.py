@@ -1,7 +1,8 @@
-"""Modules that moved in 0.2: their old names go on working for one release, with a warning."""
+"""Modules, and names in them, that moved in 0.2: the old ones go on working for a release, with a warning."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 _PACKAGE = "rolora_passes"
 MOVED = {
@@ -29,35 +31,35 @@ MOVED = {
     "export.onnx_genai": "export.onnx.genai",
     "export.onnx_inputs": "export.onnx.inputs",
     "export.onnx_norms": "export.onnx.norms",
-    "export.onnx_ops": "export.onnx.ops",
+    "export.onnx_ops": "export.onnx.standard",
     "export.onnx_ort": "export.onnx.ort",
     "export.onnx_portable": "export.onnx.portable",
     "export.onnx_rotary": "export.onnx.rotary",
     "export.onnx_runner": "export.onnx.runner",
     "export.onnx_store": "export.onnx.store",
     "export.onnx_weights": "export.onnx.weights",
-    "export.places": "decoding.places",
-    "export.position_rules": "decoding.position_rules",
+    "export.places": "graphs.operators.places",
+    "export.position_rules": "graphs.operators.places",
     "export.positions": "decoding.positions",
     "export.ready": "decoding.ready",
     "export.rotary": "export.executorch.rotary",
     "export.runner": "export.executorch.runner",
     "export.shapes": "graphs.static_shapes",
     "export.state": "decoding.state",
-    "export.xnnpack": "export.executorch.xnnpack",
-    "export.xnnpack_attention": "export.executorch.xnnpack_attention",
-    "export.xnnpack_emitter": "export.executorch.xnnpack_emitter",
-    "export.xnnpack_graph": "export.executorch.xnnpack_graph",
-    "export.xnnpack_hadamard": "export.executorch.xnnpack_hadamard",
-    "export.xnnpack_linear": "export.executorch.xnnpack_linear",
-    "export.xnnpack_ops": "export.executorch.xnnpack_ops",
-    "export.xnnpack_signature": "export.executorch.xnnpack_signature",
+    "export.xnnpack": "export.executorch.xnnpack.partition",
+    "export.xnnpack_attention": "export.executorch.xnnpack.attention",
+    "export.xnnpack_emitter": "export.executorch.xnnpack.emitter",
+    "export.xnnpack_graph": "export.executorch.xnnpack.delegate",
+    "export.xnnpack_hadamard": "export.executorch.xnnpack.hadamard",
+    "export.xnnpack_linear": "export.executorch.xnnpack.linear",
+    "export.xnnpack_ops": "export.executorch.xnnpack.ops",
+    "export.xnnpack_signature": "export.executorch.xnnpack.signature",
     "fold_constants": "passes.fold_constants",
     "fuse_norm": "passes.fuse_norm",
     "graphs.adapters": "adapters.exchange",
     "graphs.affine": "numerics.affine",
     "graphs.base_changes": "adapters.base_changes",
-    "graphs.basis_rules": "graphs.bases.rules",
+    "graphs.basis_rules": "graphs.operators",
     "graphs.basis_variables": "graphs.bases.variables",
     "graphs.bookkeeping": "graphs.capture.bookkeeping",
     "graphs.canonical": "graphs.capture.canonical",
@@ -78,6 +80,7 @@ MOVED = {
     "graphs.norm_fusion": "graphs.bases.norm_fusion",
     "graphs.norms": "graphs.capture.norms",
     "graphs.observers": "quantize.observers",
+    "graphs.ops": "graphs.operators",
     "graphs.peft_format": "adapters.peft_format",
     "graphs.peft_targets": "adapters.peft_targets",
     "graphs.precision": "graphs.capture.precision",
@@ -117,6 +120,24 @@ MOVED = {
     "tokens": "loading.tokens",
 }
 
+# Names that left a module, and where they are.
+_NAMES = {
+    "graphs.graph": {
+        "Expressions": "graphs.expressions:Expressions",
+        "convert": "graphs.dtypes:convert",
+        "dtype_of": "graphs.dtypes:dtype_of",
+        "merge_equal": "graphs.expressions:merge_equal",
+        "retyped": "graphs.dtypes:retyped",
+    },
+    "numerics.affine": {
+        "Grid": "numerics.affine:Integers",
+        "absmax": "numerics.codebooks:absmax",
+        "codebook": "numerics.grids:codebook",
+        "decode": "numerics.codebooks:decode",
+        "encode": "numerics.codebooks:encode",
+    },
+}
+
 
 class MovedModules(MetaPathFinder, Loader):
     """Finds a module of the package by the name that it had."""
@@ -141,6 +162,19 @@ class MovedModules(MetaPathFinder, Loader):
         module.__spec__ = self._kept
 
 
+def _moved_name(module: str, name: str) -> Any:
+    """What a module's `__getattr__` gives: an attribute that is elsewhere now."""
+    if name not in _NAMES[module]:
+        raise AttributeError(f"module {_PACKAGE}.{module!r} has no attribute {name!r}")
+    place, _, now = _NAMES[module][name].partition(":")
+    text = f"{_PACKAGE}.{module}.{name} is {_PACKAGE}.{place}.{now} now; this name goes in 0.3"
+    warnings.warn(text, FutureWarning, stacklevel=2)
+    return getattr(importlib.import_module(f"{_PACKAGE}.{place}"), now)
+
+
 def install() -> None:
     """Have old names found, after all others."""
     sys.meta_path.append(MovedModules())
+    for module in _NAMES:
+        found: Any = importlib.import_module(f"{_PACKAGE}.{module}")
+        found.__getattr__ = functools.partial(_moved_name, module)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +20,10 @@ from rolora_passes.cli.options import (
     recipe_option,
 )
 from rolora_passes.cli.parser import assignment, at_least
+from rolora_passes.export.target import TARGETS, Target, loadable_targets, make_target
 
 if TYPE_CHECKING:
-    from rolora_passes.export.compile import Made
+    from rolora_passes.export.order import Made
 
 
 ORDER = 10
@@ -43,20 +46,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="context that the programs hold",
     )
     parser.add_argument(
-        "--target", action="append", choices=("executorch", "onnx"),
+        "--target", action="append", choices=list(TARGETS),
         help="what to lower to; may be repeated (default: executorch)",
     )  # fmt: skip
-    parser.add_argument(
-        "--flavor", choices=("ort", "portable"),
-        help="of ONNX: with ONNX Runtime's own operators, or with standard operators only (default: ort)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--accuracy-level", type=int, choices=(0, 4),
-        help="of ONNX's quantized linears: 4 computes in int8 (default: 4 if activations are quantized)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--fast-prefill", action="store_true", help="let XNNPACK compute attention in calls from position 0"
-    )
     parser.add_argument(
         "--adapter", action="append", default=[], type=assignment, metavar="NAME=FOLDER",
         help="add a PEFT adapter to the .pte as a method NAME beside forward; may be repeated",
@@ -71,6 +63,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     pass_options(parser)
     print_options(parser)
+    parser.set_defaults(flags=[*_add_target_options(parser)])
 
 
 def run(options: argparse.Namespace) -> None:
@@ -79,8 +72,7 @@ def run(options: argparse.Namespace) -> None:
     from rolora_passes.evaluation.parity import compare_programs
     from rolora_passes.export.compile import compile_model
 
-    targets: Any = options.target or ("executorch",)
-    _require_used(options, targets)
+    targets = _targets(options)
     adapters = dict(options.adapter)
     if len(adapters) < len(options.adapter):
         names = ", ".join(name for name, _ in options.adapter)
@@ -101,9 +93,6 @@ def run(options: argparse.Namespace) -> None:
             options.output,
             targets=targets,
             max_length=options.max_length,
-            flavor=options.flavor or "ort",
-            accuracy_level=options.accuracy_level,
-            fast_prefill=options.fast_prefill,
             adapters=adapters,
             verify=not options.no_verify,
             calibration=calibration_of(options, display),
@@ -126,18 +115,44 @@ def _warn(warning: str) -> None:
     console.print(warning, markup=False, soft_wrap=True)
 
 
-def _require_used(options: argparse.Namespace, targets: Sequence[str]) -> None:
-    """Refuse options of targets that were not asked for, since they would do nothing."""
+def _add_target_options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
+    """The options of all targets; one whose name is taken already has its target's name before it.
+
+    Yields: the target, the option's name, and its flag.
+    """
+    for cls in loadable_targets():
+        for field in dataclasses.fields(cls):
+            plain = field.name.replace("_", "-")
+            for flag in (f"--{plain}", f"--{cls.name}-{plain}"):
+                with suppress(argparse.ArgumentError):
+                    parser.add_argument(flag, dest=f"{cls.name}.{field.name}", **_described(cls, field))
+                    yield cls.name, field.name, flag
+                    break
+
+
+def _described(cls: type[Target], field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """What argparse is to know of a target's option; one that is not given is not in the namespace."""
+    default, choices = field.default, field.metadata.get("choices")
+    shown: Any = "none" if default is None else "off" if default is False else default
+    text = f"of {cls.name}: {field.metadata.get('help', '')} (default: {shown})"
+    about = {"default": argparse.SUPPRESS, "help": text}
+    if isinstance(default, bool):
+        return about | {"action": argparse.BooleanOptionalAction if default else "store_true"}
+    one = choices[0] if choices else default
+    return about | {"choices": choices, "type": str if one is None else type(one)}
+
+
+def _targets(options: argparse.Namespace) -> list[Target]:
+    """The targets that are asked for, with their options; those of others are refused: they would do
+    nothing."""
     from rolora_passes.errors import LoweringError
 
-    given = {
-        "--fast-prefill": ("executorch", options.fast_prefill),
-        "--flavor": ("onnx", options.flavor is not None),
-        "--accuracy-level": ("onnx", options.accuracy_level is not None),
-    }
-    for name, (target, there) in given.items():
-        if there and target not in targets:
-            raise LoweringError(
-                f"expected --target {target} with {name}, found {', '.join(targets)}: add it, or leave "
-                f"{name} out"
-            )
+    given: dict[str, dict[str, Any]] = {name: {} for name in options.target or ["executorch"]}
+    for target, name, flag in options.flags:
+        if (value := getattr(options, f"{target}.{name}", None)) is None:
+            continue
+        if target not in given:
+            found = f"found {', '.join(given)}: add it, or leave {flag} out"
+            raise LoweringError(f"expected --target {target} with {flag}, {found}")
+        given[target][name] = value
+    return [make_target(name, **known) for name, known in given.items()]

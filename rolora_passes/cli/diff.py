@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rolora_passes.cli.display import Display
+from rolora_passes.cli.display import Display, pass_line
 from rolora_passes.cli.options import (
     ANY,
-    applying,
     opened_from,
     pass_options,
     recipe_option,
     tokenizer_option,
 )
 from rolora_passes.errors import EvaluationError
-
-if TYPE_CHECKING:
-    from torch import fx
-
-    from rolora_passes.passes.base import Pass
 
 ORDER = 80
 SUMMARY = "show how two graphs, or two compiled folders, differ, or what every pass of a recipe changes"
@@ -65,15 +59,13 @@ def run(options: argparse.Namespace) -> None:
 def _diff_passes(options: argparse.Namespace, display: Display) -> None:
     """Print what every pass changes, as soon as it is done."""
     from rolora_passes.inspection.diff import diff_text
-    from rolora_passes.passes.manager import apply_passes
+    from rolora_passes.passes.manager import steps
 
     opened = opened_from(options, display)
     display.stage("passes")
     before = opened.graph
-
-    def show(step: Pass, after: fx.GraphModule) -> None:
-        nonlocal before
-        print(f"== {step.name}\n{diff_text(before, after)}", flush=True)
-        before = after
-
-    apply_passes(opened.graph, opened.passes, on_graph=show, **applying(options, opened))
+    verify, calibration = not options.no_verify, opened.calibration
+    for applied in steps(before, opened.passes, verify=verify, calibration=calibration):
+        pass_line(applied.record)
+        print(f"== {applied.step.name}\n{diff_text(before, applied.graph)}", flush=True)
+        before = applied.graph

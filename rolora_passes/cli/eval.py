@@ -19,6 +19,7 @@ from rolora_passes.cli.options import (
     tokenizer_option,
 )
 from rolora_passes.cli.parser import at_least
+from rolora_passes.export.target import TARGETS
 
 ORDER = 50
 SUMMARY = "measure perplexity and task accuracy of a model, a saved graph or a compiled folder"
@@ -60,7 +61,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--target",
-        choices=("executorch", "onnx"),
+        choices=list(TARGETS),
         help="which program of a compiled folder (default: its first)",
     )
     tokenizer_option(parser)

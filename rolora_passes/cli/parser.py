@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-_TYPES: dict[Any, str] = {int: "integer", float: "number", Path: "path", None: "text"}
+_TYPES: dict[Any, str] = {int: "integer", float: "number", Path: "path", str: "text", None: "text"}
 
 
 def add_command(commands: Any, name: str, summary: str, examples: Sequence[str]) -> argparse.ArgumentParser:

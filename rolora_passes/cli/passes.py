@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 ORDER = 90
 SUMMARY = "list the passes and recipes, or explain one of them"
 EXAMPLES = ("rolora passes", "rolora passes quantize-weights", "rolora passes quarot:W4A4KV4")
-_SETTING = "W4A4KV4"
 _OPTION = re.compile(r"^ {4}(?P<names>\w+(?:, \w+)*)(?: \((?P<unit>[^)]+)\))?: ")
 
 
@@ -31,46 +30,65 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from rolora_passes.passes.registry import pass_class
-    from rolora_passes.recipes import dump_recipe, load_recipe, recipe_names
+    from rolora_passes.passes.registry import PASSES
+    from rolora_passes.recipes import dump_recipe, load_recipe, recipes
 
     if options.name is None:
         Console().print(_everything())
-    elif options.name in recipe_names() or ":" in options.name:
+    elif options.name.partition(":")[0] in recipes():
         print(dump_recipe(load_recipe(options.name)), end="")
     else:
-        _explain(pass_class(options.name))
+        _explain(PASSES[options.name])
 
 
 def _everything() -> Table:
-    """All passes, each with the first paragraph of its docstring, and all recipes with their passes."""
-    from rolora_passes.passes.registry import PASSES, pass_class
-    from rolora_passes.recipes import load_recipe
+    """All passes, recipes and grids; what other packages register, with the package it comes from."""
+    from rolora_passes.numerics.grids import GRIDS
+    from rolora_passes.passes.registry import PASSES
+    from rolora_passes.recipes import load_recipe, recipes
 
     table = _table("name", "kind", "what it does")
     for name in PASSES:
-        cls = pass_class(name)
-        summary = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0]
-        table.add_row(name, cls.kind, " ".join(summary.split()))
+        table.add_row(name, *_about(name))
+        for clash in PASSES.clashes(name):
+            table.add_row("", "", clash)
     table.add_section()
-    for name in _recipes():
-        kind = "recipe, any setting" if ":" in name else "recipe"
-        table.add_row(name, kind, ", ".join(step.name for step in load_recipe(name)))
+    for recipe in recipes().values():
+        kind = "recipe, any setting" if ":" in recipe.example else "recipe"
+        steps = ", ".join(step.name for step in load_recipe(recipe.example))
+        table.add_row(recipe.example, kind, f"{recipe.about} Passes: {steps}." if recipe.about else steps)
+    table.add_section()
+    for name in GRIDS:
+        table.add_row(name, "grid", _origin(GRIDS.origin(name)))
     return table
 
 
-def _recipes() -> list[str]:
-    from rolora_passes.recipes import recipe_names
-    from rolora_passes.recipes.methods import METHODS
+def _about(name: str) -> tuple[str, str]:
+    """The kind of a pass, and the first paragraph of its docstring."""
+    from rolora_passes.errors import PluginError
+    from rolora_passes.passes.registry import PASSES
 
-    return [*recipe_names(), *(f"{method}:{_SETTING}" for method in METHODS)]
+    try:
+        cls = PASSES[name]
+    except PluginError as error:
+        return "", f"cannot be used: {error}"
+    summary = " ".join(inspect.cleandoc(cls.__doc__ or "undocumented").partition("\n\n")[0].split())
+    return _kind(cls), summary + _origin(PASSES.origin(name))
+
+
+def _kind(cls: type[Pass]) -> str:
+    return cls.kind if isinstance(cls.kind, str) else "by its options"
+
+
+def _origin(package: str | None) -> str:
+    return f" [{package}]" if package else ""
 
 
 def _explain(cls: type[Pass]) -> None:
     """Print what a pass does, its options, and how to use it."""
-    from rolora_passes.recipes import load_recipe
+    from rolora_passes.recipes import load_recipe, recipes
 
-    screen, name = Console(), cls.pass_name()
+    screen, name = Console(), cls.name
     text = inspect.cleandoc(cls.__doc__ or "")
     body, _, rest = re.sub(r"^Options.*?:\n", "\0", text, count=1, flags=re.MULTILINE).partition("\0")
     raises = re.search(r"^Raises:\n.*", rest or body, flags=re.MULTILINE | re.DOTALL)
@@ -87,8 +105,8 @@ def _explain(cls: type[Pass]) -> None:
     shown = dict(list(shown.items())[:3])
     entry = f"{name}: {{{', '.join(f'{k}: {_yaml(v)}' for k, v in shown.items())}}}" if shown else name
     call = f"{cls.__name__}({', '.join(f'{key}={value!r}' for key, value in shown.items())})"
-    recipes = {recipe: [step.name for step in load_recipe(recipe)] for recipe in _recipes()}
-    using = sorted((r for r, steps in recipes.items() if name in steps), key=lambda r: len(recipes[r]))
+    known = {r.example: [step.name for step in load_recipe(r.example)] for r in recipes().values()}
+    using = sorted((r for r, steps in known.items() if name in steps), key=lambda r: len(known[r]))
     lines = ["\nIn a recipe, mine.yaml:", "    passes:", f"    - {entry}", "On the command line:"]
     lines += [f"    rolora diff MODEL --recipe {recipe}" for recipe in [*using[:1], "mine.yaml"]]
     lines += ["In Python:", f"    from {cls.__module__} import {cls.__name__}"]

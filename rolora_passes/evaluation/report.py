@@ -19,7 +19,7 @@ from rolora_passes.evaluation.perplexity import PROTOCOL, perplexity, split_wind
 from rolora_passes.evaluation.scorers import GraphScorer, ProgramScorer, Scorer, open_scorer
 from rolora_passes.evaluation.tasks import COUNTS, evaluate_tasks, load_tasks, stderr_name
 from rolora_passes.files import writing
-from rolora_passes.graphs.graph import dtype_of
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.loading.data import load_text, token_stream
 from rolora_passes.loading.tokens import beginning
 from rolora_passes.passes.base import Calibration
@@ -114,7 +114,7 @@ def _described(
     return {
         "source": Path(source).name,
         "kind": "program" if graph is None else "graph",
-        "program": scorer.file if isinstance(scorer, ProgramScorer) else None,
+        "program": scorer.target.program if isinstance(scorer, ProgramScorer) else None,
         "recipe": None if recipe is None else Path(recipe).name,
         "passes": [] if graph is None else [record.row() for record in history(graph)],
         "dtype": None if graph is None else str(dtype_of(graph)).removeprefix("torch."),

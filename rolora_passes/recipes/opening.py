@@ -13,8 +13,8 @@ from torch import fx
 from rolora_passes.errors import EvaluationError, one_line
 from rolora_passes.extras import require
 from rolora_passes.graphs.capture import capture
+from rolora_passes.graphs.dtypes import convert
 from rolora_passes.graphs.facts import facts
-from rolora_passes.graphs.graph import convert
 from rolora_passes.graphs.serialize import load_graph
 from rolora_passes.loading.models import load_model
 from rolora_passes.loading.models import load_tokenizer as load_model_tokenizer
