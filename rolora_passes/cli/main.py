@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = argparse.Namespace()
     try:
-        options = parser().parse_args(_renamed(given))
+        words = _renamed(given)
+        options = parser(words[0] if words else None).parse_args(words)
         _hush()
         with _stopped_as_by_hand(), logging_to(options.log, given):
             options.run(options)
@@ -61,8 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        only: declare the options of this command alone; `compile` has those of targets, which import torch.
+    """
     whole = argparse.ArgumentParser(
         "rolora", description="Passes over graphs of language models, to the phone"
     )
@@ -70,15 +75,16 @@ def parser() -> argparse.ArgumentParser:
     for name, module in commands().items():
         one = add_command(choices, name, module.SUMMARY, module.EXAMPLES)
         one.set_defaults(run=module.run)
-        module.add(one)
+        if only is None or name == only:
+            module.add(one)
     return whole
 
 
 def commands() -> dict[str, ModuleType]:
     """The modules of the commands by name, in the order of the list."""
     package = __package__ or "rolora_passes.cli"
-    path = import_module(package).__path__
-    found = {m.name: import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules(path)}
+    names = [m.name for m in pkgutil.iter_modules(import_module(package).__path__)]
+    found = {name: import_module(f"{package}.{name}") for name in names if name != "__main__"}
     known = [(name, module) for name, module in found.items() if hasattr(module, "ORDER")]
     return dict(sorted(known, key=lambda entry: entry[1].ORDER))
 

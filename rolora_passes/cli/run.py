@@ -9,8 +9,6 @@ from pathlib import Path
 
 from rolora_passes.cli.parser import at_least
 from rolora_passes.errors import RunError
-from rolora_passes.export.folder import MANIFEST, find_target, read_manifest
-from rolora_passes.export.target import TARGETS
 
 ORDER = 40
 SUMMARY = "generate text with a compiled folder in its stock runtime"
@@ -21,6 +19,8 @@ EXAMPLES = (
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    from rolora_passes.export.target import TARGETS
+
     parser.add_argument("folder", type=Path, help="a folder that `rolora compile` wrote")
     parser.add_argument(
         "--prompt", required=True, metavar="TEXT", help="what to answer; with --raw, what to continue"
@@ -39,6 +39,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from rolora_passes.export.folder import MANIFEST, find_target, read_manifest
+
     folder = options.folder
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
