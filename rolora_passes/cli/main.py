@@ -83,8 +83,8 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
 def commands() -> dict[str, ModuleType]:
     """The modules of the commands by name, in the order of the list."""
     package = __package__ or "rolora_passes.cli"
-    names = [m.name for m in pkgutil.iter_modules(import_module(package).__path__)]
-    found = {name: import_module(f"{package}.{name}") for name in names if name != "__main__"}
+    path = import_module(package).__path__
+    found = {m.name: import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules(path)}
     known = [(name, module) for name, module in found.items() if hasattr(module, "ORDER")]
     return dict(sorted(known, key=lambda entry: entry[1].ORDER))
 
