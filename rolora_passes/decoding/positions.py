@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError
+from rolora_passes.graphs.buffers import constant_nodes
 from rolora_passes.graphs.graph import upstream
-from rolora_passes.graphs.static_shapes import constant_nodes
 
 
 def tabulate(

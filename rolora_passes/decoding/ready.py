@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import LoweringError
+from rolora_passes.graphs.buffers import constant_nodes
 from rolora_passes.graphs.evaluate import evaluate
 from rolora_passes.graphs.folding import fold, rounds
 from rolora_passes.graphs.graph import (
@@ -18,7 +19,6 @@ from rolora_passes.graphs.graph import (
     is_op,
     leaves,
 )
-from rolora_passes.graphs.static_shapes import constant_nodes
 from rolora_passes.graphs.verify import verify_same
 
 # Every value of these is one of float32 too, so widening a graph of them rounds nothing.

@@ -18,7 +18,7 @@ from rolora_passes.export.executorch.xnnpack_emitter import Emitter, Typed, op_k
 from rolora_passes.export.executorch.xnnpack_hadamard import hadamard, kronecker
 from rolora_passes.export.executorch.xnnpack_linear import fake_quantize, linear
 from rolora_passes.graphs.graph import argument, is_op
-from rolora_passes.graphs.static_shapes import Shape
+from rolora_passes.graphs.shapes import Shape
 
 
 def supported(node: fx.Node, shapes: dict[fx.Node, Typed], constant: set[fx.Node]) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.onnx.store import Store
+from rolora_passes.graphs.buffers import constant_nodes
 from rolora_passes.graphs.graph import get_tensor, op_name
-from rolora_passes.graphs.static_shapes import constant_nodes, infer_symbols
+from rolora_passes.graphs.shapes import infer_symbols
 
 if TYPE_CHECKING:
     from rolora_passes.export.onnx.inputs import Inputs
