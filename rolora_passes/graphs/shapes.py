@@ -110,7 +110,8 @@ class _Analysis(fx.Interpreter):
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
         super().__init__(graph, garbage_collect_values=False)
-        shapes = ShapeEnv()
+        # What depends on data has no shape here.
+        shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
         self._mode = FakeTensorMode(shape_env=shapes)
         self._sizes: dict[str, Any] = {
             name: shapes.create_symintnode(
