@@ -19,7 +19,7 @@ from rolora_passes.cli.options import (
     printing_of,
     recipe_options,
 )
-from rolora_passes.export.target import Target, loadable_targets, make_target, target_names
+from rolora_passes.export.target import TARGETS, Target, make_target, usable_targets
 
 if TYPE_CHECKING:
     from rolora_passes.export.order import Made
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--target",
         action="append",
-        choices=target_names(),
+        choices=tuple(TARGETS),
         help="what to lower to; more than once for several (executorch)",
     )
     parser.add_argument(
@@ -114,7 +114,7 @@ def _add_target_options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, 
 
     Yields: the target, the option's name, and its flag.
     """
-    for cls in loadable_targets():
+    for cls in usable_targets():
         for field in dataclasses.fields(cls):
             plain = field.name.replace("_", "-")
             for flag in (f"--{plain}", f"--{cls.name}-{plain}"):

@@ -11,7 +11,7 @@ from typing import Any
 from rolora_passes.cli.options import at_least
 from rolora_passes.errors import RunError
 from rolora_passes.export.folder import MANIFEST, find_target, read_manifest
-from rolora_passes.export.target import target_names
+from rolora_passes.export.target import TARGETS
 
 
 def add(commands: Any) -> None:
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="do not wrap the prompt in the model's chat template"
     )
-    parser.add_argument("--target", choices=target_names(), help="which program, if there are several")
+    parser.add_argument("--target", choices=tuple(TARGETS), help="which program, if there are several")
     parser.set_defaults(run=run)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from rolora_passes.errors import EvaluationError, RunError
-from rolora_passes.export.target import Target, loadable_targets, make_target, target_names
+from rolora_passes.export.target import TARGETS, Target, make_target, usable_targets
 from rolora_passes.graphs.bases.rotations import save_rotations
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Pass
@@ -58,10 +58,10 @@ def find_target(folder: Path, name: str | None = None) -> Target:
         RunError: not a compiled folder, or the program is gone.
     """
     there = list(read_manifest(folder).get("targets", {}))
-    known = [each for each in there if each in target_names() and name in (None, each)]
+    known = [each for each in there if each in TARGETS and name in (None, each)]
     if not known:
         raise EvaluationError(
-            f"expected a program for {name or ' or '.join(target_names())} in {folder}, found "
+            f"expected a program for {name or ' or '.join(TARGETS)} in {folder}, found "
             f"{' and '.join(there) or 'none'}: compile it with --target"
         )
     target = make_target(known[0])
@@ -76,7 +76,7 @@ def require_replaceable(folder: Path) -> None:
     Raises:
         FileExistsError: something else is there.
     """
-    compiled = (folder / MANIFEST).is_file() and any(cls.is_in(folder) for cls in loadable_targets())
+    compiled = (folder / MANIFEST).is_file() and any(cls.is_in(folder) for cls in usable_targets())
     if folder.exists() and not compiled and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not a compiled folder; choose another name")
 

@@ -13,7 +13,7 @@ from rolora_passes.adapters.exchange import load_adapter
 from rolora_passes.decoding.kv_cache import require_context
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.preflight import require_files
-from rolora_passes.export.target import Target, loadable_targets, target_names
+from rolora_passes.export.target import TARGETS, Target, usable_targets
 from rolora_passes.passes.base import Calibration, Pass
 from rolora_passes.passes.manager import check_order, require_calibration
 
@@ -78,7 +78,7 @@ class Order:
         require_context(self.max_length)
         names = [target.name for target in self.targets]
         if not names:
-            raise LoweringError(f"expected targets of {', '.join(target_names())}, found none")
+            raise LoweringError(f"expected targets of {', '.join(TARGETS)}, found none")
         if len({*names}) < len(names):
             raise LoweringError(f"expected every target once, found {', '.join(names)}")
         for target in self.targets:
@@ -92,7 +92,7 @@ class Order:
     def _require_adapters(self, names: Sequence[str]) -> None:
         takers = [target for target in self.targets if target.has_methods]
         if self.adapters and not takers:
-            able = " or ".join(cls.name for cls in loadable_targets() if cls.has_methods)
+            able = " or ".join(cls.name for cls in usable_targets() if cls.has_methods)
             raise LoweringError(
                 f"expected target {able}, whose methods adapters are, found {', '.join(names)}"
             )

@@ -18,12 +18,11 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, fx
 
-from rolora_passes.errors import LoweringError, RoloraError
+from rolora_passes.errors import LoweringError, PluginError, RoloraError
 from rolora_passes.export import targets as own
 from rolora_passes.extras import require
-from rolora_passes.plugins import load_plugin, plugin_names
+from rolora_passes.plugins import Registry
 
-GROUP = "rolora_passes.targets"
 SHORTEST = 16
 """The fewest tokens of context that a program may hold."""
 
@@ -165,41 +164,29 @@ class Target(ABC):
         return (folder / cls.program).is_file()
 
 
-def target_names() -> list[str]:
-    """All targets there are: ours, then those of other packages."""
-    return list(dict.fromkeys([*_own(), *plugin_names(GROUP)]))
+def _ours() -> dict[str, type[Target]]:
+    names = [module.name for module in pkgutil.iter_modules(own.__path__)]
+    return {name: import_module(f"{own.__name__}.{name}").TARGET for name in names}
 
 
-def _own() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(own.__path__)]
+def _wrong(name: str, found: object) -> str | None:
+    if not (isinstance(found, type) and issubclass(found, Target)):
+        return "which is no target: expected a frozen dataclass that derives from rolora_passes.export.Target"
+    return None if found.name == name else f"which calls itself {found.name!r}: register it as that"
 
 
-def loadable_targets() -> Iterator[type[Target]]:
-    """The classes of all targets but those that cannot be loaded, which are told when they are asked for."""
-    for name in target_names():
+TARGETS: Registry[type[Target]] = Registry("target", "rolora_passes.targets", _ours, _wrong)
+"""Every target by name, ours and other packages'."""
+
+
+def usable_targets() -> Iterator[type[Target]]:
+    """All targets but those that cannot be loaded, which are told when they are asked for."""
+    for name in TARGETS:
         try:
-            cls = target_class(name)
-        except LoweringError:
+            cls = TARGETS[name]
+        except PluginError:
             continue
         yield cls
-
-
-def target_class(name: str) -> type[Target]:
-    """The class of a target.
-
-    Raises:
-        LoweringError: no such target, or two of one name, or another package's that cannot be loaded.
-    """
-    cls = load_plugin(GROUP, name, _own(), LoweringError)
-    if cls is None and name in _own():
-        cls = import_module(f"{own.__name__}.{name}").TARGET
-    if cls is None:
-        raise LoweringError(f"expected targets of {', '.join(target_names())}, found {name}")
-    if not (isinstance(cls, type) and issubclass(cls, Target)):
-        raise LoweringError(f"expected a subclass of Target under the target {name}, found {cls!r}")
-    if cls.name != name:
-        raise LoweringError(f"expected the target {name} under its own name, found {cls.name}")
-    return cls
 
 
 def make_target(target: Target | str, **options: Any) -> Target:
@@ -207,10 +194,13 @@ def make_target(target: Target | str, **options: Any) -> Target:
 
     Raises:
         LoweringError: no such target, or no such option of it.
+        PluginError: another package's, which cannot be loaded.
     """
     if isinstance(target, Target):
         return target
-    cls = target_class(target)
+    if target not in TARGETS:
+        raise LoweringError(f"expected targets of {', '.join(TARGETS)}, found {target}")
+    cls = TARGETS[target]
     known = [field.name for field in fields(cls)]
     for name in options:
         if name not in known:
