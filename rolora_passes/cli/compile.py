@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +16,7 @@ from rolora_passes.cli.options import (
     printing_of,
     recipe_options,
 )
-from rolora_passes.export.target import TARGETS, Target, make_target, usable_targets
+from rolora_passes.cli.target_options import add_target_options, chosen_targets
 
 if TYPE_CHECKING:
     from rolora_passes.export.order import Made
@@ -32,12 +29,6 @@ def add(commands: Any) -> None:
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
     parser.add_argument(
         "--max-length", type=at_least(16, int), default=512, help="tokens of context (%(default)s)"
-    )
-    parser.add_argument(
-        "--target",
-        action="append",
-        choices=tuple(TARGETS),
-        help="what to lower to; more than once for several (executorch)",
     )
     parser.add_argument(
         "--adapter",
@@ -57,7 +48,8 @@ def add(commands: Any) -> None:
     )
     recipe_options(parser)
     print_options(parser)
-    parser.set_defaults(run=run, flags=[*_add_target_options(parser)])
+    add_target_options(parser)
+    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -66,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     from rolora_passes.evaluation.parity import compare_programs
     from rolora_passes.export.compile import compile_model
 
-    targets = _targets(options)
+    targets = chosen_targets(options)
     adapters = dict(options.adapter)
     if len(adapters) < len(options.adapter):
         names = ", ".join(name for name, _ in options.adapter)
@@ -107,45 +99,3 @@ def run(options: argparse.Namespace) -> None:
 def _warn(warning: str) -> None:
     console.print("[bold yellow]warning:[/] ", end="")
     console.print(warning, markup=False, soft_wrap=True)
-
-
-def _add_target_options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
-    """The options of all targets; one whose name is taken already has its target's name before it.
-
-    Yields: the target, the option's name, and its flag.
-    """
-    for cls in usable_targets():
-        for field in dataclasses.fields(cls):
-            plain = field.name.replace("_", "-")
-            for flag in (f"--{plain}", f"--{cls.name}-{plain}"):
-                with suppress(argparse.ArgumentError):
-                    parser.add_argument(flag, dest=f"{cls.name}.{field.name}", **_described(cls, field))
-                    yield cls.name, field.name, flag
-                    break
-
-
-def _described(cls: type[Target], field: dataclasses.Field[Any]) -> dict[str, Any]:
-    """What argparse is to know of a target's option; one that is not given is not in the namespace."""
-    default, choices = field.default, field.metadata.get("choices")
-    shown = "" if default in (None, False) else f" ({default})"
-    about = {"default": argparse.SUPPRESS, "help": f"of {cls.name}: {field.metadata.get('help', '')}{shown}"}
-    if isinstance(default, bool):
-        return about | {"action": argparse.BooleanOptionalAction if default else "store_true"}
-    one = choices[0] if choices else default
-    return about | {"choices": choices, "type": str if one is None else type(one)}
-
-
-def _targets(options: argparse.Namespace) -> list[Target]:
-    """The targets that are asked for, with their options; those of others are refused: they would do
-    nothing."""
-    from rolora_passes.errors import LoweringError
-
-    given: dict[str, dict[str, Any]] = {name: {} for name in options.target or ["executorch"]}
-    for target, name, flag in options.flags:
-        if (value := getattr(options, f"{target}.{name}", None)) is None:
-            continue
-        if target not in given:
-            found = f"found {', '.join(given)}: add it, or leave {flag} out"
-            raise LoweringError(f"expected --target {target} with {flag}, {found}")
-        given[target][name] = value
-    return [make_target(name, **known) for name, known in given.items()]
