@@ -33,6 +33,9 @@ UNSAFE = {
 MEANT = {
     ("extras.py", "import_module"),  # an extra, by a name that stands in the code
     ("passes/registry.py", "import_module"),  # a pass, by the table or the entry points of installed packages
+    ("moved.py", "import_module"),  # modules of ours, by their old names
+    ("plugins.py", "import_module"),  # the entry points of installed packages
+    ("export/target.py", "import_module"),  # the files of a folder of ours
     ("graphs/bases/rotations.py", "torch.load"),  # weights_only, which is looked at below
     ("learning/loop.py", "torch.load"),
     ("loading/checkpoint.py", "torch.load"),
