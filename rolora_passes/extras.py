@@ -1,4 +1,8 @@
-"""Optional dependencies, imported where they are used."""
+"""Optional dependencies, imported inside the function that needs them.
+
+The extras are in pyproject.toml. A saved graph loads, takes passes and is lowered without transformers;
+capturing a model or reading its tokenizer needs it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,11 @@ from rolora_passes.errors import MissingExtraError
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, or say which extra of rolora-passes installs it."""
+    """Import `module`, or say which extra of rolora-passes installs it.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,3 +83,35 @@ def test_example(check: Callable[[str], None], tmp_path: Path) -> None:
 
 def test_every_example_is_run() -> None:
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {check.__name__ for check in CHECKS}
+
+
+def outliers(printed: str) -> None:
+    found = re.search(r"kurtosis (\S+) before, (\S+) after", printed)
+    assert found and float(found[1]) > 20 and float(found[2]) < 6
+    losses = [float(kl) for kl in re.findall(r"W4A4 +(\S+) nats", printed)]
+    assert 0 < losses[1] < losses[0]
+
+
+def first_pass(printed: str) -> None:
+    assert "drop-neutral changed ['mul_1', 'mul_2']" in printed
+    assert "drop-too-much" in printed
+
+
+NOTEBOOKS: list[Callable[[str], None]] = [outliers, first_pass]
+
+
+@pytest.mark.parametrize("check", NOTEBOOKS, ids=lambda check: check.__name__)
+def test_notebook(check: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(ROOT / "examples" / f"{check.__name__}.ipynb", as_version=4)
+    stripped = all(not c.get("outputs") and c.get("execution_count") is None for c in notebook.cells)
+    assert stripped, "outputs are not kept: they change with every run"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    check("".join(output.get("text", "") for output in outputs))
+
+
+def test_every_notebook_is_run() -> None:
+    assert {path.stem for path in (ROOT / "examples").glob("*.ipynb")} == {c.__name__ for c in NOTEBOOKS}

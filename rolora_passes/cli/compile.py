@@ -1,55 +1,71 @@
-"""`rolora compile`: a model in, a folder that a stock runtime serves out."""
+"""`rolora compile`: turns a model into a folder that stock runtimes can serve."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rolora_passes.cli.display import Display, console, pass_line, print_summary
 from rolora_passes.cli.options import (
-    assignment,
-    at_least,
+    MODEL,
     calibration_of,
+    pass_options,
     print_options,
     printing_of,
-    recipe_options,
+    recipe_option,
 )
-from rolora_passes.cli.target_options import add_target_options, chosen_targets
+from rolora_passes.cli.parser import assignment, at_least
 
 if TYPE_CHECKING:
     from rolora_passes.export.order import Made
+    from rolora_passes.export.target import Target
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser("compile", help="model in, programs for stock runtimes and a report out")
-    parser.add_argument("model", help="model folder, hub name, or .gguf file")
-    parser.add_argument("--recipe", default="rotated-8da4w", help="recipe name or .yaml (%(default)s)")
-    parser.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
+ORDER = 10
+SUMMARY = "turn a model into programs for stock runtimes, with a report"
+EXAMPLES = (
+    "rolora compile MODEL --recipe rotated-8da4w -o COMPILED",
+    "rolora compile MODEL --recipe rotated-gptq-8da4w --calibration c4.jsonl --target onnx -o COMPILED",
+)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    from rolora_passes.export.target import TARGETS
+
+    parser.add_argument("model", help=MODEL)
+    recipe_option(parser, default="rotated-8da4w")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER", help="folder to write")
     parser.add_argument(
-        "--max-length", type=at_least(16, int), default=512, help="tokens of context (%(default)s)"
+        "--max-length",
+        type=at_least(16, int),
+        default=512,
+        metavar="TOKENS",
+        help="context that the programs hold",
     )
     parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        type=assignment,
-        metavar="NAME=FOLDER",
-        help="a PEFT adapter that is to be a method of the .pte, beside forward; more than once for several",
-    )
+        "--target", action="append", choices=list(TARGETS),
+        help="what to lower to; may be repeated (default: executorch)",
+    )  # fmt: skip
     parser.add_argument(
-        "--accept-loss", action="store_true", help="go on where the quantized graph is far from the model"
-    )
+        "--adapter", action="append", default=[], type=assignment, metavar="NAME=FOLDER",
+        help="add a PEFT adapter to the .pte as a method NAME beside forward; may be repeated",
+    )  # fmt: skip
     parser.add_argument(
-        "--no-check",
+        "--accept-loss",
         action="store_true",
-        help="do not compare the model, the quantized graph and the programs on text",
+        help="write the programs even if the quantized graph is far from the model",
     )
-    recipe_options(parser)
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not compare model, quantized graph and programs on text"
+    )
+    pass_options(parser)
     print_options(parser)
-    add_target_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(flags=[*_add_target_options(parser)])
 
 
 def run(options: argparse.Namespace) -> None:
@@ -58,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     from rolora_passes.evaluation.parity import compare_programs
     from rolora_passes.export.compile import compile_model
 
-    targets = chosen_targets(options)
+    targets = _targets(options)
     adapters = dict(options.adapter)
     if len(adapters) < len(options.adapter):
         names = ", ".join(name for name, _ in options.adapter)
@@ -99,3 +115,50 @@ def run(options: argparse.Namespace) -> None:
 def _warn(warning: str) -> None:
     console.print("[bold yellow]warning:[/] ", end="")
     console.print(warning, markup=False, soft_wrap=True)
+
+
+def _add_target_options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
+    """The options of all targets; one whose name is taken already has its target's name before it.
+
+    Yields: the target, the option's name, and its flag.
+    """
+    from rolora_passes.export.target import loadable_targets
+
+    for cls in loadable_targets():
+        for field in dataclasses.fields(cls):
+            plain = field.name.replace("_", "-")
+            for flag in (f"--{plain}", f"--{cls.name}-{plain}"):
+                with suppress(argparse.ArgumentError):
+                    parser.add_argument(flag, dest=f"{cls.name}.{field.name}", **_described(cls, field))
+                    yield cls.name, field.name, flag
+                    break
+
+
+def _described(cls: type[Target], field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """What argparse is to know of a target's option; one that is not given is not in the namespace."""
+    default, choices = field.default, field.metadata.get("choices")
+    shown: Any = "none" if default is None else "off" if default is False else default
+    text = f"of {cls.name}: {field.metadata.get('help', '')}"
+    text += "" if "(default: " in text else f" (default: {shown})"
+    about = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if isinstance(default, bool):
+        return about | {"action": argparse.BooleanOptionalAction if default else "store_true"}
+    one = choices[0] if choices else default
+    return about | {"choices": choices, "type": str if one is None else type(one)}
+
+
+def _targets(options: argparse.Namespace) -> list[Target]:
+    """The targets that are asked for, with their options; those of others are refused: they would do
+    nothing."""
+    from rolora_passes.errors import LoweringError
+    from rolora_passes.export.target import make_target
+
+    given: dict[str, dict[str, Any]] = {name: {} for name in options.target or ["executorch"]}
+    for target, name, flag in options.flags:
+        if (value := getattr(options, f"{target}.{name}", None)) is None:
+            continue
+        if target not in given:
+            found = f"found {', '.join(given)}: add it, or leave {flag} out"
+            raise LoweringError(f"expected --target {target} with {flag}, {found}")
+        given[target][name] = value
+    return [make_target(name, **known) for name, known in given.items()]

@@ -1,4 +1,4 @@
-"""What `rolora learn` and `rolora tune` share: options of the pass that trains, and what is said after it."""
+"""What `rolora learn` and `rolora tune` share: options of the training pass, and the closing message."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rolora_passes.cli.display import Display, console, pass_line
-from rolora_passes.cli.options import assignment, recipe_options
+from rolora_passes.cli.options import MODEL, pass_options
+from rolora_passes.cli.parser import assignment
 
 if TYPE_CHECKING:
     from rolora_passes.passes.manager import Record
 
 
 def training_options(parser: argparse.ArgumentParser) -> None:
-    """A model, a folder, and changes to the pass that trains."""
-    parser.add_argument("model", help="model folder, hub name, or .gguf file")
-    parser.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
+    """The model, the folder to write, and changes to the training pass."""
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER", help="folder to write")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", type=_assignment,
-        help="an option of the pass that trains, in place of the recipe's: steps=50",
+        help="change an option of the training pass, such as steps=50; may be repeated",
     )  # fmt: skip
-    recipe_options(parser)
+    pass_options(parser)
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -31,8 +32,11 @@ def _assignment(text: str) -> tuple[str, Any]:
     return name, yaml.safe_load(value)
 
 
+_assignment.words = "NAME=VALUE"  # type: ignore[attr-defined]
+
+
 def training_arguments(options: argparse.Namespace, display: Display) -> dict[str, Any]:
-    """The arguments by name that every training takes, from `training_options`."""
+    """The arguments of `learn_rotations` and `tune_adapter` that `training_options` sets."""
     from rolora_passes.learning import processes
 
     return {
@@ -45,7 +49,7 @@ def training_arguments(options: argparse.Namespace, display: Display) -> dict[st
 
 
 def tell(record: Record, folder: Path, trained: str, more: str) -> None:
-    """Say what was trained, what it cost, and what to do with it; of several processes the first does."""
+    """Say what was trained, at what cost, and what to do next; only the first process does."""
     from rolora_passes.learning import processes
     from rolora_passes.recipes import load_recipe
 

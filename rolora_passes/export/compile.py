@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import fx
-
 from rolora_passes.decoding.positions import tabulate
 from rolora_passes.export.clock import Clock
 from rolora_passes.export.folder import figures, keep_inputs, require_replaceable, write_manifest
@@ -25,10 +23,11 @@ from rolora_passes.export.tokenizers import require_tokenizer, save_tokenizer
 from rolora_passes.files import writing_folder
 from rolora_passes.graphs.accounting import Weights, weigh
 from rolora_passes.graphs.capture import capture
+from rolora_passes.graphs.info import info
 from rolora_passes.loading.models import load_model, load_tokenizer
 from rolora_passes.passes.add_lora import AddLoRA
-from rolora_passes.passes.base import Calibration, Pass
-from rolora_passes.passes.manager import Record, apply_passes, history, require_calibration
+from rolora_passes.passes.base import Calibration
+from rolora_passes.passes.manager import Applied, Record, apply_passes, history, require_calibration, steps
 from rolora_passes.recipes import load_recipe
 from rolora_passes.version import versions
 
@@ -89,9 +88,9 @@ def compile_model(
         Of the others, see `Order`.
 
     Raises:
-        LoweringError: what `Order` refuses, or what cannot be lowered.
         FileExistsError: `folder` is something else than a compiled folder.
-        Also what `load_model`, `load_recipe`, `capture`, `apply_passes` and `judge` raise.
+        RoloraError: what `Order`, `load_model`, `load_recipe`, `capture`, `apply_passes`, `judge` and the
+            lowerings raise.
     """
     chosen = _targets(targets, fast_prefill, flavor, accuracy_level)
     printing = {"verify": verify, "on_pass": on_pass, **(printing or {})}
@@ -159,16 +158,19 @@ def _make(order: Order, calibration: Calibration | None, clock: Clock) -> Made:
         del model
         for positions in captured.graph.find_nodes(op="placeholder", target="positions"):
             tabulate(captured, positions, order.max_length)  # refuses a context beyond learned positions
-    steps: list[tuple[Pass, fx.GraphModule]] = []
+    graph, kept, how = captured, list[Applied](), {**order.printing}
+    tell = how.pop("on_pass") or (lambda record: None)
     with clock.step("passes"):
-        keep = (lambda step, made: steps.append((step, made))) if order.judge is not None else None
-        graph = apply_passes(captured, order.passes, calibration=calibration, on_graph=keep, **order.printing)
+        for applied in steps(captured, order.passes, calibration=calibration, **how):
+            tell(applied.record)
+            graph = applied.graph
+            kept += [applied] if order.judge is not None else []
         own = {name: order.printing[name] for name in ("verify", "on_pass")}
         methods = {
             name: apply_passes(graph, [AddLoRA(adapter=adapter)], **own)
             for name, adapter in order.adapters.items()
         }
-    return Made(captured, graph, steps, tokenizer, calibration, methods)
+    return Made(captured, graph, kept, tokenizer, calibration, methods)
 
 
 def _judge(order: Order, made: Made, clock: Clock) -> dict[str, Any]:
@@ -214,7 +216,7 @@ def _describe(order: Order, made: Made, compiled: Compiled) -> dict[str, Any]:
         "source": Path(order.source).name,
         "targets": {name: figures(lowered) for name, lowered in compiled.lowerings.items()},
         "max_length": order.max_length,
-        "config": made.graph.meta.get("config", {}),
+        "config": info(made.graph).config,
         "versions": versions(),
         "passes": [record.row() for record in compiled.history],
         "weights": {

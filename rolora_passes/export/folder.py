@@ -12,8 +12,9 @@ from typing import Any
 from torch import fx
 
 from rolora_passes.errors import EvaluationError, RunError
-from rolora_passes.export.target import TARGETS, Target, make_target, usable_targets
+from rolora_passes.export.target import TARGETS, Target, loadable_targets, make_target
 from rolora_passes.graphs.bases.rotations import save_rotations
+from rolora_passes.graphs.info import info
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Pass
 from rolora_passes.recipes import dump_recipe, settled
@@ -76,7 +77,7 @@ def require_replaceable(folder: Path) -> None:
     Raises:
         FileExistsError: something else is there.
     """
-    compiled = (folder / MANIFEST).is_file() and any(cls.is_in(folder) for cls in usable_targets())
+    compiled = (folder / MANIFEST).is_file() and any(cls.is_in(folder) for cls in loadable_targets())
     if folder.exists() and not compiled and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not a compiled folder; choose another name")
 
@@ -89,7 +90,7 @@ def keep_inputs(
         shutil.copytree(adapter, folder / "adapters" / name)
     kept = _with_adapters(settled(passes, "rotations.json"), folder)
     (folder / "recipe.yaml").write_text(dump_recipe(kept), "utf-8")
-    if graph.meta.get("rotations"):
+    if info(graph).rotations:
         save_rotations(graph, folder)
 
 

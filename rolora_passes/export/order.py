@@ -13,9 +13,9 @@ from rolora_passes.adapters.exchange import load_adapter
 from rolora_passes.decoding.kv_cache import require_context
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.preflight import require_files
-from rolora_passes.export.target import TARGETS, Target, usable_targets
+from rolora_passes.export.target import TARGETS, Target, loadable_targets
 from rolora_passes.passes.base import Calibration, Pass
-from rolora_passes.passes.manager import check_order, require_calibration
+from rolora_passes.passes.manager import Applied, check_order, require_calibration
 
 Check = Callable[[fx.GraphModule, fx.GraphModule, Path, Any], list[dict[str, Any]]]
 """(captured graph, graph as lowered, folder with the programs, tokenizer) -> rows of a table."""
@@ -27,7 +27,7 @@ class Made:
 
     Attributes:
         captured, graph: before the recipe and after it.
-        steps: every pass, with the graph that it made.
+        steps: every pass as it was applied.
         tokenizer: the model's.
         calibration: what the passes were given.
         methods: the graph with each of the adapters, by name.
@@ -35,7 +35,7 @@ class Made:
 
     captured: fx.GraphModule
     graph: fx.GraphModule
-    steps: list[tuple[Pass, fx.GraphModule]]
+    steps: list[Applied]
     tokenizer: Any
     calibration: Calibration | None
     methods: dict[str, fx.GraphModule] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class Order:
     def _require_adapters(self, names: Sequence[str]) -> None:
         takers = [target for target in self.targets if target.has_methods]
         if self.adapters and not takers:
-            able = " or ".join(cls.name for cls in usable_targets() if cls.has_methods)
+            able = " or ".join(cls.name for cls in loadable_targets() if cls.has_methods)
             raise LoweringError(
                 f"expected target {able}, whose methods adapters are, found {', '.join(names)}"
             )

@@ -170,23 +170,20 @@ def _ours() -> dict[str, type[Target]]:
 
 
 def _wrong(name: str, found: object) -> str | None:
-    if not (isinstance(found, type) and issubclass(found, Target)):
-        return "which is no target: expected a frozen dataclass that derives from rolora_passes.export.Target"
+    if not isinstance(found, type) or not issubclass(found, Target):
+        return "which is no target: expected a subclass of rolora_passes.export.Target"
     return None if found.name == name else f"which calls itself {found.name!r}: register it as that"
 
 
-TARGETS: Registry[type[Target]] = Registry("target", "rolora_passes.targets", _ours, _wrong)
+TARGETS: Registry[type[Target]] = Registry("target", "rolora_passes.targets", _ours, _wrong, LoweringError)
 """Every target by name, ours and other packages'."""
 
 
-def usable_targets() -> Iterator[type[Target]]:
-    """All targets but those that cannot be loaded, which are told when they are asked for."""
+def loadable_targets() -> Iterator[type[Target]]:
+    """The classes of all targets but those that cannot be loaded, which are told when they are asked for."""
     for name in TARGETS:
-        try:
-            cls = TARGETS[name]
-        except PluginError:
-            continue
-        yield cls
+        with suppress(PluginError):
+            yield TARGETS[name]
 
 
 def make_target(target: Target | str, **options: Any) -> Target:
@@ -194,12 +191,10 @@ def make_target(target: Target | str, **options: Any) -> Target:
 
     Raises:
         LoweringError: no such target, or no such option of it.
-        PluginError: another package's, which cannot be loaded.
+        PluginError: another package's cannot be loaded.
     """
     if isinstance(target, Target):
         return target
-    if target not in TARGETS:
-        raise LoweringError(f"expected targets of {', '.join(TARGETS)}, found {target}")
     cls = TARGETS[target]
     known = [field.name for field in fields(cls)]
     for name in options:

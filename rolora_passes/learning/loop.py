@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from rolora_passes.errors import PassError
+from rolora_passes.extras import require
 from rolora_passes.files import writing
 from rolora_passes.graphs.inputs import positions_like
 from rolora_passes.learning import losses, processes
@@ -121,8 +122,7 @@ class _Run:
         options: Options,
         file: Path | None,
     ) -> None:
-        from transformers.optimization import get_scheduler
-
+        get_scheduler = require("transformers.optimization", "transformers").get_scheduler
         self.student, self.teacher, self.variables = student, teacher, variables
         self.windows, self.options, self.file = windows, options, file
         self.shared = processes.synchronised(variables)

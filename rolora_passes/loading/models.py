@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rolora_passes.errors import CaptureError, RoloraError, one_line
+from rolora_passes.extras import require
 from rolora_passes.loading import gguf_tokens
 from rolora_passes.loading.checkpoint import require_enough, require_loadable, require_read
 from rolora_passes.loading.gguf_file import GgufFile
@@ -31,8 +32,8 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
             model does not read; quantized weights other than a GGUF's; not a causal language model.
     """
     place = _resolve(source)
-    model = _load_gguf(place, dtype) if place.suffix == ".gguf" else _load_checkpoint(source, place, dtype)
     tokenizer = load_tokenizer(source)
+    model = _load_gguf(place, dtype) if place.suffix == ".gguf" else _load_checkpoint(source, place, dtype)
     if model.generation_config is not None:
         ends = end_tokens(model, tokenizer, _gguf_ends(place))
         model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
@@ -45,15 +46,14 @@ def load_tokenizer(source: str) -> Any:
     Raises:
         CaptureError: nothing there, or nothing that can be loaded.
     """
-    from transformers import AutoTokenizer
-
+    transformers = require("transformers", "transformers")
     place = _resolve(source)
     if place.is_dir():
         require_loadable(place)  # a damaged file is named before a tokenizer that it may have spoilt
     with _explained(f"the tokenizer of {source}"):
         if place.suffix == ".gguf":
-            return gguf_tokens.load_tokenizer(place, GgufFile(place).entries)
-        return AutoTokenizer.from_pretrained(str(place) if place.is_dir() else source)
+            return gguf_tokens.load_tokenizer(place, GgufFile.at(place).entries)
+        return transformers.AutoTokenizer.from_pretrained(str(place) if place.is_dir() else source)
 
 
 def load_outline(source: str) -> PreTrainedModel:
@@ -62,18 +62,17 @@ def load_outline(source: str) -> PreTrainedModel:
     Raises:
         CaptureError: nothing there; not the configuration of a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    transformers = require("transformers", "transformers")
     place = _resolve(source)
     if place.is_dir():
         require_loadable(place)
     with _explained(f"a causal language model from {source}"):
         if place.suffix == ".gguf":
-            config = GgufFile(place).configuration()[0]
+            config = GgufFile.at(place).configuration()[0]
         else:
-            config = AutoConfig.from_pretrained(str(place) if place.is_dir() else source)
+            config = transformers.AutoConfig.from_pretrained(str(place) if place.is_dir() else source)
         with torch.device("meta"):
-            found: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            found: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
     return found
 
 
@@ -91,14 +90,13 @@ _TOKENIZER = (
 
 
 def _load_checkpoint(source: str, place: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
+    transformers = require("transformers", "transformers")
     if place.is_dir():
         require_loadable(place)
     with _explained(f"a causal language model from {source}"):
         if place.is_dir():
             require_enough(place)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
             str(place) if place.is_dir() else source,
             dtype=dtype,
             output_loading_info=True,
@@ -116,13 +114,13 @@ def _load_checkpoint(source: str, place: Path, dtype: torch.dtype) -> PreTrained
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    file = GgufFile(path)
+    file = GgufFile.at(path)
     with _explained(f"a causal language model from {path}"):
         return file.load(dtype)
 
 
 def _gguf_ends(place: Path) -> list[int]:
-    return gguf_tokens.end_tokens(GgufFile(place).entries) if place.suffix == ".gguf" else []
+    return gguf_tokens.end_tokens(GgufFile.at(place).entries) if place.suffix == ".gguf" else []
 
 
 def _resolve(source: str) -> Path:

@@ -13,6 +13,7 @@ from rolora_passes.decoding.ready import ready
 from rolora_passes.decoding.state import require_state
 from rolora_passes.errors import VerificationError
 from rolora_passes.graphs.graph import get_tensor, parameters, run, set_tensor
+from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.static_shapes import written
 from rolora_passes.graphs.verify import relative_error, sample_tokens
@@ -34,7 +35,7 @@ class AddKVCache(Pass):
     `to_executorch` does all this itself; the pass is for looking at the result, or going on from it.
 
     Options:
-        max_length: tokens the caches hold.
+        max_length (tokens): how much context the caches hold.
     """
 
     ensures: ClassVar[tuple[str, ...]] = ("kv cache",)
@@ -54,7 +55,7 @@ class AddKVCache(Pass):
         graph.graph = cached.graph
         for name, value in parameters(cached).items():
             set_tensor(graph, name, value)
-        graph.meta.update({key: cached.meta[key] for key in ("max_length", "call_length")})
+        set_info(graph, cached=info(cached).cached)
         graph.recompile()
         return Report(changed=sites)
 

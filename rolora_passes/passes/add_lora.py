@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import fx
@@ -22,11 +22,12 @@ from rolora_passes.adapters.lora import (
 from rolora_passes.adapters.peft_format import load_adapter
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.axis_maps import LowRank
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.graphs.evaluate import compute
-from rolora_passes.graphs.graph import constants, dtype_of, finish, is_op, site_names
+from rolora_passes.graphs.graph import constants, finish, is_op, site_names
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import attention_roles, by_name_only, is_head, matches, named
-from rolora_passes.passes.base import Pass, Report
+from rolora_passes.passes.base import Kind, Pass, Report
 
 _INITS = ("zero", "gaussian", "svd", "loftq")
 
@@ -48,14 +49,15 @@ class AddLoRA(Pass):
             if a pattern names them); "queries", "keys", "values", what makes those of attention; or
             patterns over site names: the last part ("q_proj"), or a regular expression
             ("re:.*layers\\.[0-9]+\\.mlp.*").
-        rank, alpha: of the branch; its scale is alpha / rank.
+        rank: the inner width of a branch.
+        alpha: a branch is scaled by alpha / rank.
         rslora: scale by alpha / sqrt(rank) (rank-stabilised; Kalajdzievski, 2023).
         init: "zero": A Gaussian, B zero, so that the function is kept (PEFT's default draws A otherwise,
             Kaiming-uniform); "gaussian": both Gaussian, which changes the function; "svd": the largest
             singular values of W, which leave it, so that the function is kept (PiSSA, Meng et al., 2024);
             "loftq": the largest singular values of what a quantizer of the weight, not folded yet, took from
             it (LoftQ's last step, Li et al., 2023; the pass loftq alternates).
-        seed: of the draws.
+        seed: for the random start.
         adapter: a folder that PEFT, or `save_adapter`, wrote: its branches, carried into the bases that the
             graph's weights are in, in place of all options above. What else it changes is done too, before
             fold-constants: what a start (PiSSA, OLoRA, LoftQ) takes from the base's weights, as PEFT takes it
@@ -67,6 +69,8 @@ class AddLoRA(Pass):
             no quantizer reads, or an adapter that is not of this base, not of this basis, or more than is
             said above.
     """
+
+    name: ClassVar[str] = "add-lora"
 
     targets: str | tuple[str, ...] = "all-linear"
     rank: int = 16
@@ -84,9 +88,9 @@ class AddLoRA(Pass):
             object.__setattr__(self, "targets", tuple(self.targets))
 
     @property
-    def exact(self) -> bool:
-        """As long as B is zero, or the weight is less by what the branch gives."""
-        return self.init in ("zero", "svd") and self.adapter is None
+    def kind(self) -> Kind:  # type: ignore[override]
+        """Exact as long as B is zero, or the weight is less by what the branch gives."""
+        return "exact" if self.init in ("zero", "svd") and self.adapter is None else "trained"
 
     @property
     def scale(self) -> float:

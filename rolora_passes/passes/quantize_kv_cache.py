@@ -11,7 +11,7 @@ from torch import fx
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import aten, finish, insert, is_op
 from rolora_passes.graphs.shapes import infer_shapes
-from rolora_passes.passes.base import Pass, Report
+from rolora_passes.passes.base import Kind, Pass, Report
 from rolora_passes.quantize.quantizers import require_bits, require_float32
 
 
@@ -26,13 +26,13 @@ class QuantizeKVCache(Pass):
     the graph yet: every token's keys and values are what a cache would give back.
 
     Options:
-        keys, values: 2 to 8 bits, or None to leave them.
+        keys, values (bits): width of the integers, 2 to 8, or None to leave them.
         per: "head": every head of a token has its own scale; "token": one scale for all heads.
         symmetric: a grid around zero; otherwise with a zero point.
         clip: multiplies the range (QuaRot: 0.95).
     """
 
-    kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
+    kind: ClassVar[Kind] = "lossy"
     ensures: ClassVar[tuple[str, ...]] = ("cache quantized",)
     forbids: ClassVar[tuple[str, ...]] = ("cache quantized",)
 

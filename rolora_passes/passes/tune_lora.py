@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -14,7 +14,7 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import finish, get_tensor, insert, root_names, set_tensor, site_names
 from rolora_passes.learning.losses import LOSSES
 from rolora_passes.numerics.stiefel import Variables
-from rolora_passes.passes.base import Calibration, Report
+from rolora_passes.passes.base import Calibration, Kind, Report
 from rolora_passes.passes.training import Training
 
 
@@ -31,15 +31,16 @@ class TuneLoRA(Training):
     (QLoRA).
 
     Options, beside those of every pass that trains:
-        lr, weight_decay: of AdamW.
-        dropout: the part of a branch's inputs that a step leaves out.
-        loss: also "hidden" or "logits": see rilq.
+        lr, weight_decay: AdamW's.
+        dropout: the share of a branch's inputs that a step drops, from 0 to 1.
+        loss: also "hidden" or "logits"; see rilq.
 
     Raises:
         PassError: no branches; what every pass that trains raises.
     """
 
-    kind: ClassVar[Literal["trained"]] = "trained"
+    name: ClassVar[str] = "tune-lora"
+    kind: ClassVar[Kind] = "trained"
     forbids: ClassVar[tuple[str, ...]] = ("activations quantized", "cache quantized")
 
     under: str | tuple[Any, ...] = "W16A16"

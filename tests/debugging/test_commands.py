@@ -15,7 +15,7 @@ from tiny_checkpoint import TEXT, save_checkpoint
 from rolora_passes.evaluation import GraphScorer, open_scorer
 from rolora_passes.graphs import save_graph
 from rolora_passes.graphs.graph import get_tensor, set_tensor
-from rolora_passes.passes.registry import PASSES
+from rolora_passes.passes import catalogue
 
 Run = Callable[..., tuple[int, str, str]]
 WINDOW = ("--window", 32)
@@ -43,7 +43,7 @@ def test_track(checkpoint: Path, text: Path, tmp_path: Path, rolora: Run) -> Non
     result = json.loads(output.read_text())
     assert (result["source"], result["recipe"], result["tokens"]) == ("tiny", "rotated-8da4w", [2, 32])
     assert len(result["nodes"]) == 12 and result["nodes"][-1]["kind"] == "logits"
-    assert f"KL {result['kl']:.4f} nats a token" in printed and "The 4 values furthest off of 12" in printed
+    assert f"KL {result['kl']:.4f} nats per token" in printed and "The 4 lowest SQNRs of 12 values" in printed
     assert "below 20 dB" in printed and "quantize-weights" in said
     logged = log.read_text()
     assert "rolora track" in logged and "fold-constants()" in logged and "tracking" in logged
@@ -118,7 +118,7 @@ def test_graphs_are_printed(checkpoint: Path, text: Path, tmp_path: Path, rolora
 def test_a_failing_pass_leaves_its_graph_a_reproducer_and_a_log(
     command: str, checkpoint: Path, text: Path, tmp_path: Path, rolora: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PASSES, "breaks", f"test_reproducer:{Breaks.__name__}")
+    monkeypatch.setattr(catalogue, "Breaks", Breaks, raising=False)
     recipe, bug = tmp_path / "recipe.yaml", tmp_path / "bug"
     recipe.write_text("passes: [fuse-norm, breaks: {name_part: layers.0.mlp}]")
     own = ("-o", tmp_path / "out", "--max-length", 32) if command == "compile" else ("--text", text, *WINDOW)

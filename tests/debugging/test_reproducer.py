@@ -16,8 +16,8 @@ from rolora_passes.debugging.reproducer import reproducer_in
 from rolora_passes.errors import PassError, VerificationError
 from rolora_passes.graphs import load_graph
 from rolora_passes.graphs.graph import finish, parameters, set_tensor
+from rolora_passes.passes import catalogue
 from rolora_passes.passes.base import Calibration
-from rolora_passes.passes.registry import PASSES
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class NeedsTwoLayers(Pass):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     for cls in (Breaks, LosesAWeight, NeedsTwoLayers):
-        monkeypatch.setitem(PASSES, cls.pass_name(), f"test_reproducer:{cls.__name__}")
+        monkeypatch.setattr(catalogue, cls.__name__, cls, raising=False)
 
 
 def failed(tmp_path: Path, step: object, error: type[Exception], **options: object) -> tuple[Path, list[str]]:
@@ -102,13 +102,13 @@ def test_the_graph_has_the_layer_that_fails_alone(tmp_path: Path, layer: str) ->
     assert "rolora-passes" in text and "in run" in text and str(Path.home()) + "/" not in text
     assert "name_part" in (folder / "recipe.yaml").read_text() or layer == "1"
     (line,) = told
-    assert line.startswith(f"breaks failed; {folder} makes it fail again (0.") and "MB" in line
+    assert line.startswith(f"breaks failed; {folder} reproduces it (0.") and "MB" in line
 
 
 def test_the_whole_graph_if_nothing_less_fails(tmp_path: Path) -> None:
     folder, _ = failed(tmp_path, NeedsTwoLayers(), ValueError)
     assert layers_in(folder) == {"0", "1"}
-    assert "the whole graph: no part of it failed in the same way" in (folder / "failure.txt").read_text()
+    assert "the whole graph: no part of it fails in the same way" in (folder / "failure.txt").read_text()
 
 
 def test_a_pass_that_changes_the_function(tmp_path: Path) -> None:

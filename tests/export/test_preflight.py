@@ -34,7 +34,7 @@ TARGETS = {
     "portable": make_target("onnx", flavor="portable"),
 }
 W4, A8 = {"quantize-weights": {}}, {"quantize-activations": {}}
-NF = {"quantize-weights": {"method": "nf"}}
+NF = {"quantize-weights": {"grid": "nf"}}
 BRANCHES = {"quantize-weights": {"bits": 8, "group_size": None, "targets": ["lora_A", "lora_B"]}}
 LORA = {"add-lora": {"rank": 4}}
 RECIPES: dict[str, tuple[list[Any], str]] = {
@@ -90,7 +90,7 @@ RECIPES: dict[str, tuple[list[Any], str]] = {
         "",
     ),
     "LoftQ with a table": ([{"loftq": {"group_size": 32}}], "ort portable"),
-    "LoftQ on integers": ([{"loftq": {"group_size": 32, "method": "rtn"}}, A8], ""),
+    "LoftQ on integers": ([{"loftq": {"group_size": 32, "grid": "int"}}, A8], ""),
     "SmoothQuant": ([{"observe-activations": {"per": "channel"}}, "smooth-quant", W4, A8], ""),
     "a static grid": (["observe-activations", W4, {"quantize-activations": {"static": True}}], ""),
     "online Hadamards": (["fuse-norm", "rotate", "insert-hadamard", W4, A8], ""),

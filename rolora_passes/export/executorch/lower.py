@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -27,6 +27,7 @@ from rolora_passes.export.fuse_heads import fuse_heads
 from rolora_passes.extras import require
 from rolora_passes.files import writing
 from rolora_passes.graphs.graph import copy_graph, get_tensor
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.static_shapes import Shape, infer_shapes, written
 
@@ -105,7 +106,7 @@ def to_executorch(
         for name, each in graphs.items()
     }
     length, call = _require_one_length(made), min(method.call for method in made.values())
-    metadata = _metadata(made["forward"].caches, graph.meta.get("config", {}), length, call)
+    metadata = _metadata(made["forward"].caches, info(graph).config, length, call)
     program = _program({name: method.lowered for name, method in made.items()}, call, metadata, clock)
     held = max(sum(method.caches.values()) for method in made.values())
     count = sum(method.delegates for method in made.values())
@@ -150,8 +151,8 @@ def _method(
     with clock.step("delegate"):
         lowered, delegates = delegate_to_xnnpack(prepared, CACHED, fast_prefill)
     caches = {name: get_tensor(prepared, name).nbytes for name in written(prepared.graph)}
-    known = prepared.meta
-    return _Method(given, lowered, delegates, known["max_length"], known["call_length"], caches)
+    length, call = cast("tuple[int, int]", info(prepared).cached)
+    return _Method(given, lowered, delegates, length, call, caches)
 
 
 def _require_one_length(methods: Mapping[str, _Method]) -> int:
@@ -164,7 +165,7 @@ def _require_one_length(methods: Mapping[str, _Method]) -> int:
 
 def _ready(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy for the kernels' arithmetic, of which a cache can be made, or has been."""
-    if "max_length" in graph.meta:
+    if info(graph).cached is not None:
         return ready(graph)
     require_decoder(graph, "ExecuTorch's runner")
     result = ready(graph)
@@ -195,7 +196,7 @@ def _prepare(graph: fx.GraphModule, max_length: int, last_token: bool, fused: bo
     """A copy with caches, in the operators and the grouping that suit the kernels."""
     from rolora_passes.export.executorch.last_token import keep_last_token
 
-    cached, result = "max_length" in graph.meta, copy_graph(graph)
+    cached, result = info(graph).cached is not None, copy_graph(graph)
     if fused:
         fuse_heads(result)
     shapes = infer_shapes(result, CACHED if cached else CANONICAL)
@@ -244,7 +245,7 @@ def _program(
         return edge.to_executorch(backend)
 
 
-def _metadata(caches: Iterable[str], config: dict[str, Any], length: int, call: int) -> dict[str, Any]:
+def _metadata(caches: Iterable[str], config: Mapping[str, Any], length: int, call: int) -> dict[str, Any]:
     """The constant methods the runner reads; a prompt of more than `call` tokens it gives in pieces."""
     layers = sum(re.fullmatch(r"cache_*\.key_\d+", name) is not None for name in caches)
     ends = config.get("eos_token_id")

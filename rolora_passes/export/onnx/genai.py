@@ -8,6 +8,7 @@ from typing import Any
 
 from rolora_passes.export.onnx.emitter import OnnxEmitter
 from rolora_passes.graphs.graph import argument, is_op
+from rolora_passes.graphs.info import info
 
 LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
 
@@ -23,7 +24,7 @@ def write_genai_config(e: OnnxEmitter, folder: Path, layers: int, share_buffer: 
         e.note("no genai_config.json: layers differ in their heads, which it cannot say")
         return
     ((heads, (kv_heads, width)),) = shapes
-    config = e.graph.module.meta.get("config", {})
+    config = info(e.graph.module).config
     names = [value.name for value in e.inputs.inputs if not str(value.name).startswith("past")]
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **session_entries(e)},
