@@ -47,7 +47,7 @@ class Branches(common.Bench):
         steps: list[Pass] = []
         for width in sorted(set(widths.values())):
             targets = tuple(name for node, name in names.items() if widths.get(node) == width)
-            steps.append(QuantizeWeights(width, 64, method="nf", head=None, targets=targets))
+            steps.append(QuantizeWeights(width, 64, grid="nf", head=None, targets=targets))
         return [*steps, FoldConstants()]
 
     def rilq(self) -> None:

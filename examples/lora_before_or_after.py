@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, MergeLoRA, Rotate, apply_passes
 from rolora_passes.graphs import capture, convert, run
 from rolora_passes.graphs.graph import copy_graph, parameters, set_tensor
+from rolora_passes.graphs.info import info
 from rolora_passes.loading.models import load_model
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     model = load_model(options.model)[0] if options.model else tiny_model()
 
     graph = convert(capture(model), torch.float64)
-    tokens = torch.randint(0, graph.meta["config"]["vocab_size"], (2, 16))
+    tokens = torch.randint(0, info(graph).config["vocab_size"], (2, 16))
     rotate = [FuseNorm(), Rotate()]
 
     # Adapters that do something, as after training: A and B both random.

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rolora_passes import AddLoRA, FuseNorm, Rotate, apply_passes, history
 from rolora_passes.graphs import capture, convert, run
+from rolora_passes.graphs.info import info
 from rolora_passes.inspection.summary import bases_text
 from rolora_passes.loading.models import load_model
 
@@ -39,7 +40,7 @@ def main() -> None:
 
     for record in history(rotated):
         print(f"{record.name:10} {len(record.report.changed):4} sites, logits differ by {record.error:.0e}")
-    tokens = torch.randint(0, graph.meta["config"]["vocab_size"], (2, 16))
+    tokens = torch.randint(0, info(graph).config["vocab_size"], (2, 16))
     before, after = run(graph, tokens), run(rotated, tokens)
     print(
         f"float64 logits, before and after: {(after - before).abs().max() / before.abs().max():.0e} relative"

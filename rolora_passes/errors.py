@@ -21,6 +21,10 @@ class PassError(RoloraError):
     """A pass cannot do what its options ask on this graph."""
 
 
+class PluginError(PassError):
+    """A name that nothing has, or what another package registers cannot be used."""
+
+
 class NoSiteWarning(UserWarning):
     """A pass found nothing to change, and what it ensures does not hold."""
 

@@ -1,7 +1,8 @@
-"""Modules that moved in 0.2: their old names go on working for one release, with a warning."""
+"""Modules, and names in them, that moved in 0.2: the old ones go on working for a release, with a warning."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 _PACKAGE = "rolora_passes"
 MOVED = {
@@ -36,8 +38,8 @@ MOVED = {
     "export.onnx_runner": "export.onnx.runner",
     "export.onnx_store": "export.onnx.store",
     "export.onnx_weights": "export.onnx.weights",
-    "export.places": "decoding.places",
-    "export.position_rules": "decoding.position_rules",
+    "export.places": "graphs.operators.places",
+    "export.position_rules": "graphs.operators.places",
     "export.positions": "decoding.positions",
     "export.ready": "decoding.ready",
     "export.rotary": "export.executorch.rotary",
@@ -57,7 +59,7 @@ MOVED = {
     "graphs.adapters": "adapters.exchange",
     "graphs.affine": "numerics.affine",
     "graphs.base_changes": "adapters.base_changes",
-    "graphs.basis_rules": "graphs.bases.rules",
+    "graphs.basis_rules": "graphs.operators",
     "graphs.basis_variables": "graphs.bases.variables",
     "graphs.bookkeeping": "graphs.capture.bookkeeping",
     "graphs.canonical": "graphs.capture.canonical",
@@ -78,6 +80,7 @@ MOVED = {
     "graphs.norm_fusion": "graphs.bases.norm_fusion",
     "graphs.norms": "graphs.capture.norms",
     "graphs.observers": "quantize.observers",
+    "graphs.ops": "graphs.operators",
     "graphs.peft_format": "adapters.peft_format",
     "graphs.peft_targets": "adapters.peft_targets",
     "graphs.precision": "graphs.capture.precision",
@@ -117,6 +120,24 @@ MOVED = {
     "tokens": "loading.tokens",
 }
 
+# Names that left a module, and where they are.
+_NAMES = {
+    "graphs.graph": {
+        "Expressions": "graphs.expressions:Expressions",
+        "convert": "graphs.dtypes:convert",
+        "dtype_of": "graphs.dtypes:dtype_of",
+        "merge_equal": "graphs.expressions:merge_equal",
+        "retyped": "graphs.dtypes:retyped",
+    },
+    "numerics.affine": {
+        "Grid": "numerics.affine:Integers",
+        "absmax": "numerics.codebooks:absmax",
+        "codebook": "numerics.grids:codebook",
+        "decode": "numerics.codebooks:decode",
+        "encode": "numerics.codebooks:encode",
+    },
+}
+
 
 class MovedModules(MetaPathFinder, Loader):
     """Finds a module of the package by the name that it had."""
@@ -141,6 +162,19 @@ class MovedModules(MetaPathFinder, Loader):
         module.__spec__ = self._kept
 
 
+def _moved_name(module: str, name: str) -> Any:
+    """What a module's `__getattr__` gives: an attribute that is elsewhere now."""
+    if name not in _NAMES[module]:
+        raise AttributeError(f"module {_PACKAGE}.{module!r} has no attribute {name!r}")
+    place, _, now = _NAMES[module][name].partition(":")
+    text = f"{_PACKAGE}.{module}.{name} is {_PACKAGE}.{place}.{now} now; this name goes in 0.3"
+    warnings.warn(text, FutureWarning, stacklevel=2)
+    return getattr(importlib.import_module(f"{_PACKAGE}.{place}"), now)
+
+
 def install() -> None:
     """Have old names found, after all others."""
     sys.meta_path.append(MovedModules())
+    for module in _NAMES:
+        found: Any = importlib.import_module(f"{_PACKAGE}.{module}")
+        found.__getattr__ = functools.partial(_moved_name, module)

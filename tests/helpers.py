@@ -17,6 +17,7 @@ from rolora_passes import apply_passes, history
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.evaluate import values_in
 from rolora_passes.graphs.graph import copy_graph, is_op, parameters, set_tensor
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.graphs.verify import relative_error
 from rolora_passes.passes.manager import PassLike
@@ -41,7 +42,12 @@ def _model_and_graph(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, fx
 def tokens_for(graph: fx.GraphModule, batch: int = 3, length: int = 9, seed: int = 5) -> Tensor:
     """Random tokens int64 [batch, length]."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, graph.meta["config"]["vocab_size"], (batch, length), generator=generator)
+    return torch.randint(0, info(graph).config["vocab_size"], (batch, length), generator=generator)
+
+
+def matrices(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """The rotations and scales on a graph's record, by key."""
+    return {key: rotation.matrix for key, rotation in info(graph).rotations.items()}
 
 
 def count(graph: fx.GraphModule, *names: str) -> int:

@@ -57,7 +57,7 @@ def test_before_or_after_rotation() -> None:
 def test_gaussian_branches_change_the_function_and_say_so() -> None:
     graph = check(captured("llama"), [AddLoRA(rank=2, init="gaussian")])
     assert difference(graph, captured("llama")) > 1e-3
-    assert history(graph)[-1].kind == "lossy" and history(graph)[-1].error is None
+    assert history(graph)[-1].kind == "trained" and history(graph)[-1].error is None
 
 
 def test_the_scale_is_alpha_over_rank() -> None:

@@ -17,8 +17,8 @@ from tiny_checkpoint import TEXT, save_checkpoint
 from rolora_passes.evaluation import GraphScorer, Perplexity, open_scorer, perplexity
 from rolora_passes.graphs import save_graph
 from rolora_passes.loading.data import calibration_tokens, token_stream
+from rolora_passes.passes import catalogue
 from rolora_passes.passes.base import Calibration, Pass, Report
-from rolora_passes.passes.registry import PASSES
 
 QUESTIONS = [
     {"question": "What is red?", "choices": ["a rose", "grass"], "answer": 0},
@@ -104,7 +104,7 @@ class Looks(Pass):
 @pytest.fixture
 def looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe whose pass looks at data."""
-    monkeypatch.setitem(PASSES, "looks", f"{__name__}:Looks")
+    monkeypatch.setattr(catalogue, "Looks", Looks, raising=False)
     monkeypatch.setattr(Looks, "given", [])
     path = tmp_path / "looks.yaml"
     path.write_text("passes: [looks]")

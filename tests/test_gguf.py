@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from rolora_passes.errors import CaptureError
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.verify import relative_error
-from rolora_passes.loading.models import load_model
+from rolora_passes.loading.models import load_model, load_outline
 
 BATCH = torch.randint(2, 250, (1, 40), generator=torch.Generator().manual_seed(1))
 
@@ -215,3 +216,21 @@ def test_ends_and_beginnings_of_texts(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "saved")
     again = t.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert again("ab a12").input_ids == tokenizer("ab a12").input_ids
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of a file by its place alone would be the model that stood there before."""
+    model = tiny("llama")
+    path = write_gguf(tmp_path / "a.gguf", "llama", entries_of("llama", model), tensors_of("llama", model))
+    made = []
+    theirs = gguf.gguf_reader.GGUFReader.__init__
+    monkeypatch.setattr(
+        gguf.gguf_reader.GGUFReader, "__init__", lambda self, *a: (made.append(a), theirs(self, *a))[0]
+    )
+    load_outline(str(path))
+    assert error(load_model(str(path))[0], model) < 1e-5
+    assert len(made) == 1
+    with torch.no_grad():
+        model.model.norm.weight.mul_(3)
+    write_gguf(path, "llama", entries_of("llama", model), tensors_of("llama", model))
+    assert error(load_model(str(path))[0], model) < 1e-5

@@ -12,6 +12,7 @@ from rolora_passes import FoldConstants, FuseNorm, InsertHadamard, Rotate, apply
 from rolora_passes.errors import PassError, PassOrderError
 from rolora_passes.graphs.bases.inference import infer_bases
 from rolora_passes.graphs.graph import is_op, values
+from rolora_passes.graphs.info import info
 
 
 @pytest.mark.parametrize("name", chosen(CONFIGS))
@@ -57,13 +58,11 @@ def test_factors_are_those_of_the_hadamard_until_others_are_given() -> None:
         for graph in (plain, factors)
     ]
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
-    manifest = factors.meta["rotations"]
-    given = {
-        key: torch.linalg.qr(torch.randn(entry["size"], entry["size"]))[0] for key, entry in manifest.items()
-    }
+    manifest = info(factors).rotations
+    given = {key: torch.linalg.qr(torch.randn(entry.size, entry.size))[0] for key, entry in manifest.items()}
     assert {"model.layers.0.self_attn.R3", "model.layers.1.mlp.R4"} <= set(given)
     other = check_exact(captured("llama"), [InsertHadamard(factors=True, given=given), FoldConstants()])
-    assert {entry["method"] for entry in other.meta["rotations"].values()} == {"given"}
+    assert {entry.method for entry in info(other).rotations.values()} == {"given"}
 
 
 def test_factors_are_no_class_of_their_own() -> None:

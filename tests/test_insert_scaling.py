@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import SOME
-from helpers import captured, check_exact, difference, tokens_for
+from helpers import captured, check_exact, difference, matrices, tokens_for
 from torch import Tensor, fx
 
 from rolora_passes import (
@@ -20,15 +20,16 @@ from rolora_passes import (
 from rolora_passes.errors import PassError, PassOrderError
 from rolora_passes.graphs.bases.rotations import load_rotations, save_rotations
 from rolora_passes.graphs.graph import copy_graph, parameters, set_tensor, site_names, values
+from rolora_passes.graphs.info import info
 
 DOWN = "model.layers.0.mlp.down_proj.scale"
 
 
 def scales_for(name: str) -> dict[str, Tensor]:
     """Random scales for every site of a model."""
-    manifest = apply_passes(captured(name), [FuseNorm(), InsertScaling()]).meta.get("rotations", {})
+    manifest = info(apply_passes(captured(name), [FuseNorm(), InsertScaling()])).rotations
     generator = torch.Generator().manual_seed(4)
-    return {k: torch.rand(e["size"], generator=generator).double() * 3 + 0.2 for k, e in manifest.items()}
+    return {k: torch.rand(e.size, generator=generator).double() * 3 + 0.2 for k, e in manifest.items()}
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -39,7 +40,7 @@ def test_keeps_the_function(name: str) -> None:
 
 def test_finds_values_and_gated_products() -> None:
     graph = apply_passes(captured("llama"), [FuseNorm(), InsertScaling()])
-    assert set(graph.meta["rotations"]) == {
+    assert set(info(graph).rotations) == {
         f"model.layers.{i}.{site}.scale" for i in (0, 1) for site in ("self_attn.o_proj", "mlp.down_proj")
     }
     ((site, reason),) = history(graph)[-1].report.left
@@ -52,7 +53,7 @@ def test_scales_travel_with_rotations(tmp_path: object) -> None:
     save_rotations(graph, str(tmp_path))
     for file in ("R.bin", "rotations.json"):
         loaded = load_rotations(f"{tmp_path}/{file}")
-        assert set(loaded) == set(graph.meta["rotations"])
+        assert set(loaded) == set(info(graph).rotations)
         torch.testing.assert_close(loaded[DOWN].double(), given[DOWN], rtol=1e-6, atol=0)
         again = [FuseNorm(), InsertScaling(given=loaded), Rotate(given=loaded), FoldConstants()]
         check_exact(captured("llama"), again)
@@ -105,7 +106,7 @@ def test_balance_makes_the_error_least(site: str) -> None:
     """No other s makes ‖x/s‖² ‖D·s‖² less, every token counting alike."""
     tokens = tokens_for(captured("llama"), 4, 8)
     graph = balanced(captured("llama"), tokens)
-    start = graph.meta["rotation_tensors"][f"model.layers.0.{site}.scale"]
+    start = matrices(graph)[f"model.layers.0.{site}.scale"]
     assert abs(float(start.log().mean())) < 1e-9
     before = apply_passes(captured("llama"), [FuseNorm()])
     (read,) = (n for n, name in site_names(before).items() if name == f"model.layers.0.{site}")
@@ -120,7 +121,7 @@ def test_balance_makes_the_error_least(site: str) -> None:
 
 def test_balance_leaves_channels_that_are_zero() -> None:
     graph = with_row(0)
-    scale = balanced(graph, tokens_for(graph)).meta["rotation_tensors"][DOWN]
+    scale = matrices(balanced(graph, tokens_for(graph)))[DOWN]
     assert scale[3] == 1
     assert (scale != 1).sum() == len(scale) - 1
 
@@ -128,7 +129,7 @@ def test_balance_leaves_channels_that_are_zero() -> None:
 def test_given_scales_need_no_calibration() -> None:
     given = scales_for("llama")
     graph = apply_passes(captured("llama"), [FuseNorm(), InsertScaling(balance=True, given=given)])
-    torch.testing.assert_close(graph.meta["rotation_tensors"][DOWN], given[DOWN])
+    torch.testing.assert_close(matrices(graph)[DOWN], given[DOWN])
     with pytest.raises(PassError, match="calibration"):
         apply_passes(captured("llama"), [FuseNorm(), InsertScaling(balance=True)])
 

@@ -14,6 +14,7 @@ from rolora_passes.adapters.lora import find_branches, low_rank
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import constants, is_op, linears, parameters, run
+from rolora_passes.passes.registry import make_pass
 
 
 def notes(graph: Any) -> dict[str, float]:
@@ -22,12 +23,12 @@ def notes(graph: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", ["llama", "bart", "deberta", "opt"])
-@pytest.mark.parametrize("method", ["nf", "uniform", "rtn"])
-def test_nearer_than_quantized_alone(name: str, method: Any) -> None:
+@pytest.mark.parametrize("grid", ["nf", "uniform", "int"])
+def test_nearer_than_quantized_alone(name: str, grid: str) -> None:
     graph = captured(name, torch.float32)
-    codebook = {"method": method, "head": None, "group_size": 8, "bits": 2}
-    alone = apply_passes(graph, [QuantizeWeights(**codebook), FoldConstants()])
-    both = apply_passes(graph, [LoftQ(2, 8, method, rank=6), FoldConstants()])
+    coarse: Any = {"grid": grid, "head": None, "group_size": 8, "bits": 2}
+    alone = apply_passes(graph, [QuantizeWeights(**coarse), FoldConstants()])
+    both = apply_passes(graph, [LoftQ(2, 8, grid, rank=6), FoldConstants()])
     tokens = tokens_for(graph)
     exact, plain, near = (run(g, tokens) for g in (graph, alone, both))
     assert float((near - exact).norm()) < 0.85 * float((plain - exact).norm())
@@ -66,7 +67,7 @@ def test_iterations_and_rank_lower_the_error() -> None:
 
 def test_one_iteration_is_the_decomposition_of_what_was_lost() -> None:
     graph = captured("llama", torch.float32)
-    first = apply_passes(graph, [LoftQ(2, 8, "rtn", rank=4, iterations=1), FoldConstants()])
+    first = apply_passes(graph, [LoftQ(2, 8, "int", rank=4, iterations=1), FoldConstants()])
     quantize = QuantizeWeights(2, 8, head=None)
     second = apply_passes(graph, [quantize, AddLoRA(rank=4, init="loftq"), FoldConstants()])
     assert difference(first, second) < 1e-5
@@ -84,7 +85,7 @@ def test_bits_between_two_and_four_are_of_the_first_layers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "fp4"}, "expected a codebook of .* found 'fp4'"),
+        ({"grid": "fp4"}, "expected the name of a grid, found 'fp4'"),
         ({"bits": 1.5}, "bits must be 2 to 8"),
         ({"bits": 4.5}, "whole above 4"),
         ({"iterations": 0}, "iterations must be 1 or more"),
@@ -93,6 +94,13 @@ def test_bits_between_two_and_four_are_of_the_first_layers() -> None:
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PassError, match=message):
         LoftQ(**options)
+
+
+@pytest.mark.parametrize("old", [{"method": "rtn"}, {"grid": "rtn"}])
+def test_the_old_words_go_on_working(old: dict[str, str]) -> None:
+    with pytest.warns(FutureWarning, match="loftq: `method: rtn` is `grid: int` now"):
+        step = make_pass({"loftq": {"bits": 3, **old}})
+    assert step == LoftQ(3, grid="int") and step.options() == {"bits": 3, "grid": "int"}
 
 
 def test_sites_are_checked() -> None:
@@ -115,7 +123,7 @@ def test_the_randomised_decomposition_is_as_good() -> None:
 
 
 def test_merged_into_quantized_weights_or_kept() -> None:
-    graph = apply_passes(capture(tiny_wide()), [LoftQ(4, 32, "rtn", rank=8), FoldConstants()])
+    graph = apply_passes(capture(tiny_wide()), [LoftQ(4, 32, "int", rank=8), FoldConstants()])
     kept = apply_passes(graph, [MergeLoRA()])
     assert not history(kept)[-1].report.modified and "requantize" in history(kept)[-1].report.left[0][1]
     merged = apply_passes(graph, [MergeLoRA(requantize=True), FoldConstants()])
@@ -136,7 +144,7 @@ def test_branches_of_before_are_left() -> None:
 def test_inits_of_add_lora(init: Any) -> None:
     graph = captured("llama")
     found = apply_passes(graph, [AddLoRA(rank=3, alpha=6.0, init=init)])
-    assert AddLoRA(init=init).exact == (init != "gaussian")
+    assert AddLoRA(init=init).kind == ("trained" if init == "gaussian" else "exact")
     if init != "gaussian":
         assert difference(found, graph) < 1e-10
     if init == "svd":

@@ -39,3 +39,15 @@ def test_the_package_itself_uses_no_old_name() -> None:
         text=True,
     )
     assert done.returncode == 0 and "this name goes" not in done.stderr, done.stderr
+
+
+def test_names_that_left_a_module_are_found_with_a_warning() -> None:
+    from rolora_passes.graphs import expressions, graph
+    from rolora_passes.numerics import affine, codebooks
+
+    with pytest.warns(FutureWarning, match=r"graphs\.graph\.Expressions is .*expressions\.Expressions now"):
+        assert graph.Expressions is expressions.Expressions  # type: ignore[attr-defined]
+    with pytest.warns(FutureWarning, match=r"numerics\.affine\.absmax is .*numerics\.codebooks\.absmax now"):
+        assert affine.absmax is codebooks.absmax  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = graph.nothing  # type: ignore[attr-defined]

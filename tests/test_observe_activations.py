@@ -17,6 +17,7 @@ from rolora_passes import FoldConstants, apply_passes, history
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.facts import facts
 from rolora_passes.graphs.graph import finish, linears, parameters, set_tensor, site_names, values
+from rolora_passes.graphs.info import set_info
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.passes.base import Calibration, Report
 from rolora_passes.passes.observe_activations import ObserveActivations
@@ -42,7 +43,7 @@ def tiny(table: Tensor = TABLE) -> fx.GraphModule:
     a, b = (graph.call_function(aten.linear.default, (x, node)) for node in nodes[1:3])
     both = graph.call_function(aten.add.Tensor, (a, b))
     graph.output(graph.call_function(aten.linear.default, (both, nodes[3])))
-    module.meta |= {"config": {"vocab_size": len(table)}}
+    set_info(module, config={"vocab_size": len(table)})
     return finish(module)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ from rolora_passes.graphs.accounting import weigh
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import argument, is_op, parameters, run, values
 from rolora_passes.numerics import affine
+from rolora_passes.numerics.codebooks import absmax, encode
+from rolora_passes.numerics.grids import codebook
+from rolora_passes.passes.registry import make_pass
 
 
 @functools.cache
@@ -82,7 +85,7 @@ def test_integers_are_those_of_the_arithmetic(options: dict[str, Any]) -> None:
         bits = step.head if name == "lm_head.weight" else step.bits
         assert bits is not None
         group = 32 if step.group_size == "auto" else step.group_size
-        grid = affine.Grid(bits, None if bits == 8 else group, step.symmetric, step.clip_search)
+        grid = affine.Integers(bits, None if bits == 8 else group, step.symmetric, step.clip_search)
         expected_scale, zero = grid.choose(originals[name].double())
         assert torch.equal(scale, expected_scale)
         assert torch.equal(q, affine.quantize(originals[name].double(), scale, zero, bits, step.symmetric))
@@ -90,19 +93,25 @@ def test_integers_are_those_of_the_arithmetic(options: dict[str, Any]) -> None:
             assert torch.equal(parameters(graph)[name + "_zero"], zero)
 
 
-@pytest.mark.parametrize("method", ["nf", "uniform"])
-def test_codebooks(method: Literal["nf", "uniform"]) -> None:
-    step = QuantizeWeights(bits=3, head=None, group_size=64, method=method)
+@pytest.mark.parametrize("grid", ["nf", "uniform"])
+def test_codebooks(grid: str) -> None:
+    step = QuantizeWeights(bits=3, head=None, group_size=64, grid=grid)
     graph = check(wide(), [step, FoldConstants()])
-    table = affine.codebook(method, 3)
-    assert torch.equal(parameters(graph)[f"codebooks.{method}3"], table)
+    table = codebook(grid, 3)
+    assert torch.equal(parameters(graph)[f"codebooks.{grid}3"], table)
     originals = parameters(wide())
     assert len(weights(graph)) == 14
     for name, (codes, scale) in weights(graph).items():
         w = originals[name].double()
-        assert torch.equal(scale, affine.absmax(w, 64)) and codes.dtype == torch.uint8
-        assert torch.equal(codes, affine.encode(w, scale, table))
+        assert torch.equal(scale, absmax(w, 64)) and codes.dtype == torch.uint8
+        assert torch.equal(codes, encode(w, scale, table))
     assert difference(graph, apply_passes(wide(), [step])) < 1e-6
+
+
+def test_grids_that_were_methods_go_on_working() -> None:
+    with pytest.warns(FutureWarning, match=r"`method: nf` is `method: rtn, grid: nf` now.*goes in 0\.3"):
+        step = make_pass({"quantize-weights": {"method": "nf"}})
+    assert step == QuantizeWeights(grid="nf") and step.options() == {"grid": "nf"}
 
 
 def test_the_graph_dequantizes_its_integers() -> None:
@@ -209,9 +218,13 @@ def test_errors() -> None:
         ):
             QuantizeWeights(group_size=group)  # type: ignore[arg-type]
     with pytest.raises(PassError, match=r"method must be one of .*, found 'awq'"):
-        QuantizeWeights(method="awq")  # type: ignore[arg-type]
+        QuantizeWeights(method="awq")
+    with pytest.raises(PassError, match="gptq rounds onto the grid 'int', found 'nf'"):
+        QuantizeWeights(method="gptq", grid="nf")
+    with pytest.raises(PassError, match="expected the name of a grid, found 'fp4'; there are int"):
+        QuantizeWeights(grid="fp4")
     with pytest.raises(PassError, match="a codebook has no zero points"):
-        QuantizeWeights(method="nf", symmetric=False)
+        QuantizeWeights(grid="nf", symmetric=False)
     with pytest.raises(
         PassError, match="quantize-weights looks at data and was given none: pass calibration"
     ):
@@ -229,15 +242,15 @@ def test_a_graph_in_another_type_is_refused() -> None:
         apply_passes(captured("llama"), [QuantizeWeights(group_size=None)])
 
 
-@pytest.mark.parametrize("method", ["rtn", "nf"])
+@pytest.mark.parametrize("grid", ["int", "nf"])
 @pytest.mark.parametrize("rank", [16, 12])
-def test_branches_are_left_unless_they_are_named(rank: int, method: Any) -> None:
+def test_branches_are_left_unless_they_are_named(rank: int, grid: str) -> None:
     """Whether groups divide the rank does not decide what becomes of them."""
     adapted = apply_passes(captured("llama", torch.float32), [AddLoRA(rank=rank)])
-    found = apply_passes(adapted, [QuantizeWeights(group_size=8, method=method)])
+    found = apply_passes(adapted, [QuantizeWeights(group_size=8, grid=grid)])
     report = history(found)[-1].report
     assert len(report.changed) == 15 and not any("lora_" in entry for entry in report.changed)
     left = [reason for name, reason in report.left if "lora_" in name]
     assert len(left) == 28 and {*left} == {"a low-rank branch: name it in targets, or run merge-lora first"}
-    named = apply_passes(adapted, [QuantizeWeights(8, None, targets=("lora_A", "lora_B"), method=method)])
+    named = apply_passes(adapted, [QuantizeWeights(8, None, targets=("lora_A", "lora_B"), grid=grid)])
     assert len(history(named)[-1].report.changed) == 28

@@ -26,7 +26,7 @@ from rolora_passes import (
 )
 from rolora_passes.errors import PassError
 from rolora_passes.passes.manager import check_order
-from rolora_passes.recipes import dump_recipe, load_recipe, recipe_names
+from rolora_passes.recipes import dump_recipe, load_recipe, recipe_names, recipes
 
 methods = st.sampled_from(["hadamard", "orthogonal", None])
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=8)
@@ -84,6 +84,18 @@ def test_our_recipes_load_in_a_legal_order(name: str, tmp_path: Path) -> None:
 
 def test_the_recipes_there_are() -> None:
     assert {"8da4w", "rotated-8da4w"} <= set(recipe_names())
+
+
+def test_recipes_are_one_registry_whether_they_take_a_setting_or_not() -> None:
+    known = recipes()
+    assert {"8da4w", "quarot", "quarot-rtn"} <= known.keys() and [*known] == [r.name for r in known.values()]
+    assert all(recipe.about.endswith(".") and load_recipe(recipe.example) for recipe in known.values())
+    assert known["quarot"].example == "quarot:W4A4KV4" and known["8da4w"].about.startswith(
+        "int8 activations x"
+    )
+    assert "GPTQ" in known["quarot"].about and "nearest" in known["quarot-rtn"].about
+    with pytest.raises(PassError, match="expected no setting for the recipe 8da4w, found 'W4A4'"):
+        load_recipe("8da4w:W4A4")
 
 
 def test_a_matrix_does_not_fit_into_a_recipe() -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import CONFIGS, chosen
-from helpers import captured, check_exact, check_idempotent, difference
+from helpers import captured, check_exact, check_idempotent, difference, matrices
 from torch import Tensor
 
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes, history
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.bases.rotations import load_rotations, save_rotations
 from rolora_passes.graphs.graph import parameters
+from rolora_passes.graphs.info import info
 
 RIGID_RESIDUAL = {"gemma2", "gemma3", "olmo2"}
 
@@ -36,7 +37,7 @@ def test_keeps_the_function(name: str, method: str) -> None:
 def test_given_matrices_keep_the_function(name: str) -> None:
     given = {"R1": orthogonal(24), "model.layers.1.self_attn.R2": orthogonal(6 if name == "opt" else 8)}
     graph = check_exact(captured(name), [FuseNorm(), Rotate(given=given, heads=None), FoldConstants()])
-    methods = {key: entry["method"] for key, entry in graph.meta["rotations"].items()}
+    methods = {key: entry.method for key, entry in info(graph).rotations.items()}
     assert methods == dict.fromkeys(given, "given")
 
 
@@ -46,11 +47,11 @@ def test_rotates_the_residual_and_every_head_or_says_why_not(name: str) -> None:
     report = history(graph)[-1].report
     heads = {f"model.layers.{i}.self_attn.R2" for i in (0, 1)}
     if name in RIGID_RESIDUAL:
-        assert "R1" not in graph.meta["rotations"]
+        assert "R1" not in info(graph).rotations
         assert "mul" in dict(report.left)["residual"]
     else:
-        assert "R1" in graph.meta["rotations"]
-    assert heads <= set(graph.meta["rotations"])
+        assert "R1" in info(graph).rotations
+    assert heads <= set(info(graph).rotations)
 
 
 def test_gemma2_names_the_parameter_that_blocks_the_residual() -> None:
@@ -70,15 +71,15 @@ def test_every_weight_of_the_residual_changes() -> None:
 def test_classes_left_by_the_options_are_reported() -> None:
     graph = apply_passes(captured("llama"), [FuseNorm(), Rotate(residual=None, heads="orthogonal")])
     assert dict(history(graph)[-1].report.left)["residual"] == "left at None by the options"
-    assert set(graph.meta["rotations"]) == {f"model.layers.{i}.self_attn.R2" for i in (0, 1)}
+    assert set(info(graph).rotations) == {f"model.layers.{i}.self_attn.R2" for i in (0, 1)}
 
 
 def test_a_seed_draws_the_same_rotations_and_another_seed_others() -> None:
     fused = apply_passes(captured("llama"), [FuseNorm()])
-    first, again, other = (apply_passes(fused, [Rotate(seed=s)]).meta["rotation_tensors"] for s in (0, 0, 1))
+    first, again, other = (matrices(apply_passes(fused, [Rotate(seed=s)])) for s in (0, 0, 1))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["R1"], other["R1"])
-    alone = apply_passes(fused, [Rotate(heads=None)]).meta["rotation_tensors"]
+    alone = matrices(apply_passes(fused, [Rotate(heads=None)]))
     assert torch.equal(first["R1"], alone["R1"])
 
 
@@ -119,7 +120,7 @@ def test_saved_rotations_load_again(method: str, tmp_path: Path) -> None:
     rotated = apply_passes(fused, [Rotate(residual=method, heads=method)])
     save_rotations(rotated, tmp_path)
     dense = torch.load(tmp_path / "R.bin", weights_only=True)
-    assert set(dense) == set(rotated.meta["rotations"])
+    assert set(dense) == set(info(rotated).rotations)
     assert all(value.dtype == torch.float32 and value.dim() == 2 for value in dense.values())
 
     again = apply_passes(fused, [Rotate(given=tmp_path / "rotations.json")])
@@ -155,7 +156,7 @@ def test_files_that_are_not_rotations(tmp_path: Path) -> None:
 
 def test_rotations_do_not_depend_on_machine_or_process() -> None:
     graph = apply_passes(captured("llama"), [FuseNorm(), Rotate(seed=3, heads=None)])
-    signs = "".join("+" if s > 0 else "-" for s in graph.meta["rotation_tensors"]["R1"].tolist())
+    signs = "".join("+" if s > 0 else "-" for s in matrices(graph)["R1"].tolist())
     assert signs == "-++--+-++-++++-+-++-+++-"
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tokens_for
+from helpers import matrices, tokens_for
 from test_quantize_weights import wide
 
 import rolora_passes
 from rolora_passes import apply_passes, history
-from rolora_passes.graphs.graph import TENSORS, copy_graph, parameters
+from rolora_passes.graphs.graph import copy_graph, parameters
+from rolora_passes.graphs.info import info
 from rolora_passes.passes.base import Calibration
 from rolora_passes.passes.manager import PassLike
 from rolora_passes.passes.registry import PASSES
@@ -32,7 +33,9 @@ UNSAFE = {
 }  # fmt: skip
 MEANT = {
     ("extras.py", "import_module"),  # an extra, by a name that stands in the code
-    ("passes/registry.py", "import_module"),  # a pass, by the table or the entry points of installed packages
+    ("moved.py", "import_module"),  # our own modules, by the table of their names
+    ("passes/registry.py", "import_module"),  # the catalogue of passes
+    ("plugins.py", "import_module"),  # the entry points of installed packages
     ("graphs/bases/rotations.py", "torch.load"),  # weights_only, which is looked at below
     ("learning/loop.py", "torch.load"),
     ("loading/checkpoint.py", "torch.load"),
@@ -148,9 +151,8 @@ def test_no_pass_writes_into_what_it_was_given(name: str) -> None:
     before, after = graph, graph
     for step in PIPELINES[name]:
         before = after
-        held = {f"{k} {n}": t for k in TENSORS for n, t in before.meta.get(k, {}).items()} | parameters(
-            before
-        )
+        steps = {n: t for way in info(before).ways.values() for n, t in way.tensors.items()}
+        held = matrices(before) | steps | parameters(before)
         copies = {key: value.detach().clone() for key, value in held.items()}
         versions = {key: value._version for key, value in held.items()}
         grads = {key: value.requires_grad for key, value in held.items()}
@@ -165,4 +167,4 @@ def test_no_pass_writes_into_what_it_was_given(name: str) -> None:
 
 
 def test_every_pass_is_tried() -> None:
-    assert PIPELINES.keys() == PASSES.keys()
+    assert PIPELINES.keys() == {*PASSES}

@@ -15,7 +15,7 @@ from rolora_passes.graphs.facts import facts
 from rolora_passes.passes.setting import Setting
 from rolora_passes.passes.training import Training
 from rolora_passes.recipes import dump_recipe, load_recipe
-from rolora_passes.recipes.methods import METHODS, method_passes
+from rolora_passes.recipes.methods import METHODS
 
 
 @pytest.mark.parametrize(
@@ -41,18 +41,17 @@ def test_other_texts_are_refused(text: str) -> None:
 
 
 def test_a_pipeline_has_the_quantizers_of_its_setting() -> None:
-    assert method_passes("rtn:W4A16") == [
+    assert load_recipe("rtn:W4A16") == [
         QuantizeWeights(4, None, clip_search=True, head=None),
         FoldConstants(),
     ]
-    assert method_passes("rtn:W16A4KV4") == [
+    assert load_recipe("rtn:W16A4KV4") == [
         QuantizeActivations(4, symmetric=True, clip=0.9, head=None, float_weights=True),
         QuantizeKVCache(4, 4, clip=0.95),
     ]
-    assert method_passes("rtn:W2A16")[0] == QuantizeWeights(2, 64, False, clip_search=True, head=None)
+    assert load_recipe("rtn:W2A16")[0] == QuantizeWeights(2, 64, False, clip_search=True, head=None)
     r3 = [
-        next(p for p in method_passes(f"quarot:W4A4{kv}") if p.name == "insert-hadamard")
-        for kv in ("", "KV4")
+        next(p for p in load_recipe(f"quarot:W4A4{kv}") if p.name == "insert-hadamard") for kv in ("", "KV4")
     ]
     assert [p.r3 for p in r3] == [False, True]  # type: ignore[attr-defined]
 
@@ -67,13 +66,13 @@ def test_a_pipeline_has_the_quantizers_of_its_setting() -> None:
     ],
 )
 def test_what_is_learned_and_under_what(name: str, scaling: bool, under: list[str]) -> None:
-    steps = {step.name: step for step in method_passes(name)}
+    steps = {step.name: step for step in load_recipe(name)}
     assert ("insert-scaling" in steps) == scaling
     assert not scaling or steps["insert-scaling"].balance  # type: ignore[attr-defined]
     rotation, scales = steps["learn-rotation"], steps["learn-scales"]
     assert [next(iter(spec)) for spec in rotation.under] == under  # type: ignore[attr-defined]
     assert all("quantize-weights" not in spec for spec in scales.under)  # type: ignore[attr-defined]
-    order = [step.name for step in method_passes(name)]
+    order = [step.name for step in load_recipe(name)]
     assert order.index("quantize-weights") < order.index("learn-scales")
     if "quantize-activations" in steps:
         assert order.index("learn-scales") < order.index("quantize-activations")
@@ -82,7 +81,7 @@ def test_what_is_learned_and_under_what(name: str, scaling: bool, under: list[st
 
 @pytest.mark.parametrize("which", ["-rtn:W4A8", ":W4A4KV4", ":W4A8"])
 def test_scaled_is_learned_but_for_its_rotations(which: str) -> None:
-    learned, scaled = (method_passes(method + which) for method in ("learned", "scaled"))
+    learned, scaled = (load_recipe(method + which) for method in ("learned", "scaled"))
     assert scaled == [step for step in learned if step.name != "learn-rotation"] != learned
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, fx
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes, history
 from rolora_passes.errors import PassError, PassOrderError
 from rolora_passes.graphs.capture import capture
+from rolora_passes.graphs.dtypes import convert
 from rolora_passes.graphs.facts import facts
-from rolora_passes.graphs.graph import convert, linears, parameters, set_tensor, site_names, values
+from rolora_passes.graphs.graph import linears, parameters, set_tensor, site_names, values
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.passes.base import Report
 from rolora_passes.passes.observe_activations import ObserveActivations

@@ -17,8 +17,9 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs.axis_maps import LowRank, Way
 from rolora_passes.graphs.graph import get_tensor, set_tensor
 from rolora_passes.graphs.identity import fingerprint, is_original
+from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.lineage import copies, ways
-from rolora_passes.numerics.affine import absmax, codebook, decode, encode
+from rolora_passes.numerics.codebooks import absmax, decode, encode, normal_float
 
 _BLOCK = 64  # of NF4, over a weight's values in the order they are stored
 _RESIZE = "if it has new tokens, resize the model's embeddings first (model.resize_token_embeddings)"
@@ -47,7 +48,7 @@ def change_base(graph: fx.GraphModule, adapter: Adapter, linears: Collection[fx.
             set_tensor(graph, same, value)
         done.append(f"{name}: the adapter's own")
     if replaced:
-        graph.meta["replaced"] = sorted({*graph.meta.get("replaced", ()), *replaced})
+        set_info(graph, replaced=tuple(sorted({*info(graph).replaced, *replaced})))
     return done
 
 
@@ -106,7 +107,7 @@ def _loftq(weight: Tensor, rank: int, iterations: int) -> Tensor:
 
 def _nf4(weight: Tensor) -> Tensor:
     values = torch.nn.functional.pad(weight.reshape(-1), (0, -weight.numel() % _BLOCK))
-    scale, table = absmax(values, _BLOCK), codebook("nf", 4)
+    scale, table = absmax(values, _BLOCK), normal_float(4)
     return (
         decode(encode(values, scale, table), scale, table)[: weight.numel()].reshape(weight.shape).to(weight)
     )
@@ -114,7 +115,7 @@ def _nf4(weight: Tensor) -> Tensor:
 
 def _replaced(graph: fx.GraphModule, adapter: Adapter) -> dict[str, Tensor]:
     """The parameters that the adapter has in place of the graph's, whole, in their types."""
-    tied, found = graph.meta.get("tied", {}), dict[str, Tensor]()
+    tied, found = info(graph).tied, dict[str, Tensor]()
     for name, given in _by_parameter(graph, adapter).items():
         if {*given} != {name, *(other for other, own in tied.items() if own == name)}:
             raise PassError(
@@ -149,7 +150,7 @@ def _replaced(graph: fx.GraphModule, adapter: Adapter) -> dict[str, Tensor]:
 
 def _by_parameter(graph: fx.GraphModule, adapter: Adapter) -> dict[str, dict[str, Tensor]]:
     """What an adapter has of its own by the graph's names for it, of tied ones all."""
-    known, tied = graph.meta.get("weights", {}), graph.meta.get("tied", {})
+    known, tied = info(graph).weights, info(graph).tied
     found: dict[str, dict[str, Tensor]] = {}
     for name, value in adapter.replaced.items():
         own, module = tied.get(name, name), name.rpartition(".")[0]
@@ -170,7 +171,7 @@ def _fitting(graph: fx.GraphModule, name: str, shape: list[int] | None) -> Tenso
 
 
 def _require_original(graph: fx.GraphModule, name: str, what: str) -> None:
-    if name not in graph.meta.get("weights", {}):
+    if name not in info(graph).weights:
         raise PassError(f"{what} has no place: the model that this graph is of has no {name!r:.120}; {MERGE}")
     same = copies(graph, name)
     if name not in same or not all(is_original(graph, name, copy) for copy in same):

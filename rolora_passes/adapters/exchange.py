@@ -23,9 +23,11 @@ from rolora_passes.adapters.peft_format import load_adapter as load_adapter
 from rolora_passes.errors import PassError
 from rolora_passes.files import writing_folder
 from rolora_passes.graphs.axis_maps import LowRank, Way, back, forth
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.graphs.evaluate import compute
-from rolora_passes.graphs.graph import argument, dtype_of, site_names
+from rolora_passes.graphs.graph import argument, site_names
 from rolora_passes.graphs.identity import base_hash
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.lineage import plain, ways
 
 
@@ -50,7 +52,7 @@ def save_adapter(
     branches = find_branches(graph)
     if not branches:
         raise PassError("expected a graph with low-rank branches, found none: run add-lora first")
-    if replaced := graph.meta.get("replaced"):
+    if replaced := info(graph).replaced:
         raise PassError(
             f"an adapter replaced {', '.join(replaced[:3])} of the base, which a folder of branches does "
             "not hold: keep that adapter's folder, or save the graph"

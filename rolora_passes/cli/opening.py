@@ -51,7 +51,7 @@ def stages(options: argparse.Namespace, display: Display) -> Iterator[tuple[str,
     """
     from rolora_passes.evaluation.scorers import load_passes, load_tokenizer
     from rolora_passes.graphs.facts import facts
-    from rolora_passes.passes.manager import apply_passes, check_order, referring, require_calibration
+    from rolora_passes.passes.manager import check_order, require_calibration, steps
 
     passes = load_passes(options.recipe, options.seed)
     make = calibration_of(options, display)
@@ -68,8 +68,6 @@ def stages(options: argparse.Namespace, display: Display) -> Iterator[tuple[str,
         data = make(load_tokenizer(options.tokenizer) if options.tokenizer else tokenizer)
     yield "given", graph
     display.stage("passes")
-    for step in passes:
-        data = referring(data, graph, step)
-        verify = not options.no_verify
-        graph = apply_passes(graph, [step], calibration=data, verify=verify, on_pass=pass_line)
-        yield step.name, graph
+    for applied in steps(graph, passes, calibration=data, verify=not options.no_verify):
+        pass_line(applied.record)
+        yield applied.step.name, applied.graph

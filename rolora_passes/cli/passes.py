@@ -24,18 +24,28 @@ def documents(cls: type[Any]) -> Iterator[str]:
 
 
 def run(options: argparse.Namespace) -> None:
-    from rolora_passes.passes.registry import PASSES, pass_class
-    from rolora_passes.recipes import dump_recipe, load_recipe, recipe_names
-    from rolora_passes.recipes.methods import METHODS
+    from rolora_passes.errors import PluginError
+    from rolora_passes.numerics.grids import GRIDS
+    from rolora_passes.passes.registry import PASSES
+    from rolora_passes.recipes import dump_recipe, load_recipe, recipes
 
-    if (options.name and options.name in recipe_names()) or ":" in (options.name or ""):
+    if options.name and options.name.partition(":")[0] in recipes():
         print(dump_recipe(load_recipe(options.name)), end="")
         return
     if options.name:
-        print("\n\n".join(documents(pass_class(options.name))))
+        print("\n\n".join(documents(PASSES[options.name])))
         return
     for name in PASSES:
-        cls = pass_class(name)
-        print(f"{name:22} {(inspect.getdoc(cls) or '').splitlines()[0]}")
-    print(f"\nrecipes: {', '.join(recipe_names())}")
-    print(f"methods, at any setting: {', '.join(f'{name}:W4A4KV4' for name in METHODS)}")
+        origin = PASSES.origin(name)
+        try:
+            about = (inspect.getdoc(PASSES[name]) or "undocumented").splitlines()[0]
+        except PluginError as error:
+            about = f"cannot be used: {error}"
+        print(f"{name:22} {about}" + (f" [{origin}]" if origin else ""))
+        for clash in PASSES.clashes(name):
+            print(f"{'':22} {clash}")
+    grids = [name + (f" [{origin}]" if (origin := GRIDS.origin(name)) else "") for name in GRIDS]
+    print(f"\ngrids: {', '.join(grids)}")
+    print("\nrecipes; W4A4KV4 stands for any setting:")
+    for recipe in recipes().values():
+        print(f"{recipe.example:22} {recipe.about.partition('. ')[0].removesuffix('.')}.")

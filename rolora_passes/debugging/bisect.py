@@ -14,9 +14,9 @@ from rolora_passes.debugging.differences import what_differs
 from rolora_passes.debugging.splice import Losses, Splice, divergence, predictions
 from rolora_passes.debugging.twins import float_twin_recipe
 from rolora_passes.errors import VerificationError
-from rolora_passes.graphs.graph import dtype_of
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.passes.base import Calibration, Pass
-from rolora_passes.passes.manager import Record, apply_passes, history, referring
+from rolora_passes.passes.manager import Applied, Record, apply_passes, steps
 
 _LEFT = 0.1  # bisection ends when what is left causes less than this part of the divergence
 _NONE = 1e-6  # nats a token: rounding
@@ -156,25 +156,19 @@ def bisect_passes(
 
     Returns: a loss for every pass, and the graph they made.
     """
-    made = _applied(graph, passes, calibration, on_pass)
-    return measure_passes(graph, made, tokens, origin=origin)
 
+    def made() -> Iterator[Applied]:
+        for applied in steps(graph, passes, verify=False, calibration=calibration):
+            if on_pass:
+                on_pass(applied.record)
+            yield applied
 
-def _applied(
-    graph: fx.GraphModule,
-    passes: Iterable[Pass],
-    calibration: Calibration | None,
-    on_pass: Callable[[Record], None] | None,
-) -> Iterator[tuple[Pass, fx.GraphModule]]:
-    for step in passes:
-        calibration = referring(calibration, graph, step)
-        graph = apply_passes(graph, [step], verify=False, calibration=calibration, on_pass=on_pass)
-        yield step, graph
+    return measure_passes(graph, made(), tokens, origin=origin)
 
 
 def measure_passes(
     graph: fx.GraphModule,
-    made: Iterable[tuple[Pass, fx.GraphModule]],
+    made: Iterable[Applied],
     tokens: Tensor,
     *,
     origin: list[Tensor] | None = None,
@@ -183,27 +177,28 @@ def measure_passes(
 
     Args:
         graph, tokens, origin: as `bisect_passes` takes them.
-        made: each pass and the graph after it, in order.
+        made: what `steps` yields.
 
     Returns: a loss for every pass, and the last graph.
     """
     found, current, logits = list[PassLoss](), graph, predictions(graph, tokens)
     origin = origin or logits
-    for step, after in made:
+    for applied in made:
+        step, after = applied.step, applied.graph
         before, logits = logits, predictions(after, tokens)
         kl, nll = divergence(logits, origin, tokens)
         moved, _ = divergence(logits, before, tokens)
-        fault = _fault(step, current, after) if step.exact else None
+        fault = _fault(applied, current) if step.exact else None
         if step.exact and fault is None and not moved <= _ROUNDING[dtype_of(graph)]:
             fault = f"{step.name} promises to keep the function, but on these tokens KL is {moved:.1e}"
-        found.append(PassLoss(step.name, history(after)[-1].kind, kl, moved, nll, fault))
+        found.append(PassLoss(step.name, applied.record.kind, kl, moved, nll, fault))
         current = after
     return found, current
 
 
-def _fault(step: Pass, before: fx.GraphModule, after: fx.GraphModule) -> str | None:
+def _fault(applied: Applied, before: fx.GraphModule) -> str | None:
     try:
-        step.verify(before, after, history(after)[-1].report)
+        applied.step.verify(before, applied.graph, applied.record.report)
     except VerificationError as error:
         return str(error)
     return None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from rolora_passes.debugging.bisect import SiteBisection, bisect_sites, costliest, measure_passes
 from rolora_passes.errors import QualityError, RoloraError
@@ -16,7 +16,7 @@ from rolora_passes.graphs.graph import site_names
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Pass
 from rolora_passes.passes.insert_hadamard import InsertHadamard
-from rolora_passes.passes.manager import apply_passes
+from rolora_passes.passes.manager import Applied, apply_passes
 from rolora_passes.passes.quantize_weights import QuantizeWeights
 from rolora_passes.passes.rotate import Rotate
 from rolora_passes.passes.tune_lora import TuneLoRA
@@ -62,15 +62,15 @@ def require_likeness(
 
 def _between_adapters(made: Made) -> Iterator[Made]:
     """A recipe in parts: a part begins with the graph that an adapter, or its training, has changed."""
-    captured, steps = made.captured, list[tuple[Pass, fx.GraphModule]]()
-    for step, graph in made.steps:
-        if _is_meant(step):
+    captured, steps = made.captured, list[Applied]()
+    for applied in made.steps:
+        if _is_meant(applied.step):
             if steps:
-                yield replace(made, captured=captured, graph=steps[-1][1], steps=steps)
-            captured, steps = graph, []
+                yield replace(made, captured=captured, graph=steps[-1].graph, steps=steps)
+            captured, steps = applied.graph, []
         else:
-            steps.append((step, graph))
-    yield replace(made, captured=captured, graph=steps[-1][1] if steps else captured, steps=steps)
+            steps.append(applied)
+    yield replace(made, captured=captured, graph=steps[-1].graph if steps else captured, steps=steps)
 
 
 def _is_meant(step: Pass) -> bool:
@@ -100,16 +100,16 @@ def _blame(
 
 def _sites(made: Made, tokens: Tensor, on_progress: Callable[[int, int], None] | None) -> SiteBisection:
     """The sites that make the graph worse than what its exact passes alone make."""
-    first = next(i for i, (step, _) in enumerate(made.steps) if not step.exact)
-    shared = made.steps[first - 1][1] if first else made.captured
-    exact = [step for step, _ in made.steps[first:] if step.exact]
+    first = next(i for i, applied in enumerate(made.steps) if not applied.step.exact)
+    shared = made.steps[first - 1].graph if first else made.captured
+    exact = [applied.step for applied in made.steps[first:] if applied.step.exact]
     twin = apply_passes(shared, exact, verify=False, calibration=made.calibration)
     return bisect_sites(twin, made.graph, tokens, most=_SITES, on_progress=on_progress)
 
 
 def _remedies(made: Made, blamed: SiteBisection | None) -> list[str]:
     """What may lose less, of what the recipe does not do yet."""
-    passes: list[Pass] = [step for step, _ in made.steps]
+    passes: list[Pass] = [applied.step for applied in made.steps]
     weights: list[Any] = [step for step in passes if isinstance(step, QuantizeWeights)]
     known = set(site_names(made.graph).values())
     sites = [fault.site for fault in blamed.faults if fault.site in known] if blamed else []

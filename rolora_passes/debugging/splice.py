@@ -12,18 +12,8 @@ from rolora_passes.debugging.pairing import layers_of, sites_of
 from rolora_passes.errors import GraphFormatError
 from rolora_passes.evaluation.sensitivity import compare_logits
 from rolora_passes.graphs.graph import constants, op_name, parameters, run, set_tensor
-
-# Operators that passes insert, under names from a counter: two graphs may use one name for two values.
-_INSERTED = {
-    "hadamard",
-    "kronecker",
-    "rotate",
-    "fake_quantize",
-    "fake_quantize_static",
-    "observed",
-    "dequantize",
-    "decode",
-}
+from rolora_passes.graphs.info import info, set_info
+from rolora_passes.graphs.operators import Trait, has
 
 
 class Splice:
@@ -70,7 +60,7 @@ class Splice:
         for name, nodes in self.shared.items():
             side = int(name in from_second)
             copy(side, nodes[side])
-        result.meta["config"] = self.first.meta.get("config", {})
+        set_info(result, config=info(self.first).config)
         result.recompile()
         return result
 
@@ -158,7 +148,8 @@ def _shared(first: fx.GraphModule, second: fx.GraphModule) -> dict[str, tuple[fx
     place = {node.name: (i, node) for i, node in enumerate(second.graph.nodes) if node not in constant}
     shared, reached = dict[str, tuple[fx.Node, fx.Node]](), -1
     for node in first.graph.nodes:
-        if node in constant or op_name(node) in _INSERTED or node.name not in place:
+        # What passes insert has names from a counter: two graphs may use one for two values.
+        if node in constant or has(node, Trait.INSERTED) or node.name not in place:
             continue
         number, other = place[node.name]
         if number > reached and op_name(other) == op_name(node):

@@ -7,12 +7,13 @@ import operator
 import torch
 from torch import Tensor, fx
 
-import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
+import rolora_passes.graphs.operators  # noqa: F401  (defines torch.ops.rolora)
 from rolora_passes.decoding.kv_storage import Cache, Held, held, read_cache, write_cache
 from rolora_passes.decoding.positions import position_only, tabulate
 from rolora_passes.errors import LoweringError
 from rolora_passes.extras import require
 from rolora_passes.graphs.graph import argument, copy_graph, parameter_names, set_tensor
+from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.static_shapes import Shape, drop_unused, infer_shapes
 
@@ -46,7 +47,7 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     Keys and values that stand as `fake_quantize(k, 8)`, what QuantizeKVCache writes, are held in int8: see
     `kv_storage`. What depends on `positions` alone (rotary tables, learned position embeddings) is
     evaluated once for all positions below `max_length`, and read at `start`. The given graph is not
-    changed. The result's `meta["max_length"]` is what the caches hold, `meta["call_length"]` how many tokens
+    changed. The result's record (`GraphInfo.cached`) says how many tokens the caches hold, and how many
     a call may have: fewer, if attentions take a mask [S, max_length], which memory is planned for.
     """
     require_context(max_length)
@@ -64,10 +65,9 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     drop_unused(result.graph)
     result.graph.lint()
     rebuilt = fx.GraphModule(result, result.graph)  # a fresh signature, and only the tensors in use
-    rebuilt.meta.update(result.meta)
-    rebuilt.meta["max_length"] = max_length
     fewer = min(max_length, max(_LEAST, _MASK // max_length))
-    rebuilt.meta["call_length"] = fewer if window.masks else max_length
+    call_length = fewer if window.masks else max_length
+    set_info(rebuilt, info(result), cached=(max_length, call_length))
     return rebuilt
 
 

@@ -6,18 +6,11 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import LoweringError
+from rolora_passes.graphs.dtypes import convert, dtype_of
 from rolora_passes.graphs.evaluate import evaluate
 from rolora_passes.graphs.folding import fold, rounds
-from rolora_passes.graphs.graph import (
-    KEPT,
-    add_parameter,
-    convert,
-    copy_graph,
-    dtype_of,
-    finish,
-    is_op,
-    leaves,
-)
+from rolora_passes.graphs.graph import KEPT, add_parameter, copy_graph, finish, is_op, leaves
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.static_shapes import constant_nodes
 from rolora_passes.graphs.verify import verify_same
 
@@ -42,7 +35,7 @@ def ready(graph: fx.GraphModule) -> fx.GraphModule:
             f"found {dtype}; convert it first: rolora_passes.graphs.convert(graph, torch.float32)"
         )
     result = copy_graph(graph) if dtype == torch.float32 else convert(graph, torch.float32)
-    if "max_length" in graph.meta:
+    if info(graph).cached is not None:
         for node in _expressions(result):
             raise LoweringError(
                 f"expected parameters in a graph with caches, found the expression `{node.name}` "

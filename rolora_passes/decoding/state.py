@@ -6,7 +6,7 @@ positions in another way (a convolution, a running sum, a shift, a mean over the
 nothing in their place.
 
 The analysis follows the axis along which positions run through every value. A value is *by position* if its
-slice at a position is computed from slices at that position alone. `position_rules` says for each operator
+slice at a position is computed from slices at that position alone. `Operator.positions` says
 when that is so; what has no rule is taken to mix.
 """
 
@@ -15,11 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.decoding.places import Mixes, Place, Places
-from rolora_passes.decoding.position_rules import RULES, pointwise
 from rolora_passes.decoding.positions import position_only
 from rolora_passes.errors import LoweringError
-from rolora_passes.graphs.graph import op_name
+from rolora_passes.graphs.operators import operator_of
+from rolora_passes.graphs.operators.places import Mixes, Place, Places, pointwise
 from rolora_passes.graphs.shapes import SEQUENCE, infer_shapes
 from rolora_passes.graphs.static_shapes import constant_nodes
 
@@ -89,7 +88,8 @@ class _Inference(Places):
             raise Mixes("its shape is not known")
         if not isinstance(self.values[node], Tensor | tuple | list):
             return None  # a size: what is done with it is judged where it is read
-        rule = RULES.get(op_name(node))
+        known = operator_of(node)
+        rule = known.positions if known is not None else None
         if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             rule = pointwise
         if rule is None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from rolora_passes.evaluation.scorers import GraphScorer, Scorer, open_program, read_manifest
 from rolora_passes.evaluation.sensitivity import compare_logits
+from rolora_passes.graphs.info import info
 
 SAMPLE = Path(__file__).with_name("sample.txt")
 _TOKENS, _NEW = 64, 16
@@ -72,7 +73,7 @@ class Loss:
 
 def sample_text(graph: fx.GraphModule, tokenizer: Any, most: int = _JUDGED) -> Tensor:
     """The first tokens of some English text, int64 [1, S], as many as a model has positions for."""
-    most = min(most, graph.meta.get("config", {}).get("max_position_embeddings") or most)
+    most = min(most, info(graph).config.get("max_position_embeddings") or most)
     return torch.tensor([tokenizer(SAMPLE.read_text("utf-8")).input_ids[:most]])
 
 

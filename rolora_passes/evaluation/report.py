@@ -19,7 +19,7 @@ from rolora_passes.evaluation.perplexity import PROTOCOL, perplexity, split_wind
 from rolora_passes.evaluation.scorers import GraphScorer, ProgramScorer, Scorer, open_scorer
 from rolora_passes.evaluation.tasks import COUNTS, evaluate_tasks, load_tasks, stderr_name
 from rolora_passes.files import writing
-from rolora_passes.graphs.graph import dtype_of
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.loading.data import load_text, token_stream
 from rolora_passes.loading.tokens import beginning
 from rolora_passes.passes.base import Calibration

@@ -20,7 +20,9 @@ from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.extras import require
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.graph import convert, run
+from rolora_passes.graphs.dtypes import convert
+from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.serialize import load_graph
 from rolora_passes.loading.models import load_model
@@ -60,7 +62,7 @@ class GraphScorer(Scorer):
     def __init__(self, graph: fx.GraphModule) -> None:
         require_decoder(graph, "the next token's likelihood")
         self.graph = graph
-        config = graph.meta.get("config", {})
+        config = info(graph).config
         self.vocabulary = config.get("vocab_size")
         self.max_length = config.get("max_position_embeddings")
 

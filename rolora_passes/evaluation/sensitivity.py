@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import run, site_names
+from rolora_passes.graphs.info import history
 from rolora_passes.passes.base import Pass
 from rolora_passes.passes.manager import apply_passes
 
@@ -65,7 +66,7 @@ def sensitivity(
     for number, name in enumerate(names):
         target = "re:" + re.escape(name)
         alone = apply_passes(graph, [dataclasses.replace(s, targets=target) for s in steps], verify=False)  # type: ignore[call-arg]
-        if any(record.report.changed for record in alone.meta["history"][-len(steps) :]):
+        if any(record.report.changed for record in history(alone)[-len(steps) :]):
             kl, nll = _compare(alone, expected, tokens)
             found.append(SiteLoss(name, kl, nll))
         if on_progress:

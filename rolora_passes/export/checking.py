@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from rolora_passes.decoding.positions import position_only, tabulate
 from rolora_passes.errors import LoweringError, RunError, one_line
 from rolora_passes.graphs.graph import argument, copy_graph, get_tensor, insert, is_op, set_tensor
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.sites import routers
 from rolora_passes.graphs.static_shapes import written
@@ -64,7 +65,7 @@ class Reference:
 
     def __init__(self, graph: fx.GraphModule, max_length: int) -> None:
         self.graph, self.max_length = copy_graph(graph), max_length
-        self.cached = "max_length" in graph.meta
+        self.cached = info(graph).cached is not None
         if self.cached:
             for name in written(self.graph.graph):
                 set_tensor(self.graph, name, get_tensor(self.graph, name).clone())

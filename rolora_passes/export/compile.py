@@ -28,10 +28,19 @@ from rolora_passes.files import writing_folder
 from rolora_passes.graphs.accounting import Weights, weigh
 from rolora_passes.graphs.bases.rotations import load_rotations, save_rotations
 from rolora_passes.graphs.capture import capture
+from rolora_passes.graphs.info import info
 from rolora_passes.loading.models import load_model, load_tokenizer
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Calibration, Pass
-from rolora_passes.passes.manager import Record, apply_passes, check_order, history, require_calibration
+from rolora_passes.passes.manager import (
+    Applied,
+    Record,
+    apply_passes,
+    check_order,
+    history,
+    require_calibration,
+    steps,
+)
 from rolora_passes.recipes import dump_recipe, load_recipe, settled
 from rolora_passes.version import versions
 
@@ -47,14 +56,14 @@ class Made:
 
     Attributes:
         captured, graph: before the recipe and after it.
-        steps: every pass, with the graph that it made.
+        steps: every pass as it was applied.
         tokenizer: the model's.
         calibration: what the passes were given.
     """
 
     captured: fx.GraphModule
     graph: fx.GraphModule
-    steps: list[tuple[Pass, fx.GraphModule]]
+    steps: list[Applied]
     tokenizer: Any
     calibration: Calibration | None
 
@@ -204,7 +213,7 @@ def compile_model(
         _keep_inputs(temporary, made.graph, passes, adapters)
         weights, records = weigh(made.graph), history(made.graph)
         compiled = Compiled(Path(folder), weights, records, lowerings, [], clock.seconds, loss, warnings)
-        about = _manifest(source, made.graph.meta.get("config", {}), compiled, max_length)
+        about = _manifest(source, info(made.graph).config, compiled, max_length)
         (temporary / "manifest.json").write_text(json.dumps(about, indent=1), "utf-8")
         if check is not None:
             with clock.stage("compare"):
@@ -236,15 +245,18 @@ def _make(
         captured = capture(model)
         del model
         _require_positions(captured, max_length)
-    steps: list[tuple[Pass, fx.GraphModule]] = []
+    graph, kept, how = captured, list[Applied](), {**known}
+    tell = how.pop("on_pass") or (lambda record: None)
     with clock.stage("passes"):
-        on_graph = (lambda step, made: steps.append((step, made))) if keep else None
-        graph = apply_passes(captured, passes, calibration=calibration, on_graph=on_graph, **known)
+        for applied in steps(captured, passes, calibration=calibration, **how):
+            tell(applied.record)
+            graph = applied.graph
+            kept += [applied] if keep else []
         own = {name: known[name] for name in ("verify", "on_pass")}
         methods = {
             name: apply_passes(graph, [AddLoRA(adapter=adapter)], **own) for name, adapter in adapters.items()
         }
-    return Made(captured, graph, steps, tokenizer, calibration), methods
+    return Made(captured, graph, kept, tokenizer, calibration), methods
 
 
 def _preflight(
@@ -300,7 +312,7 @@ def _keep_inputs(
         shutil.copytree(adapter, folder / "adapters" / name)
     kept = _with_adapters(settled(passes, "rotations.json"), folder)
     (folder / "recipe.yaml").write_text(dump_recipe(kept), "utf-8")
-    if graph.meta.get("rotations"):
+    if info(graph).rotations:
         save_rotations(graph, folder)
 
 
@@ -348,7 +360,7 @@ class _Clock:
         self.seconds[name] = round(time.perf_counter() - start, 2)
 
 
-def _manifest(source: str, config: dict[str, Any], compiled: Compiled, max_length: int) -> dict[str, Any]:
+def _manifest(source: str, config: Mapping[str, Any], compiled: Compiled, max_length: int) -> dict[str, Any]:
     weights = compiled.weights
     return {
         "source": Path(source).name,

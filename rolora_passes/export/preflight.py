@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
+import rolora_passes.graphs.operators  # noqa: F401  (defines torch.ops.rolora)
 from rolora_passes.errors import CaptureError, LoweringError
 from rolora_passes.graphs.graph import add_parameter, aten, finish, site_names
+from rolora_passes.graphs.info import set_info
 from rolora_passes.graphs.sites import matches
 from rolora_passes.loading.models import load_outline
 from rolora_passes.passes.add_kv_cache import AddKVCache
@@ -213,7 +214,7 @@ def _forms(step: Pass) -> Iterator[Pass]:
         yield change(step, clip_search=False, clip=CLIPS[1])
     elif isinstance(step, LoftQ):
         sites: Any = {"targets": step.targets, "exclude": step.exclude}
-        yield QuantizeWeights(int(step.bits), step.group_size, method=step.method, head=None, **sites)
+        yield QuantizeWeights(int(step.bits), step.group_size, grid=step.grid, head=None, **sites)
         yield AddLoRA(targets=step.targets, rank=step.rank)
     elif isinstance(step, AddLoRA):
         yield AddLoRA(rank=step.rank)  # which linears have one makes no difference
@@ -227,7 +228,7 @@ def _sketch(known: Outline, rows: int) -> fx.GraphModule:
     call = graph.graph.call_function
     tokens = graph.graph.placeholder("tokens")
     graph.graph.placeholder("positions")
-    graph.meta["config"] = {"vocab_size": rows}
+    set_info(graph, config={"vocab_size": rows})
 
     def one(x: fx.Node) -> fx.Node:
         return call(aten.slice.Tensor, (x, -1, 0, 1))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.graphs.graph import (
-    KEPT,
     argument,
     constants,
     get_tensor,
@@ -19,6 +18,7 @@ from rolora_passes.graphs.graph import (
     parameters,
     upstream,
 )
+from rolora_passes.graphs.operators import Trait, has
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def weigh(graph: fx.GraphModule) -> Weights:
     width: dict[int, int] = {}
     extra: dict[int, int] = {}  # what goes with the weights: scales, zero points, tables
     for node in graph.graph.nodes:
-        if is_op(node, *KEPT) and all(a.op == "get_attr" for a in node.args[:2]):
+        if has(node, Trait.KEPT) and all(a.op == "get_attr" for a in node.args[:2]):
             bits = argument(node, "bits")
             width[id(get_tensor(graph, node.args[0].target))] = bits
             scale = get_tensor(graph, node.args[1].target)
@@ -85,7 +85,7 @@ def remaining(graph: fx.GraphModule) -> tuple[list[tuple[str, str]], dict[str, i
             continue
         if value.dim() > 1:
             matrices[str(node.target)] = _why_it_stays(value, readers)
-        elif not any(is_op(user, *KEPT) for user in node.users):
+        elif not any(has(user, Trait.KEPT) for user in node.users):
             vectors[str(node.target)] = value.numel()
     return list(matrices.items()), {"parameters": len(vectors), "elements": sum(vectors.values())}
 
@@ -102,7 +102,7 @@ def _readers(node: fx.Node, known: Collection[fx.Node]) -> list[fx.Node]:
 
 def _why_it_stays(value: Tensor, readers: Sequence[fx.Node]) -> str:
     names = ", ".join(sorted({op_name(reader) for reader in readers}))
-    if any(is_op(reader, *KEPT) for reader in readers):
+    if any(has(reader, Trait.KEPT) for reader in readers):
         return "quantized already"
     if any(is_op(reader, "embedding") for reader in readers):
         return "a table that an embedding reads: quantize-embedding rounds it"

@@ -16,9 +16,8 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import GraphFormatError
-from rolora_passes.graphs import ops as _ops  # noqa: F401  (registers the operators)
+from rolora_passes.graphs.operators.registry import GROUP, operators
 
-_NAMESPACES = ("aten", "rolora")
 _PYTHON = {
     f"operator.{name}": getattr(operator, name)
     for name in ("getitem", "add", "sub", "mul", "floordiv", "neg")
@@ -47,7 +46,7 @@ def operator_name(target: Any) -> str:
 
 
 def find_operator(name: object) -> Callable[..., Any]:
-    """The operator of a name: one of ATen or this package that computes values from values, and nothing else.
+    """The operator of a name: ATen's, or one with a record, that computes values from values and no more.
 
     Operators that write into a tensor, or to a file, and functions of Python are refused.
 
@@ -58,10 +57,11 @@ def find_operator(name: object) -> Callable[..., Any]:
         found: Callable[..., Any] = _PYTHON[name]
         return found
     parts = name.split(".") if isinstance(name, str) else []
-    if len(parts) != 3 or parts[0] not in _NAMESPACES or not all(re.fullmatch(r"\w+", p) for p in parts):
+    known = len(parts) == 3 and (parts[0] == "aten" or f"{parts[0]}::{parts[1]}" in operators())
+    if not known or not all(re.fullmatch(r"\w+", p) for p in parts):
         raise GraphFormatError(
-            f"the graph calls {name!r}, which is not a registered operator of aten or rolora; "
-            "a graph holds no other functions"
+            f"the graph calls {name!r}, which is not a registered operator of aten or rolora, nor one that "
+            f"an installed package has a record of ({GROUP}); a graph holds no other functions"
         )
     namespace, base, overload = parts
     try:

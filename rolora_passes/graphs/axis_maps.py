@@ -7,39 +7,15 @@ slice of a fused projection. A branch B·A beside W becomes (L B)·(A R).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rolora_passes.errors import PassError
-from rolora_passes.graphs.ops import rotate
-from rolora_passes.numerics import hadamard
-
-
-@dataclass(frozen=True)
-class Step:
-    """A map of one axis of a weight.
-
-    Attributes:
-        kind: "mul", "div", "rotate", "hadamard", "kronecker", "centre", "slice", "unflatten", "flatten";
-            "shift": the linear's input has had `tensors[0]` added, which its bias holds since; "changed": a
-            matrix was added to the weight.
-        side: "in" or "out".
-        place: which of the side's axes, for a fused projection may be unflattened.
-        numbers: as the kind has them: [inner] of rotate; [order, inner]; [start, end, size] of slice; sizes.
-        tensors: names in the graph's `way_tensors` (`name_of`).
-    """
-
-    kind: str
-    side: str
-    place: int = 0
-    numbers: tuple[int, ...] = ()
-    tensors: tuple[str, ...] = ()
-
-
-CHANGED = Step("changed", "in")
+from rolora_passes.graphs.operators.registry import axis_map
+from rolora_passes.graphs.operators.steps import CHANGED as CHANGED
+from rolora_passes.graphs.operators.steps import Step as Step
 
 
 @dataclass(frozen=True)
@@ -110,20 +86,14 @@ class LowRank:
         return LowRank(a, b, self.scale, inner, outer)
 
 
+_ROUNDING = 1e-12
+
+
 def forth(way: Way, branch: LowRank) -> LowRank:
     """A branch beside the model's weight as it stands beside the graph's; in the branch's type."""
-    a, b, inner, outer = branch.a, branch.b, branch.inner, branch.outer
     for step in way.steps:
-        known = [way.tensors[name].to(a.dtype) for name in step.tensors]
-        if step.kind == "shift":
-            moved = a @ known[0]
-            inner = moved if inner is None else inner + moved
-        elif step.side == "in":
-            a = _FORTH[step.kind](a, step.place + 1, step.numbers, known)
-        else:
-            b = _FORTH[step.kind](b, step.place, step.numbers, known)
-            outer = None if outer is None else _FORTH[step.kind](outer, step.place, step.numbers, known)
-    return LowRank(a, b, branch.scale, inner, outer)
+        branch = _carried(way, step, branch, undo=False)
+    return branch
 
 
 def back(way: Way, branch: LowRank) -> LowRank:
@@ -134,83 +104,30 @@ def back(way: Way, branch: LowRank) -> LowRank:
     Raises:
         PassError: a gain of zero was multiplied in, which nothing undoes.
     """
-    a, b, inner, outer = branch.a, branch.b, branch.inner, branch.outer
     for step in reversed(way.steps):
-        known = [way.tensors[name].to(a.dtype) for name in step.tensors]
-        if step.kind == "shift":
-            moved = a @ known[0]
-            inner = -moved if inner is None else inner - moved
-        elif step.side == "in":
-            a = _BACK[step.kind](a, step.place + 1, step.numbers, known)
-        else:
-            b = _BACK[step.kind](b, step.place, step.numbers, known)
-            outer = None if outer is None else _BACK[step.kind](outer, step.place, step.numbers, known)
+        branch = _carried(way, step, branch, undo=True)
+    a, b, inner, outer = branch.a, branch.b, branch.inner, branch.outer
     if inner is not None and float(inner.abs().max()) > _ROUNDING * float(a.abs().max()):
         pushed = b @ inner
         outer = pushed if outer is None else outer + pushed
     return LowRank(a, b, branch.scale, None, outer)
 
 
-_ROUNDING = 1e-12
-_Map = Callable[[Tensor, int, tuple[int, ...], list[Tensor]], Tensor]
-
-
-def _along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
-    return vector.reshape([-1] + [1] * (x.dim() - dim - 1))
-
-
-def _divided(x: Tensor, dim: int, vector: Tensor) -> Tensor:
-    if not bool((vector != 0).all()):
-        raise PassError("an adapter cannot be carried back over a gain of zero, which a pass multiplied in")
-    return x / _along(vector, x, dim)
-
-
-def _turned_back(x: Tensor, dim: int, inner: int, rotation: Tensor) -> Tensor:
-    if rotation.dim() == 2:
-        return rotate(x, rotation.T, dim, inner)
-    order = hadamard.largest_order(len(rotation))
-    signs = rotation.repeat_interleave(inner).repeat(x.shape[dim] // (len(rotation) * inner))
-    return _hadamard_back(x, dim, order, inner) * _along(signs, x, dim)
-
-
-def _hadamard_back(x: Tensor, dim: int, order: int, inner: int) -> Tensor:
-    """Times the transpose, by its Kronecker factors."""
-    factors = [m.T.to(x.dtype) / len(m) ** 0.5 for m in hadamard.factors(order)]
-    if inner == 1:
-        return hadamard.multiply(x, factors, dim)
-    split = x.unflatten(dim, (-1, order, inner)).movedim(dim + 2, dim)
-    return hadamard.multiply(split, factors, dim + 2).movedim(dim, dim + 2).flatten(dim, dim + 2)
-
-
-def _embedded(x: Tensor, dim: int, start: int, size: int) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = size
-    whole = x.new_zeros(shape)
-    whole.narrow(dim, start, x.shape[dim]).copy_(x)
-    return whole
-
-
-_FORTH: dict[str, _Map] = {
-    "mul": lambda x, dim, n, t: x * _along(t[0], x, dim),
-    "div": lambda x, dim, n, t: x / _along(t[0], x, dim),
-    "rotate": lambda x, dim, n, t: rotate(x, t[0], dim, n[0]),
-    "hadamard": lambda x, dim, n, t: hadamard.transform(x, n[0], dim, n[1]),
-    "kronecker": lambda x, dim, n, t: hadamard.multiply(x, t, dim),
-    "centre": lambda x, dim, n, t: x - x.mean(dim, keepdim=True),
-    "slice": lambda x, dim, n, t: x.narrow(dim, n[0], n[1] - n[0]),
-    "unflatten": lambda x, dim, n, t: x.unflatten(dim, n),
-    "flatten": lambda x, dim, n, t: x.flatten(dim, dim + len(n) - 1),
-    "changed": lambda x, dim, n, t: x,
-}
-_BACK: dict[str, _Map] = {
-    "mul": lambda x, dim, n, t: _divided(x, dim, t[0]),
-    "div": lambda x, dim, n, t: x * _along(t[0], x, dim),
-    "rotate": lambda x, dim, n, t: _turned_back(x, dim, n[0], t[0]),
-    "hadamard": lambda x, dim, n, t: _hadamard_back(x, dim, n[0], n[1]),
-    "kronecker": lambda x, dim, n, t: hadamard.multiply(x, [m.T for m in t], dim),
-    "centre": lambda x, dim, n, t: x,  # what reads it cannot tell
-    "slice": lambda x, dim, n, t: _embedded(x, dim, n[0], n[2]),
-    "unflatten": lambda x, dim, n, t: x.flatten(dim, dim + len(n) - 1),
-    "flatten": lambda x, dim, n, t: x.unflatten(dim, n),
-    "changed": lambda x, dim, n, t: x,
-}
+def _carried(way: Way, step: Step, branch: LowRank, undo: bool) -> LowRank:
+    """A branch carried over one step, or back."""
+    known = [way.tensors[name].to(branch.a.dtype) for name in step.tensors]
+    if step.kind == "shift":
+        moved = branch.a @ (-known[0] if undo else known[0])
+        return dataclasses.replace(branch, inner=moved if branch.inner is None else branch.inner + moved)
+    if step == CHANGED:
+        return branch
+    found = axis_map(step.kind)
+    apply = found.back if undo else found.forth
+    assert apply is not None, f"{step.kind} has a map of its own"
+    if step.side == "in":
+        return dataclasses.replace(branch, a=apply(branch.a, step.place + 1, step.numbers, known))
+    b, outer = (
+        None if x is None else apply(x, step.place, step.numbers, known) for x in (branch.b, branch.outer)
+    )
+    assert b is not None
+    return dataclasses.replace(branch, b=b, outer=outer)

@@ -8,12 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.graphs.graph import argument, constants, get_tensor, op_name, retyped, upstream
+from rolora_passes.graphs.dtypes import retyped
+from rolora_passes.graphs.graph import constants, get_tensor, upstream
 from rolora_passes.graphs.inputs import inputs_for
+from rolora_passes.graphs.operators import operator_of
 
 # Elements evaluated at a time where rows are independent (a token table): 8 MB in float64.
 _BLOCK = 1 << 20
-_BY_ROW = ("mul", "div", "add", "to", "choose_qparams", "getitem", "quantize", "absmax", "encode")
 
 
 def evaluate(graph: fx.GraphModule, nodes: list[fx.Node]) -> list[Tensor]:
@@ -147,15 +148,12 @@ def _independent_rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> tuple[int,
     """(rows, width) of the one table under large expressions that treat every row for itself, else None."""
     tables = set()
     for node in upstream(nodes):
-        name = op_name(node)
+        known = operator_of(node)
         if node.op == "get_attr":
             tensor = get_tensor(graph, str(node.target))
             if tensor.dim() > 1:
                 tables.add((node, tensor.shape))
-        elif name in ("rotate", "hadamard", "kronecker"):
-            if argument(node, "dim") not in (1, -1):
-                return None
-        elif name not in _BY_ROW:
+        elif known is None or known.by_row is None or not known.by_row(node):
             return None
     if len(tables) != 1:
         return None

@@ -4,7 +4,7 @@
 statement that a pass may rely on ("norms fused"). It holds if looking at the graph does not refute it, so it
 is as true of a graph that was loaded, converted or edited by hand as of one that a pass has just made. What
 cannot be seen in a folded weight is that it was rotated or scaled. Of that the graph keeps a record,
-`graph.meta["rotations"]`, with the matrices.
+`GraphInfo.rotations`, with the matrices.
 """
 
 from __future__ import annotations
@@ -18,15 +18,10 @@ from torch import fx
 from rolora_passes.errors import GraphFormatError, PassError
 from rolora_passes.graphs.bases.norm_fusion import find_untied_fusions
 from rolora_passes.graphs.bases.rotations import only
-from rolora_passes.graphs.graph import KEPT, argument, constants, is_op, leaves, op_name
+from rolora_passes.graphs.graph import argument, constants, is_op, leaves, op_name
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import CACHED, DECODER, ENCODER, ENCODER_DECODER, input_names
-
-# Copies, of which canonical form has none.
-_COPIES = ("clone", "alias", "detach", "contiguous", "lift_fresh_copy")
-# What makes memory without values, and what does not look at values.
-_UNWRITTEN = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-_BLIND = ("fill", "zeros_like", "ones_like", "full_like", "zero", "sym_size", "empty_like", "new_empty")
-_FAKE = ("fake_quantize", "fake_quantize_static")
+from rolora_passes.graphs.operators import Trait, has
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ def _illegal_call(node: fx.Node, cached: bool) -> Iterator[str]:
         yield f"`{node.name}` writes into its operand ({node.target})"
     elif torch.Tag.nondeterministic_seeded in node.target.tags and not _draws_nothing(node):
         yield f"`{node.name}` draws random numbers ({node.target})"
-    elif is_op(node, *_UNWRITTEN) and any(not is_op(u, *_BLIND) for u in node.users):
+    elif has(node, Trait.UNWRITTEN) and any(not has(u, Trait.BLIND) for u in node.users):
         yield f"`{node.name}` is memory that nothing has written ({node.target})"
 
 
@@ -98,7 +93,7 @@ def _draws_nothing(node: fx.Node) -> bool:
 
 def _not_canonical(graph: fx.GraphModule) -> str | None:
     for node in graph.graph.nodes:
-        if is_op(node, *_COPIES):
+        if has(node, Trait.COPY):
             return f"`{node.name}` copies ({op_name(node)})"
         if is_op(node, "rms_norm", "layer_norm") and any(isinstance(a, fx.Node) for a in node.args[1:]):
             return f"`{node.name}` holds its gain"
@@ -124,16 +119,16 @@ def _without(
 
 def _recorded(kind: str) -> Callable[[fx.GraphModule], Collection[object]]:
     """Entries of the record of rotations that are of a kind, see `rotations.only`."""
-    return lambda graph: only(kind, dict.fromkeys(graph.meta.get("rotations", {}), torch.empty(0)))
+    return lambda graph: only(kind, {k: r.matrix for k, r in info(graph).rotations.items()})
 
 
-def _reading(operator: str, place: slice, *of: str) -> Callable[[fx.GraphModule], list[fx.Node]]:
+def _reading(operator: str, place: slice, of: Trait) -> Callable[[fx.GraphModule], list[fx.Node]]:
     """Calls of an operator that read, at a place, what one of these makes (through views)."""
 
     def through(value: object) -> bool:
-        while is_op(value, "unflatten", "flatten", "expand", "transpose", "unsqueeze"):
+        while isinstance(value, fx.Node) and has(value, Trait.VIEW):
             value = value.args[0]
-        return is_op(value, *of)
+        return has(value, of)
 
     return lambda graph: [
         node for node in graph.graph.nodes if is_op(node, operator) and any(map(through, node.args[place]))
@@ -149,10 +144,10 @@ def _calls(*names: str) -> Callable[[fx.GraphModule], list[fx.Node]]:
 
 
 _TRANSFORMS = _calls("hadamard", "kronecker")
-_WEIGHTS = _reading("linear", slice(1, 2), *KEPT)
-_TABLES = _reading("embedding", slice(0, 1), *KEPT)
-_INPUTS = _reading("linear", slice(0, 1), *_FAKE)
-_CACHES = _reading("attention", slice(1, 3), *_FAKE)
+_WEIGHTS = _reading("linear", slice(1, 2), Trait.KEPT)
+_TABLES = _reading("embedding", slice(0, 1), Trait.KEPT)
+_INPUTS = _reading("linear", slice(0, 1), Trait.FAKE_QUANTIZES)
+_CACHES = _reading("attention", slice(1, 3), Trait.FAKE_QUANTIZES)
 
 FACTS: dict[str, Fact] = {
     name: Fact(name, refute, f"run {remedy} first")

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.evaluate import evaluate
+from rolora_passes.graphs.expressions import merge_equal
 from rolora_passes.graphs.graph import (
     add_parameter,
     constants,
@@ -17,13 +18,12 @@ from rolora_passes.graphs.graph import (
     get_tensor,
     is_op,
     leaves,
-    merge_equal,
-    op_name,
     parameter_names,
     root_names,
     set_tensor,
 )
 from rolora_passes.graphs.lineage import Way, keep_ways, ways
+from rolora_passes.graphs.operators import Trait, has, operator_of
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.memory import release
 
@@ -70,7 +70,7 @@ def fold(graph: fx.GraphModule) -> list[str]:
 
 def rounds(graph: fx.GraphModule) -> bool:
     """Whether folding computes what a quantizer rounds: in float64 some ties break otherwise than before."""
-    return any(is_op(n, "quantize", "encode") for n in graph.graph.nodes)
+    return any(has(n, Trait.QUANTIZES) for n in graph.graph.nodes)
 
 
 def _lasting(traced: dict[fx.Node, Way], known: set[fx.Node]) -> dict[fx.Node, Way]:
@@ -105,9 +105,9 @@ def _is_scale(node: fx.Node) -> bool:
 
 def _suffix(node: fx.Node) -> str:
     """What part of a quantized weight an expression is, by what its parameter is called."""
-    if is_op(node, "getitem") and is_op(node.args[0], "choose_qparams"):
-        return ("_scale", "_zero")[node.args[1]]
-    return {"absmax": "_scale", "quantize": "_q", "encode": "_q"}.get(op_name(node), "")
+    made, part = (node.args[0], node.args[1]) if is_op(node, "getitem") else (node, 0)
+    known = operator_of(made)
+    return known.folded[part] if known is not None and known.folded else ""
 
 
 def _reclaim(graph: fx.GraphModule, folded: fx.Node, name: str) -> None:

@@ -9,32 +9,26 @@ FoldConstants.
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
-from functools import partial
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.errors import GraphFormatError
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.inputs import positions_like as positions_like
-from rolora_passes.graphs.shapes import infer_shapes
+from rolora_passes.graphs.nodes import argument as argument
+from rolora_passes.graphs.nodes import is_op as is_op
+from rolora_passes.graphs.nodes import op_name as op_name
+from rolora_passes.graphs.operators import OURS, Trait, has
 from rolora_passes.graphs.sources import take_source
 
 aten = torch.ops.aten
 
-# Operators that cast.
-CASTS = ("to", "_to_copy", "type_as")
-
-# Where a constant expression ends though its operands are constant: what is left of a quantizer must
-# stay in the graph, or there would be nothing for a kernel to read.
-KEPT = {"dequantize", "decode"}
-
-# Tensors that a graph's metadata holds by name: what rotations are, and what weights were multiplied by.
-TENSORS = ("rotation_tensors", "way_tensors")
+# The names of ours that are `Trait.KEPT`.
+KEPT = {r.name.partition("::")[2] for r in OURS if r.traits & Trait.KEPT}
 
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
@@ -48,8 +42,7 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
         if node.op == "get_attr":
             set_tensor(target, node.target, get_tensor(graph, node.target))
     target.graph.output(output)
-    shared = [t for kind in TENSORS for t in graph.meta.get(kind, {}).values()]
-    target.meta = copy.deepcopy(graph.meta, memo={id(t): t for t in shared})
+    target.meta = dict(graph.meta)
     target.recompile()
     return target
 
@@ -122,12 +115,12 @@ def first_compute(graph: fx.GraphModule) -> fx.Node:
 
 
 def constants(graph: fx.GraphModule) -> set[fx.Node]:
-    """Nodes whose value depends on parameters alone, quantizers' second halves excepted (`KEPT`)."""
+    """Nodes whose value depends on parameters alone, what is left of quantizers excepted (`Trait.KEPT`)."""
     found: set[fx.Node] = set()
     for node in graph.graph.nodes:
         if node.op == "get_attr" or (
             node.op == "call_function"
-            and op_name(node) not in KEPT
+            and not has(node, Trait.KEPT)
             and node.all_input_nodes
             and all(a in found for a in node.all_input_nodes)
         ):
@@ -165,36 +158,6 @@ def root_names(node: Any) -> list[str]:
     return list(seen)
 
 
-def op_name(node: fx.Node) -> str:
-    """`linear` for `aten.linear.default`, `getitem` for `operator.getitem`, `placeholder` for an input."""
-    if node.op != "call_function":
-        return node.op
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[1]
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def is_op(node: object, *names: str) -> TypeGuard[Any]:
-    """Whether a value is a call of one of these operators, in any overload.
-
-    To a type checker the node is `Any` from here: what its arguments are, its operator says.
-    """
-    return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) in names
-
-
-def argument(node: Any, name: str, default: Any = None) -> Any:
-    """An operator's argument by the name its schema gives, or the schema's default."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    schema = node.target._schema.arguments
-    for position, declared in enumerate(schema):
-        if declared.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return declared.default_value if declared.has_default_value() else default
-    return default
-
-
 def linears(graph: fx.GraphModule) -> list[fx.Node]:
     """The linear nodes whose weight is a constant expression, or the dequantized half of one.
 
@@ -202,17 +165,17 @@ def linears(graph: fx.GraphModule) -> list[fx.Node]:
     """
     known, every = constants(graph), [n for n in graph.graph.nodes if is_op(n, "linear")]
     biases = upstream(bias for n in every if (bias := argument(n, "bias")) is not None)
-    return [n for n in every if n not in biases and (n.args[1] in known or op_name(n.args[1]) in KEPT)]
+    return [n for n in every if n not in biases and (n.args[1] in known or has(n.args[1], Trait.KEPT))]
 
 
 def site_names(graph: fx.GraphModule) -> dict[fx.Node, str]:
     """A name for every linear: the module that held its weight, numbered where a fused one was split."""
     owners: dict[str, list[fx.Node]] = {}
-    known: dict[str, dict[str, str]] = graph.meta.get("ways", {})
+    known = info(graph).ways
     for node in linears(graph):
         # What was computed already is called after the weight it was.
         root = root_names(node.args[1])[0]
-        owner = re.sub(r"\.weight(_q)?$", "", known.get(root, {}).get("root", root))
+        owner = re.sub(r"\.weight(_q)?$", "", known[root].root if root in known else root)
         owners.setdefault(owner, []).append(node)
     return {
         node: owner if len(nodes) == 1 else f"{owner}.{i}"
@@ -241,42 +204,6 @@ def insert_after(
     return new
 
 
-class Expressions:
-    """Writes operations on top of constant expressions, for the computations that read them.
-
-    One object serves one rewrite: a leaf stays the key of its expression however often it is wrapped.
-    """
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        known = constants(graph)
-        self.graph = graph
-        self._readers = {n: [u for u in n.users if u not in known] for n in leaves(graph)}
-        self._top: dict[fx.Node, fx.Node] = {}
-
-    def wrap(self, leaf: fx.Node, target: Callable[..., Any], *args: Any) -> None:
-        """Have every computation that reads the leaf's expression read `target(expression, *args)`."""
-        top = self._top.get(leaf, leaf)
-        after = max([top, *(a for a in args if isinstance(a, fx.Node))])
-        new = insert_after(self.graph, after, target, top, *args)
-        for reader in self._readers[leaf]:
-            reader.replace_input_with(top, new)
-        self._top[leaf] = new
-
-    def top(self, leaf: fx.Node) -> fx.Node:
-        """The leaf's expression as it stands."""
-        return self._top.get(leaf, leaf)
-
-
-def merge_equal(graph: fx.GraphModule, among: Collection[fx.Node] | None = None) -> None:
-    """Keep one of all nodes that call the same operator on the same arguments (of those in `among`)."""
-    seen: dict[object, fx.Node] = {}
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and (among is None or node in among):
-            first = seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
-            if first is not node:
-                node.replace_all_uses_with(first)
-
-
 def finish(graph: fx.GraphModule) -> fx.GraphModule:
     """Drop dead nodes and unused tensors, check the graph, recompile."""
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
@@ -291,64 +218,6 @@ def finish(graph: fx.GraphModule) -> fx.GraphModule:
     graph.graph.lint()
     graph.recompile()
     return graph
-
-
-def dtype_of(graph: fx.GraphModule) -> torch.dtype:
-    """The working precision: the floating-point type that most of the parameters' elements have.
-
-    Rotations that are not folded yet do not count: they are held in float64.
-    """
-    elements: dict[torch.dtype, int] = {}
-    for node in graph.graph.find_nodes(op="get_attr"):
-        value = get_tensor(graph, str(node.target))
-        turns = all(is_op(user, "rotate") and user.args[1] is node for user in node.users)
-        if value.is_floating_point() and not (turns and node.users):
-            elements[value.dtype] = elements.get(value.dtype, 0) + value.numel()
-    if not elements:
-        raise GraphFormatError("expected a graph with floating-point parameters, found none")
-    return max(elements, key=lambda dtype: elements[dtype])
-
-
-def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """A copy of the graph that computes in `dtype`, as canonical as the graph: casts without effect go.
-
-    Parameters and types written in the graph change. What stood in a wider type than the rest (a router, a
-    gain) is not narrowed below it, nor is what rotary tables are made of: angles need float32.
-    """
-    result, own = copy_graph(graph), dtype_of(graph)
-    turning = [n for n in result.graph.nodes if is_op(n, "rotary_embedding")]
-    angles = upstream(table for n in turning for table in n.args[1:3])
-
-    def change(node: fx.Node, found: torch.dtype) -> torch.dtype:
-        wide = node in angles or found.itemsize > own.itemsize
-        return torch.promote_types(found, dtype) if wide else dtype
-
-    for node in result.graph.nodes:
-        if node.op == "get_attr":
-            value = get_tensor(result, node.target)
-            if value.is_floating_point():
-                set_tensor(result, node.target, value.detach().to(change(node, value.dtype)))
-        else:
-            node.args, node.kwargs = retyped((node.args, node.kwargs), partial(change, node))
-    _drop_casts(result)
-    return finish(result)
-
-
-def _drop_casts(graph: fx.GraphModule) -> None:
-    """Casts of a value to the type it has go."""
-    casts = [n for n in graph.graph.nodes if is_op(n, *CASTS)]
-    types = infer_shapes(graph, only=upstream(casts))
-    for node in casts:
-        before, after = types[node.args[0]], types[node]
-        if after is not None and before is not None and before.dtype == after.dtype:
-            node.replace_all_uses_with(node.args[0])
-
-
-def retyped(value: Any, change: Callable[[torch.dtype], torch.dtype]) -> Any:
-    """A node's arguments with every floating-point type that is written in them changed."""
-    return fx.node.map_aggregate(
-        value, lambda v: change(v) if isinstance(v, torch.dtype) and v.is_floating_point else v
-    )
 
 
 def run(graph: fx.GraphModule, tokens: Tensor, decoder_tokens: Tensor | None = None) -> Tensor:

@@ -10,20 +10,23 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.graphs.graph import get_tensor, parameters
+from rolora_passes.graphs.info import info, set_info
 
 _SAMPLE = 64
 
 
 def remember_weights(graph: fx.GraphModule, state: Mapping[str, Tensor]) -> None:
-    """Keep a hash of every weight of a graph that was captured just now, in `graph.meta["weights"]`.
-
-    What else a tied weight is called in the model's state goes to `graph.meta["tied"]`.
+    """Keep a hash of every weight of a graph that was captured just now, and what else a tied weight
+    is called in the model's state: `weights` and `tied` of its record.
     """
     found = {n: v for n, v in parameters(graph).items() if isinstance(v, torch.nn.Parameter)}
     names = {id(value): name for name, value in found.items()}
     called = {n.removeprefix("model."): names[id(v)] for n, v in state.items() if id(v) in names}
-    graph.meta["weights"] = {name: fingerprint(value) for name, value in found.items()}
-    graph.meta["tied"] = {other: name for other, name in called.items() if other != name}
+    set_info(
+        graph,
+        weights={name: fingerprint(value) for name, value in found.items()},
+        tied={other: name for other, name in called.items() if other != name},
+    )
 
 
 def base_hash(graph: fx.GraphModule) -> str | None:
@@ -31,13 +34,13 @@ def base_hash(graph: fx.GraphModule) -> str | None:
 
     It is equal for a checkpoint that was loaded in float32 and in bfloat16.
     """
-    known = graph.meta.get("weights")
+    known = info(graph).weights
     return hashlib.sha256(json.dumps(sorted(known.items())).encode()).hexdigest()[:16] if known else None
 
 
 def is_original(graph: fx.GraphModule, name: str, copy: str | None = None) -> bool:
     """Whether a parameter, or what was made of it, still has the values that were captured."""
-    known: str | None = graph.meta.get("weights", {}).get(name)
+    known = info(graph).weights.get(name)
     return known is not None and known == fingerprint(get_tensor(graph, copy or name))
 
 

@@ -24,6 +24,9 @@ ENCODER = ("tokens",)
 ENCODER_DECODER = ("tokens", "decoder_tokens")
 CACHED = ("tokens", "input_pos")
 
+# Sizes for batch and sequences that no axis of a model has, so that a reshape's factors are unmistakable.
+BATCH, SEQUENCE, DECODER_SEQUENCE = 1009, 2017, 3001
+
 
 def positions_like(tokens: Tensor) -> Tensor:
     """Positions 0, 1, 2, … for tokens [B, S]."""

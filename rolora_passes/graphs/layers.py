@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import fx
 
-from rolora_passes.graphs.graph import KEPT, constants, is_op, op_name, root_names, site_names, upstream
+from rolora_passes.graphs.graph import constants, is_op, op_name, root_names, site_names, upstream
+from rolora_passes.graphs.operators import Trait, has
 
 
 @dataclass
@@ -79,7 +80,7 @@ def find_layers(graph: fx.GraphModule) -> Layers:
     """The layers of a graph, in one segment `before` if nothing attends."""
     known = constants(graph)
     weights = known | {
-        n for n in graph.graph.nodes if op_name(n) in KEPT and all(a in known for a in n.all_input_nodes)
+        n for n in graph.graph.nodes if has(n, Trait.KEPT) and all(a in known for a in n.all_input_nodes)
     }
     (tokens,) = (n for n in graph.graph.nodes if n.name == "tokens")
     (output,) = graph.graph.find_nodes(op="output")

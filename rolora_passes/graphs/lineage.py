@@ -6,15 +6,15 @@ Until fold-constants the way is the expression on the weight itself; it keeps it
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.graphs.axis_maps import CHANGED, Step
 from rolora_passes.graphs.axis_maps import Way as Way
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import (
@@ -22,14 +22,13 @@ from rolora_passes.graphs.graph import (
     constants,
     is_op,
     linears,
-    op_name,
     parameter_names,
     root_names,
 )
+from rolora_passes.graphs.info import info, set_info
+from rolora_passes.graphs.operators import operator_of
+from rolora_passes.graphs.operators.steps import NoMap, Step
 from rolora_passes.graphs.shapes import infer_shapes
-
-# What leaves every axis as it is.
-_STILL = ("dequantize", "decode", "quantize", "encode", "to")
 
 
 def ways(graph: fx.GraphModule) -> dict[fx.Node, Way]:
@@ -47,32 +46,28 @@ def keep_ways(graph: fx.GraphModule, known: Mapping[fx.Node, Way]) -> None:
     What was kept of parameters that are gone goes too: another may be given such a name.
     """
     present = parameter_names(graph)
-    kept = {name: way for name, way in graph.meta.get("ways", {}).items() if name in present}
-    tensors = dict(graph.meta.get("way_tensors", {}))
+    kept = {name: way for name, way in info(graph).ways.items() if name in present}
     for linear, way in known.items():
         name = root_names(linear.args[1])[0]
         if way.steps or way.reason or name != way.root:
-            steps = [plain(step) for step in way.steps]
-            kept[name] = {"root": way.root, "steps": steps, "reason": way.reason}
-            tensors |= way.tensors
-    named = {name for way in kept.values() for step in way["steps"] for name in _step(step).tensors}
-    found = {"ways": kept, "way_tensors": {name: tensors[name] for name in sorted(named)}}
-    for key, value in found.items():
-        graph.meta.pop(key, None)
-        if value:
-            graph.meta[key] = value
+            kept[name] = dataclasses.replace(way, transposed=False)
+    set_info(graph, ways=kept)
 
 
 def keep_copy(graph: fx.GraphModule, name: str, copy: str) -> None:
     """Keep that a parameter is another's copy, so that its linears are called after what the model has."""
-    kept = graph.meta.get("ways", {})
-    graph.meta["ways"] = {**kept, copy: kept.get(name, {"root": name, "steps": [], "reason": None})}
+    kept = info(graph).ways
+    set_info(graph, ways={**kept, copy: kept.get(name, _unchanged(name))})
 
 
 def copies(graph: fx.GraphModule, name: str) -> list[str]:
     """The parameters that are one of the model's, or were made of it, in order of their names."""
-    kept = graph.meta.get("ways", {})
-    return sorted(n for n in parameter_names(graph) if kept.get(n, {}).get("root", n) == name)
+    kept = info(graph).ways
+    return sorted(n for n in parameter_names(graph) if kept.get(n, _unchanged(n)).root == name)
+
+
+def _unchanged(name: str) -> Way:
+    return Way(name, (), {})
 
 
 def name_of(tensor: Tensor) -> str:
@@ -88,7 +83,8 @@ def plain(step: Step) -> list[Any]:
     return [step.kind, step.side, step.place, list(step.numbers), list(step.tensors)]
 
 
-def _step(plain: list[Any]) -> Step:
+def step_of(plain: list[Any]) -> Step:
+    """The step that `plain` wrote."""
     kind, side, place, numbers, tensors = plain
     return Step(kind, side, place, tuple(numbers), tuple(tensors))
 
@@ -96,17 +92,17 @@ def _step(plain: list[Any]) -> Step:
 class _Reader:
     def __init__(self, graph: fx.GraphModule) -> None:
         self.graph = graph
-        self.kept: dict[str, Any] = graph.meta.get("ways", {})
-        self.tensors: dict[str, Tensor] = dict(graph.meta.get("way_tensors", {}))
+        self.kept = info(graph).ways
+        self.tensors: dict[str, Tensor] = {}
         self.shapes = infer_shapes(graph, only=constants(graph))
         self.names: dict[fx.Node, str] = {}
 
     def way(self, linear: fx.Node) -> Way:
         try:
             return self._way(linear)
-        except _NoMap as found:
+        except NoMap as found:
             root = root_names(linear.args[1])[0]
-            return Way(self.kept.get(root, {}).get("root", root), (), {}, str(found))
+            return Way(self.kept.get(root, _unchanged(root)).root, (), {}, str(found))
 
     def _way(self, linear: fx.Node) -> Way:
         chain: list[fx.Node] = []
@@ -114,9 +110,9 @@ class _Reader:
         while node.op != "get_attr":
             chain.append(node)
             node = node.args[0]
-        kept = self.kept.get(str(node.target), {"root": str(node.target), "steps": [], "reason": None})
-        if kept["reason"]:
-            raise _NoMap(kept["reason"])
+        kept = self.kept.get(str(node.target), _unchanged(str(node.target)))
+        if kept.reason:
+            raise NoMap(kept.reason)
         found: list[Step] = []  # from the weight back to its parameter
         sides = ["out", "in"]
         shift = self._shift(linear)
@@ -124,69 +120,26 @@ class _Reader:
             found += self._pushed(shift, op)
             found += self._steps(op, sides)
         found += self._pushed(shift, node)
-        steps = (*map(_step, kept["steps"]), *reversed(found))
-        names = {name for step in steps for name in step.tensors}
-        tensors = {name: self.tensors[name] for name in names}
-        return Way(kept["root"], steps, tensors, transposed=sides == ["in", "out"])
+        own = {name: self.tensors[name] for step in found for name in step.tensors}
+        steps = (*kept.steps, *reversed(found))
+        return Way(kept.root, steps, {**kept.tensors, **own}, transposed=sides == ["in", "out"])
 
-    def _steps(self, node: Any, sides: list[str]) -> list[Step]:
+    def _steps(self, node: fx.Node, sides: list[str]) -> list[Step]:
         """The map that a node is, and `sides` as they are of its operand."""
-        name, source = op_name(node), node.args[0]
-        dims = self.shapes[source].dim() if not is_op(node, *_STILL) else 2
-        if name in _STILL:
-            return []
-        if name in ("t", "transpose"):
-            sides.reverse()
-            return []
-        if name in ("rotate", "hadamard", "kronecker", "slice", "unflatten"):
-            dim = argument(node, "dim", -1 if name != "slice" else 0) % dims
-        if name == "rotate":
-            key = self._tensor(node.args[1])
-            return [self._at(sides, dim, name, (argument(node, "inner", 1),), (key,))]
-        if name == "hadamard":
-            return [self._at(sides, dim, name, (node.args[1], argument(node, "inner", 1)))]
-        if name == "kronecker":
-            return [self._at(sides, dim, name, (), tuple(self._tensor(f) for f in node.args[1]))]
-        if name in ("mul", "div"):
-            return self._gain(node, sides)
-        if name == "sub" and is_op(node.args[1], "mean") and node.args[1].args[0] is source:
-            return [self._at(sides, node.args[1].args[1][0] % dims, "centre")]
-        if name in ("add", "sub"):
-            return [CHANGED]
-        if name == "slice":
-            size = self.shapes[source].shape[dim]
-            if argument(node, "step", 1) != 1:
-                raise _NoMap(f"{node.format_node()} takes every other of a weight's channels")
-            start, end, _ = slice(argument(node, "start"), argument(node, "end")).indices(size)
-            return [self._at(sides, dim, name, (start, end, size))]
-        if name == "unflatten":
-            sizes = tuple(self.shapes[node].shape[dim : dim + len(node.args[2])])
-            step = self._at(sides, dim, name, sizes)
-            del sides[dim + 1 : dim + len(sizes)]
-            return [step]
-        if name == "flatten":
-            first, last = (d % dims for d in (argument(node, "start_dim", 0), argument(node, "end_dim", -1)))
-            sides[first : first + 1] = [sides[first]] * (last - first + 1)
-            return [self._at(sides, first, name, tuple(self.shapes[source].shape[first : last + 1]))]
-        raise _NoMap(f"{node.format_node()} is no map of one axis of a weight")
+        known = operator_of(node)
+        if known is None or known.axis_map is None:
+            raise NoMap(f"{node.format_node()} is no map of one axis of a weight")
+        self.sides = sides
+        return known.axis_map.read(self, node)
 
-    def _at(self, sides: list[str], dim: int, kind: str, numbers: Any = (), tensors: Any = ()) -> Step:
-        side = sides[dim]
-        return Step(kind, side, sides[:dim].count(side), tuple(numbers), tuple(tensors))
+    def shape(self, node: fx.Node) -> list[int]:
+        return list(self.shapes[node].shape)
 
-    def _gain(self, node: Any, sides: list[str]) -> list[Step]:
-        other = node.args[1]
-        if not isinstance(other, fx.Node):
-            raise _NoMap(f"{node.format_node()} multiplies a weight by a number")
-        shape = list(self.shapes[other].shape)
-        shape = [1] * (len(sides) - len(shape)) + shape
-        wide = [d for d, size in enumerate(shape) if size > 1] or [len(shape) - 1]
-        if len(wide) > 1:
-            raise _NoMap(f"{node.format_node()} multiplies a weight by a matrix, element by element")
-        (dim,) = wide
-        return [self._at(sides, dim, op_name(node), (), (self._tensor(other),))]
+    def step(self, dim: int, kind: str, numbers: Sequence[int] = (), tensors: Sequence[str] = ()) -> Step:
+        side = self.sides[dim]
+        return Step(kind, side, self.sides[:dim].count(side), tuple(numbers), tuple(tensors))
 
-    def _tensor(self, node: fx.Node) -> str:
+    def tensor(self, node: fx.Node) -> str:
         """The name under which the value of an expression is kept."""
         if node not in self.names:
             (value,) = compute(self.graph, [node], dtype=torch.float64)
@@ -206,8 +159,4 @@ class _Reader:
     def _pushed(self, shift: tuple[fx.Node, fx.Node] | None, node: fx.Node) -> list[Step]:
         if shift is None or shift[0] is not node:
             return []
-        return [Step("shift", "in", 0, (), (self._tensor(shift[1]),))]
-
-
-class _NoMap(Exception):
-    """An operator on a weight that no adapter can be carried over."""
+        return [Step("shift", "in", 0, (), (self.tensor(shift[1]),))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,18 @@ from rolora_passes.graphs.allowed import (
     require_identifier,
     require_tensor_names,
 )
-from rolora_passes.graphs.graph import TENSORS, parameters, set_tensor
+from rolora_passes.graphs.axis_maps import Way
+from rolora_passes.graphs.graph import parameters, set_tensor
+from rolora_passes.graphs.info import GraphInfo, Record, Rotation, info, set_info
+from rolora_passes.graphs.lineage import plain as plain_step
+from rolora_passes.graphs.lineage import step_of
 
 FORMAT = "rolora-graph-2"
-# What of a graph's metadata is saved, and how each part begins.
-_META = {"config": dict, "rotations": dict, "ways": dict, "weights": dict, "tied": dict, "replaced": list}
+# What a file says of a graph (`graphs.info`), and what each part is in JSON; a file may leave parts out.
+_ABOUT: dict[str, type] = {
+    "config": dict, "weights": dict, "tied": dict, "replaced": list, "rotations": dict, "ways": dict,
+    "cached": list, "history": list,
+}  # fmt: skip
 _TYPES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -45,21 +53,15 @@ def save_graph(graph: fx.GraphModule, path: str | Path) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     by_storage: dict[tuple[Any, ...], str] = {}
-    named = {
-        **parameters(graph),
-        **{f"{kind}/{k}": v for kind in TENSORS for k, v in graph.meta.get(kind, {}).items()},
-    }
-    for name, value in named.items():
+    for name, value in {**parameters(graph), **_held(info(graph))}.items():
         key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
         first = by_storage.setdefault(key, name)
         if first == name:
             tensors[name] = value.detach().contiguous().clone() if _shared(value) else value.detach()
         else:
             aliases[name] = first
-    meta = {k: v for k, v in graph.meta.items() if k in _META}
-    described = {
-        "format": FORMAT, "nodes": [_node(n) for n in graph.graph.nodes], "aliases": aliases, "meta": meta,
-    }  # fmt: skip
+    nodes, about = [_node(n) for n in graph.graph.nodes], _about(info(graph))
+    described = {"format": FORMAT, "nodes": nodes, "aliases": aliases, "meta": about}
     with writing(path) as temporary:
         save_file(tensors, temporary, metadata={"graph": json.dumps(described)})
     return path
@@ -108,15 +110,56 @@ def _built(described: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> fx
             node.meta["source"] = str(entry["source"])
     if [n.op for n in graph.graph.nodes].count("output") != 1 or node.op != "output":
         raise GraphFormatError("expected one output, and nothing after it")
-    for part, begins in _META.items():
-        if not isinstance(described["meta"].get(part, begins()), begins):
-            raise GraphFormatError(f"expected {part} to be a {begins.__name__}")
-        graph.meta |= {part: described["meta"][part]} if part in described["meta"] else {}
-    for kind in TENSORS:
-        kept = {n.removeprefix(f"{kind}/"): t for n, t in tensors.items() if n.startswith(f"{kind}/")}
-        graph.meta |= {kind: kept} if kept else {}
+    set_info(graph, _info(described["meta"], tensors))
     graph.recompile()
     return graph
+
+
+def _held(known: GraphInfo) -> dict[str, torch.Tensor]:
+    """The tensors of a graph's record, by the names that a file has for them."""
+    steps = {name: value for way in known.ways.values() for name, value in way.tensors.items()}
+    return {
+        **{f"rotation_tensors/{key}": rotation.matrix for key, rotation in known.rotations.items()},
+        **{f"way_tensors/{name}": steps[name] for name in sorted(steps)},
+    }
+
+
+def _about(known: GraphInfo) -> dict[str, Any]:
+    """A graph's record as JSON has it, its tensors apart."""
+    plain = {field.name: getattr(known, field.name) for field in fields(known)}
+    plain["rotations"] = {key: rotation.entry() for key, rotation in known.rotations.items()}
+    plain["ways"] = {
+        name: {"root": way.root, "steps": [plain_step(step) for step in way.steps], "reason": way.reason}
+        for name, way in known.ways.items()
+    }
+    plain["history"] = [record.to_json() for record in known.history]
+    return {part: value for part, value in plain.items() if value}
+
+
+def _info(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> GraphInfo:
+    """The record of which `_about` and `_held` wrote the parts."""
+    for part, kind in _ABOUT.items():
+        if not isinstance(about.get(part, kind()), kind):
+            raise GraphFormatError(f"expected {part} to be a {kind.__name__}")
+    rotations = {
+        key: Rotation.of(entry, tensors[f"rotation_tensors/{key}"])
+        for key, entry in about.get("rotations", {}).items()
+    }
+    cached = about.get("cached")
+    return GraphInfo(
+        **{part: about[part] for part in ("config", "weights", "tied") if part in about},
+        replaced=tuple(about.get("replaced", ())),
+        rotations=rotations,
+        ways={name: _way(known, tensors) for name, known in about.get("ways", {}).items()},
+        cached=None if cached is None else (int(cached[0]), int(cached[1])),
+        history=tuple(Record.from_json(known) for known in about.get("history", ())),
+    )
+
+
+def _way(known: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Way:
+    steps = tuple(step_of(step) for step in known["steps"])
+    own = {name: tensors[f"way_tensors/{name}"] for step in steps for name in step.tensors}
+    return Way(known["root"], steps, own, known["reason"])
 
 
 def _add_node(graph: fx.GraphModule, entry: Mapping[str, Any], nodes: dict[str, fx.Node]) -> fx.Node:

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from rolora_passes.graphs import ops as _ops  # noqa: F401  (registers the operators)
+from rolora_passes.graphs.inputs import BATCH as BATCH
+from rolora_passes.graphs.inputs import DECODER_SEQUENCE as DECODER_SEQUENCE
+from rolora_passes.graphs.inputs import SEQUENCE as SEQUENCE
 from rolora_passes.graphs.inputs import inputs_for
+from rolora_passes.graphs.operators import operator_of
 
 
 def shape_of(node: object) -> Any:
@@ -23,31 +26,6 @@ def shape_of(node: object) -> Any:
 def same_shape(first: fx.Node, second: fx.Node) -> bool:
     """Whether two nodes have the same known shape."""
     return shape_of(first) is not None and shape_of(first) == shape_of(second)
-
-
-# Sizes for batch and sequences that no axis of a model has, so that a reshape's factors are unmistakable.
-BATCH, SEQUENCE, DECODER_SEQUENCE = 1009, 2017, 3001
-
-
-# Operators whose result is told by an operand's shape and type; tracing what they are made of would be most
-# of the work.
-_ops_ = torch.ops.rolora
-_KEEPING = (
-    _ops_.rotate.default,
-    _ops_.hadamard.default,
-    _ops_.kronecker.default,
-    _ops_.rotary_embedding.default,
-)
-
-
-def _known(target: Any, args: tuple[Any, ...]) -> Any:
-    """A result of these operators, None for any other."""
-    if target in _KEEPING:
-        return args[0]
-    if target is _ops_.attention.default:
-        query, value = args[0], args[2]
-        return query.new_empty(*query.shape[:-1], value.shape[-1])
-    return None
 
 
 class _Shapes(fx.Interpreter):
@@ -64,9 +42,9 @@ class _Shapes(fx.Interpreter):
             return None
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known = _known(target, args)
-        if known is not None:
-            return known
+        known = operator_of(target)
+        if known is not None and known.result is not None:  # tracing what it is made of would take longer
+            return known.result(*args, **kwargs)
         meta = torch.device("meta")
         if "device" in kwargs:
             kwargs = {**kwargs, "device": meta}

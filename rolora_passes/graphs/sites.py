@@ -10,6 +10,7 @@ from torch import fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import is_op
+from rolora_passes.graphs.operators import Trait, has
 
 
 def matches(name: str, targets: str | Sequence[str]) -> bool:
@@ -61,13 +62,6 @@ def attention_roles(graph: fx.GraphModule) -> dict[fx.Node, set[str]]:
     return found
 
 
-# What becomes of logits on their way to the output: nothing that mixes channels.
-_ON_LOGITS = (
-    "mul", "div", "tanh", "neg", "clamp", "to", "type_as", "slice", "select", "squeeze", "unsqueeze",
-    "sigmoid", "softmax", "log_softmax", "view", "reshape", "flatten", "contiguous", "clone",
-)  # fmt: skip
-
-
 def is_head(node: fx.Node) -> bool:
     """Whether a linear makes what the graph returns."""
     return node in heads(node.graph)
@@ -101,7 +95,7 @@ def _summands(value: fx.Node, known: set[fx.Node]) -> set[fx.Node]:
     while stack:
         node = stack.pop()
         computed = [n for n in node.all_input_nodes if n not in known]
-        if is_op(node, "add", "sub") or (is_op(node, *_ON_LOGITS) and len(computed) == 1):
+        if is_op(node, "add", "sub") or (has(node, Trait.ON_LOGITS) and len(computed) == 1):
             stack.extend(computed)
         else:
             found.add(node)
@@ -114,13 +108,6 @@ def _read_by(linear: fx.Node) -> fx.Node:
     while is_op(value, "linear", "mul", "to"):
         value = value.all_input_nodes[0]
     return value
-
-
-# What is done to a router's scores before something is chosen by them, and what chooses.
-_ON_SCORES = (
-    *_ON_LOGITS, "add", "sub", "unflatten", "transpose", "masked_fill", "where", "sum", "relu", "getitem",
-)  # fmt: skip
-_CHOOSES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "multinomial", "one_hot", "kthvalue")
 
 
 def routers(graph: fx.GraphModule) -> set[fx.Node]:
@@ -136,9 +123,9 @@ def _chosen_by(linear: fx.Node) -> bool:
     stack, seen = [*linear.users], set[fx.Node]()
     while stack:
         node = stack.pop()
-        if is_op(node, *_CHOOSES):
+        if has(node, Trait.CHOOSES):
             return True
-        if node not in seen and is_op(node, *_ON_SCORES):
+        if node not in seen and has(node, Trait.ON_LOGITS | Trait.ON_SCORES):
             seen.add(node)
             stack.extend(node.users)
     return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +14,8 @@ from rolora_passes.errors import VerificationError
 from rolora_passes.graphs.bases.inference import describe
 from rolora_passes.graphs.evaluate import values_in
 from rolora_passes.graphs.graph import is_op, parameters
+from rolora_passes.graphs.info import info
+from rolora_passes.graphs.operators import Trait, has
 from rolora_passes.graphs.shapes import infer_shapes
 
 # Of logits in float64, relative to the largest: rounding over the depth of a model stays below it.
@@ -21,16 +24,24 @@ EXACT = 1e-9
 # these draws of rounding errors. They are as large as rounding can be (half an ulp to a whole one), with
 # random signs.
 ROUNDINGS, DRAWS = 2.0, 4
-_kept: ContextVar[tuple[fx.GraphModule | None, Tensor] | None] = ContextVar("kept", default=None)
-# Operators that want one type of all their operands.
-_ONE_TYPE = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "attention")
+
+
+@dataclass
+class Verified:
+    """The graph that was verified last, and its logits: of passes in a row, what the next one starts from."""
+
+    graph: fx.GraphModule | None = None
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+_verified: ContextVar[Verified | None] = ContextVar("verified", default=None)
 
 
 def sample_tokens(graph: fx.GraphModule, batch: int = 2, length: int = 8) -> Tensor:
     """Random tokens int64 [batch, length] within the graph's vocabulary."""
     tables = [n.args[0] for n in graph.graph.nodes if is_op(n, "embedding")]
     rows = [p.shape[0] for name, p in parameters(graph).items() if p.dim() == 2 and p.shape[0] > 1]
-    size = graph.meta.get("config", {}).get("vocab_size") or (min(rows) if tables and rows else 2)
+    size = info(graph).vocabulary or (min(rows) if tables and rows else 2)
     return torch.randint(0, size, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
@@ -60,8 +71,8 @@ def verify_same(before: fx.GraphModule, after: fx.GraphModule, name: str, moved:
             run in its own types, or returns another type.
     """
     _require_types(before, after, name)
-    tokens, kept = sample_tokens(before), _kept.get()
-    expected = kept[1] if kept is not None and kept[0] is before else _logits(before, tokens)
+    tokens, last = sample_tokens(before), _verified.get()
+    expected = last.logits if last is not None and last.graph is before else _logits(before, tokens)
     found = _logits(after, tokens)
     error, allowed = relative_error(found, expected), EXACT
     rounded = _rounded(before, after)
@@ -75,22 +86,22 @@ def verify_same(before: fx.GraphModule, after: fx.GraphModule, name: str, moved:
             f"{name} promises to keep the function, but logits differ by {error:.1e} (relative; "
             f"allowed {allowed:.0e}). {_first_difference(before, after, tokens, moved, allowed)}"
         )
-    if kept is not None:
-        _kept.set((after, found))
+    if last is not None:
+        last.graph, last.logits = after, found
     return error
 
 
 @contextmanager
-def in_a_row() -> Iterator[None]:
-    """Verify passes that follow one another: the logits after one are those before the next.
+def in_a_row(last: Verified) -> Iterator[None]:
+    """Verify one of passes that follow one another: the logits after it are those before the next.
 
-    Within it nothing else may change a graph that was verified.
+    From one to the next nothing may change a graph that was verified.
     """
-    token = _kept.set((None, torch.empty(0)))
+    token = _verified.set(last)
     try:
         yield
     finally:
-        _kept.reset(token)
+        _verified.reset(token)
 
 
 def _require_types(before: fx.GraphModule, after: fx.GraphModule, name: str) -> None:
@@ -99,7 +110,7 @@ def _require_types(before: fx.GraphModule, after: fx.GraphModule, name: str) -> 
     expected, types = infer_shapes(before)[old], infer_shapes(after)
     for node in after.graph.nodes:
         given = [types[a] for a in node.all_input_nodes if isinstance(types[a], Tensor)]
-        mixed = is_op(node, *_ONE_TYPE) and len({value.dtype for value in given}) > 1
+        mixed = has(node, Trait.ONE_TYPE) and len({value.dtype for value in given}) > 1
         if mixed:
             operands = ", ".join(f"{a} {_kind(types[a])}" for a in node.all_input_nodes)
             raise VerificationError(

@@ -12,6 +12,7 @@ from rolora_passes.graphs.accounting import weigh
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.facts import facts
 from rolora_passes.graphs.graph import get_tensor, is_op, op_name, parameters, root_names, upstream
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.layers import find_layers
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.inspection.structure import Words, formula, is_view, numberless, parameter_name
@@ -227,8 +228,8 @@ def _parameters(before: fx.GraphModule, after: fx.GraphModule) -> list[str]:
 
 
 def _rotations(graph: fx.GraphModule) -> list[str]:
-    return [f"{key} ({r['size']}, {r['method']})" for key, r in graph.meta.get("rotations", {}).items()]
+    return [f"{key} ({r.size}, {r.method})" for key, r in info(graph).rotations.items()]
 
 
 def _config(graph: fx.GraphModule) -> list[str]:
-    return [f"{key} {value}" for key, value in graph.meta.get("config", {}).items()]
+    return [f"{key} {value}" for key, value in info(graph).config.items()]

@@ -11,15 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from rolora_passes.graphs.graph import KEPT, argument, is_op, op_name, root_names
+from rolora_passes.graphs.graph import is_op, op_name, root_names
 from rolora_passes.graphs.layers import Layers, find_layers
+from rolora_passes.graphs.operators import Trait, has, operator_of
 from rolora_passes.graphs.shapes import infer_shapes
-
-# What moves elements without changing them says little about a layer.
-VIEWS = {
-    "unflatten", "flatten", "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand",
-    "getitem", "contiguous", "clone",
-}  # fmt: skip
 
 Row = tuple[str, str]
 
@@ -81,92 +76,53 @@ class Words:
 
     def phrase(self, node: fx.Node) -> str:
         """A node's operator, the parameters it reads, and the arguments that tell it from others."""
-        name = op_name(node)
-        if is_op(node, "linear", "embedding") and (weight := self._weight(node)) is not None:
-            kind = "" if name == "linear" else name + " "
-            bias = ", bias" if name == "linear" and argument(node, "bias") is not None else ""
-            how, text = self.stored(weight), formula(self.source(weight))
-            made = "" if text == "W" else f" = {text}"
-            return f"{kind}{list(self.shapes[weight].shape)} {how}{made}{bias}"
-        if name == "attention":
-            return self._attention(node)
-        if name == "hadamard":
-            order, width = node.args[1], self._size(node.args[0])
-            return f"hadamard {order}" + (f" of {width}" if width not in (order, None) else "")
-        if name == "kronecker":
-            sizes = " x ".join(str(self._size(factor)) for factor in argument(node, "factors"))
-            return f"kronecker {sizes} of {self._size(node.args[0])}"
-        if name in ("fake_quantize", "fake_quantize_static"):
-            return self._fake_quantize(node)
-        if name == "rotary_embedding":
-            width, turned = self._size(node.args[0]), self._size(node.args[1])
-            return name + (f" of {turned} of {width} channels" if turned != width else "")
-        return " ".join([name, *self._operands(node)])
+        known = operator_of(node)
+        return self.plain(node) if known is None or known.words is None else known.words(self, node)
 
-    def stored(self, weight: fx.Node) -> str:
-        """How a weight is stored: `float32`, `4 bits in groups of 32`."""
-        if not is_op(weight, *KEPT):
-            return str(self.shapes[weight].dtype).removeprefix("torch.")
-        width, groups = (self.shapes[n].shape[-1] for n in weight.args[:2])
-        how = f"{argument(weight, 'bits')} bits " + (
-            "a row" if groups == 1 else f"in groups of {width // groups}"
-        )
-        if is_op(weight, "decode"):
-            return f"{how} of {weight.args[2].target}"
-        return how if weight.args[2] is None else f"{how}, zero points"
-
-    def source(self, weight: Any) -> fx.Node:
-        """The constant expression that a weight stores, on its grid or not."""
-        source = weight.args[0] if is_op(weight, *KEPT) else weight
-        found: fx.Node = source.args[0] if is_op(source, "quantize", "encode") else source
-        return found
-
-    def _attention(self, node: Any) -> str:
-        query, key, value = (self.shapes[a].shape for a in node.args[:3])
-        heads = f"{query[2]} heads x {query[3]}"
-        if key[2:] != query[2:] or value[2:] != query[2:]:
-            width = f"{key[3]}" if key[3] == value[3] else f"{key[3]}, {value[3]}"
-            heads += f", keys and values {key[2]} x {width}"
-        known: dict[str, Any] = {name: argument(node, name) for name in ("window", "softcap", "scale")}
-        extra = [f"{name} {value:.6g}" for name, value in known.items() if value is not None]
-        return ", ".join(
-            [f"attention {heads}", "causal" if argument(node, "causal") else "not causal", *extra]
-        )
-
-    def _fake_quantize(self, node: Any) -> str:
-        words = [f"fake_quantize {argument(node, 'bits')} bits"]
-        if is_op(node, "fake_quantize_static"):
-            words.append("static")
-        elif (group := argument(node, "group_size")) is not None:
-            words.append(f"in groups of {group}")
-        else:
-            words.append("a token" if self.shapes[node].dim() < 4 else "a head")
-        if argument(node, "symmetric"):
-            words.append("symmetric")
-        if argument(node, "clip", 1.0) != 1.0:
-            words.append(f"clip {argument(node, 'clip'):g}")
-        return " ".join(words)
-
-    def _operands(self, node: Any) -> list[str]:
-        """Parameters that a node reads, by formula, and its literal numbers and types."""
-        words = []
+    def plain(self, node: Any, whole_numbers: bool = False) -> str:
+        """An operator by its name, the parameters it reads (by formula), and its numbers and types."""
+        words = [op_name(node)]
         for value in node.args:
             if value in self.layers.weights:
-                shape = list(self.shapes[value].shape)
+                shape = list(self.shape(value))
                 words.append(formula(value, full=True) + (f" {shape}" if len(shape) > 1 else ""))
-            elif isinstance(value, float) or (isinstance(value, int) and is_op(node, *_ARITHMETIC)):
+            elif isinstance(value, float) or (whole_numbers and isinstance(value, int)):
                 words.append(f"{value:g}")
             elif isinstance(value, torch.dtype):
                 words.append(str(value).removeprefix("torch."))
-        return words if not is_op(node, "rms_norm", "layer_norm") else []
+        return " ".join(words)
+
+    def shape(self, value: Any) -> tuple[int, ...]:
+        """The sizes of a value."""
+        return tuple(self.shapes[value].shape)
+
+    def size(self, value: Any) -> int | None:
+        """The last of them; None where the shape is not known."""
+        found = self.shapes.get(value)
+        return int(found.shape[-1]) if isinstance(found, torch.Tensor) else None
+
+    def weight(self, value: Any) -> str | None:
+        """A weight's sizes, how it is stored and what it is made of; None of a value that is no weight."""
+        if value not in self.layers.weights:
+            return None
+        made = formula(self.source(value))
+        return f"{list(self.shape(value))} {self.stored(value)}" + ("" if made == "W" else f" = {made}")
+
+    def stored(self, weight: fx.Node) -> str:
+        """How a weight is stored: `float32`, `4 bits in groups of 32`."""
+        if not has(weight, Trait.KEPT):
+            return str(self.shapes[weight].dtype).removeprefix("torch.")
+        return self.phrase(weight)
+
+    def source(self, weight: Any) -> fx.Node:
+        """The constant expression that a weight stores, on its grid or not."""
+        source = weight.args[0] if has(weight, Trait.KEPT) else weight
+        found: fx.Node = source.args[0] if has(source, Trait.QUANTIZES) else source
+        return found
 
     def _weight(self, node: Any) -> fx.Node | None:
         weight = node.args[1] if is_op(node, "linear") else node.args[0]
         return weight if weight in self.layers.weights else None
-
-    def _size(self, value: Any) -> int | None:
-        found = self.shapes.get(value)
-        return int(found.shape[-1]) if isinstance(found, torch.Tensor) else None
 
     def _branches(self, nodes: list[fx.Node]) -> tuple[dict[fx.Node, Row], set[fx.Node]]:
         """Rows for low-rank branches, by their second linears, and the other nodes these account for."""
@@ -177,7 +133,7 @@ class Words:
                 is_op(high, "linear") and is_op(low, "linear") and self._weight(high) and self._weight(low)
             ):
                 continue
-            what = f"rank {self._size(low)}"
+            what = f"rank {self.size(low)}"
             hidden.add(low)
             scaled, *more = high.users
             if not more and is_op(scaled, "mul") and isinstance(scaled.args[1], (int, float)):
@@ -185,9 +141,6 @@ class Words:
                 hidden |= {scaled, *(u for u in scaled.users if is_op(u, "add"))}
             found[high] = "  + " + ", ".join(self.modules[n].rpartition(".")[2] for n in (low, high)), what
         return found, hidden
-
-
-_ARITHMETIC = ("mul", "div", "add", "sub", "pow")
 
 
 def formula(node: fx.Node, full: bool = False) -> str:
@@ -199,12 +152,10 @@ def formula(node: fx.Node, full: bool = False) -> str:
             return f"{value:g}" if isinstance(value, float) else str(value).removeprefix("torch.")
         if value.op == "get_attr":
             return "W" if value.target == subject and not full else parameter_name(str(value.target))
-        name, known = op_name(value), [show(a) for a in value.args]
-        if name in ("mul", "add", "sub", "div", "matmul"):
-            sign = {"mul": "*", "add": "+", "sub": "-", "div": "/", "matmul": "@"}[name]
-            return f"({known[0]} {sign} {known[1]})"
-        kept = 2 if name in ("rotate", "hadamard", "kronecker") else len(known)
-        return f"{name}({', '.join(map(_bare, known[:kept]))})"
+        name, words, known = op_name(value), [show(a) for a in value.args], operator_of(value)
+        if known is not None and known.sign:
+            return f"({words[0]} {known.sign} {words[1]})"
+        return f"{name}({', '.join(map(_bare, words[: known.shown if known else None]))})"
 
     return _bare(show(node))
 
@@ -222,7 +173,8 @@ def parameter_name(name: str) -> str:
 
 def is_view(node: fx.Node) -> bool:
     """Whether a node moves elements without changing them."""
-    return op_name(node) in VIEWS and len(node.all_input_nodes) < 2
+    moves = has(node, Trait.VIEW | Trait.COPY) or is_op(node, "getitem")
+    return moves and len(node.all_input_nodes) < 2
 
 
 def _layer_lines(words: Words) -> list[str]:

@@ -12,6 +12,7 @@ from torch import fx
 from rolora_passes.graphs.accounting import weigh
 from rolora_passes.graphs.bases.inference import BasisClass, Group, infer_bases
 from rolora_passes.graphs.facts import facts
+from rolora_passes.graphs.info import info
 from rolora_passes.inspection.structure import numberless
 
 GROUPS = {
@@ -27,7 +28,7 @@ def summary(graph: fx.GraphModule) -> str:
     weights = weigh(graph)
     most = [(bits, n) for bits, n in weights.by_bits.items() if 1000 * n >= weights.elements]
     widths = ", ".join(f"{n / 1e6:.1f} M at {bits} bits" for bits, n in most)
-    config = graph.meta.get("config", {})
+    config = info(graph).config
     name, kind = Path(config.get("name", "unknown")).name, config.get("model_type", "of no known type")
     lines = [
         f"model      {name} ({kind})",
@@ -36,8 +37,7 @@ def summary(graph: fx.GraphModule) -> str:
         f"with scales, {weights.megabytes:.1f} MB",
     ]
     rotations = Counter(
-        numberless(f"{key} ({r['size']}, {r['method']})")
-        for key, r in graph.meta.get("rotations", {}).items()
+        numberless(f"{key} ({r.size}, {r.method})") for key, r in info(graph).rotations.items()
     )
     if rotations:
         shown = [key + (f" x{n}" if n > 1 else "") for key, n in rotations.items()]

@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from rolora_passes.graphs.axis_maps import Step
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.graphs.graph import (
     add_parameter,
     aten,
-    dtype_of,
     finish,
     get_tensor,
     insert_after,

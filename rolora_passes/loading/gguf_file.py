@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import copy
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from rolora_passes.errors import CaptureError, one_line
 from rolora_passes.extras import require
 from rolora_passes.loading.checkpoint import some
 from rolora_passes.loading.gguf_entries import KNOWN, configuration
+from rolora_passes.loading.gguf_reading import forget, read_once, reader
 from rolora_passes.loading.gguf_rope import FACTORS, TENSORS, require_rotary_width, scale_frequencies
 from rolora_passes.loading.gguf_tokens import require_tokens_known
 
@@ -40,6 +42,12 @@ class GgufFile:
             known, or an entry of the tokenizer.
     """
 
+    @staticmethod
+    def at(path: Path) -> GgufFile:
+        """The file at a place, as it was read last where it has not changed since."""
+        state = path.stat()
+        return _file(path, state.st_mtime_ns, state.st_size)
+
     def __init__(self, path: Path) -> None:
         for module in ("transformers", "gguf", "accelerate"):  # transformers reads GGUF files with both
             require(module, "gguf")
@@ -59,10 +67,8 @@ class GgufFile:
     @cached_property
     def tensors(self) -> dict[str, Any]:
         """The tensors by name, mapped from the file."""
-        import gguf
-
         try:
-            return {tensor.name: tensor for tensor in gguf.GGUFReader(self.path).tensors}
+            return {tensor.name: tensor for tensor in reader(self.path).tensors}
         except Exception as error:
             raise CaptureError(
                 f"cannot load {self.path}: expected a whole GGUF file ({one_line(error)})"
@@ -112,19 +118,22 @@ class GgufFile:
 
         self._require_types()
         config, optional = self.configuration()
-        model, info = AutoModelForCausalLM.from_pretrained(
-            **self._place,
-            config=config,
-            dtype=dtype,
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with read_once():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                **self._place,
+                config=config,
+                dtype=dtype,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
         self._require_read(model, info, optional)
         if FACTORS in self.tensors:
             scale_frequencies(model, torch.from_numpy(self._values(FACTORS)))
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config  # the weights are floating point now
+        forget()
+        _file.cache_clear()
         return model
 
     @property
@@ -137,9 +146,14 @@ class GgufFile:
         Raises:
             CaptureError: an entry, or a tensor, that nothing reads.
         """
+        return copy.deepcopy(self._configuration[0]), self._configuration[1]
+
+    @cached_property
+    def _configuration(self) -> tuple[Any, set[str]]:
         from transformers import PreTrainedConfig
 
-        found, _ = PreTrainedConfig.get_config_dict(**self._place)
+        with read_once():
+            found, _ = PreTrainedConfig.get_config_dict(**self._place)
         factors = {name: self._values(name) for name in TENSORS if name in self.tensors}
         return self._with_options(configuration(self.entries, factors, found))
 
@@ -186,7 +200,8 @@ class GgufFile:
         if is_gguf_arch_supported(self.architecture):  # read by rules, and what is left over is reported
             return set(), held
         processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=config.to_dict())
-        known = get_gguf_hf_weights_map(model, processor)
+        with read_once():
+            known = get_gguf_hf_weights_map(model, processor)
         self._require_parts(known)
         names = {
             name for name in self.tensors if name not in known and name.removesuffix(".weight") not in known
@@ -218,3 +233,8 @@ class GgufFile:
                 f"expected {name} as {list(expected)}, which the entries of {self.path} say of a "
                 f"{kind}, found {list(found)}"
             )
+
+
+@lru_cache(maxsize=1)
+def _file(path: Path, changed: int, size: int) -> GgufFile:
+    return GgufFile(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rolora_passes.errors import CaptureError
 from rolora_passes.loading.checkpoint import some
+from rolora_passes.loading.gguf_reading import read_once
 
 _READ = (
     *("model", "pre", "tokens", "scores", "token_type", "merges", "add_bos_token", "add_eos_token"),
@@ -80,12 +81,12 @@ def load_tokenizer(path: Path, entries: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     own = _own(entries)
-    if own.get("model") != "gpt2":
+    with read_once():
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    if own.get("model") != "gpt2":
         _require_prefix(tokenizer, own, path)
         return tokenizer
     begins = own.get("add_bos_token", own.get("pre") in _BEGIN and "bos_token_id" in own)
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     if own.get("pre") in _DIGITS:
         words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

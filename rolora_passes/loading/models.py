@@ -32,8 +32,8 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
             model does not read; quantized weights other than a GGUF's; not a causal language model.
     """
     place = _resolve(source)
-    model = _load_gguf(place, dtype) if place.suffix == ".gguf" else _load_checkpoint(source, place, dtype)
     tokenizer = load_tokenizer(source)
+    model = _load_gguf(place, dtype) if place.suffix == ".gguf" else _load_checkpoint(source, place, dtype)
     if model.generation_config is not None:
         ends = end_tokens(model, tokenizer, _gguf_ends(place))
         model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
@@ -52,7 +52,7 @@ def load_tokenizer(source: str) -> Any:
         require_loadable(place)  # a damaged file is named before a tokenizer that it may have spoilt
     with _explained(f"the tokenizer of {source}"):
         if place.suffix == ".gguf":
-            return gguf_tokens.load_tokenizer(place, GgufFile(place).entries)
+            return gguf_tokens.load_tokenizer(place, GgufFile.at(place).entries)
         return transformers.AutoTokenizer.from_pretrained(str(place) if place.is_dir() else source)
 
 
@@ -68,7 +68,7 @@ def load_outline(source: str) -> PreTrainedModel:
         require_loadable(place)
     with _explained(f"a causal language model from {source}"):
         if place.suffix == ".gguf":
-            config = GgufFile(place).configuration()[0]
+            config = GgufFile.at(place).configuration()[0]
         else:
             config = transformers.AutoConfig.from_pretrained(str(place) if place.is_dir() else source)
         with torch.device("meta"):
@@ -114,13 +114,13 @@ def _load_checkpoint(source: str, place: Path, dtype: torch.dtype) -> PreTrained
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    file = GgufFile(path)
+    file = GgufFile.at(path)
     with _explained(f"a causal language model from {path}"):
         return file.load(dtype)
 
 
 def _gguf_ends(place: Path) -> list[int]:
-    return gguf_tokens.end_tokens(GgufFile(place).entries) if place.suffix == ".gguf" else []
+    return gguf_tokens.end_tokens(GgufFile.at(place).entries) if place.suffix == ".gguf" else []
 
 
 def _resolve(source: str) -> Path:

@@ -1,6 +1,6 @@
-"""The arithmetic of quantizers, on plain tensors: integers on a uniform grid, and codes in a table.
+"""The arithmetic of uniform grids, on plain tensors: integers, as torchao's affine quantization has them.
 
-Uniform grids are torchao's affine quantization: with scale s and zero point z,
+With scale s and zero point z,
 q = clamp(round(w · (1/s)) + z, low, high) and w ≈ s·(q - z). Symmetric grids have z = 0. Scales belong to
 *groups* of `group_size` neighbours along the last axis; a group as wide as the axis is a row (an output
 channel of a weight, a token of an activation).
@@ -8,9 +8,7 @@ channel of a weight, a token of an activation).
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -32,8 +30,8 @@ def limits(bits: int, symmetric: bool) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """How a weight is put on a uniform grid.
+class Integers:
+    """Evenly spaced values around zero, or with a zero point: the grid `int`, which the kernels read.
 
     Attributes:
         group_size: input channels that share a scale; None: one scale per output channel. Scales of
@@ -49,6 +47,10 @@ class Grid:
         """`choose_qparams` for a weight [out, in]."""
         grouped = self.group_size is not None
         return choose_qparams(weight, self.group_size, self.bits, self.symmetric, self.clip_search, grouped)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """A weight [out, in] put on the grid, float32."""
+        return _on_grid(weight, *self.choose(weight), self.bits, self.symmetric)
 
 
 def choose_qparams(
@@ -217,9 +219,14 @@ def fake_quantize_weight(
     with torch.no_grad():
         shrink = _SHRINK_COARSE if clip_search else []
         scale, zero = _choose(weight, group_size, bits, symmetric, shrink, bfloat16)
-        groups = weight.float().unflatten(-1, (scale.shape[-1], -1))
-        rounded = round_trip(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), bits, symmetric)
-    return straight_through(weight, rounded.flatten(-2))
+        rounded = _on_grid(weight, scale, zero, bits, symmetric)
+    return straight_through(weight, rounded)
+
+
+def _on_grid(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """A weight [..., n] on the grids of its groups, float32."""
+    groups = weight.float().unflatten(-1, (scale.shape[-1], -1))
+    return round_trip(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), bits, symmetric).flatten(-2)
 
 
 class _As(torch.autograd.Function):
@@ -231,45 +238,3 @@ class _As(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         return gradient.to(ctx.dtype), None
-
-
-@functools.cache
-def codebook(kind: str, bits: int) -> Tensor:
-    """The 2^bits values of a table on [-1, 1], ascending, float32.
-
-    "nf": NormalFloat (Dettmers et al., 2023): quantiles of a normal distribution at evenly spaced
-    probabilities, 2^(b-1) of them positive, zero exact, scaled so that the largest is 1.
-    "uniform": evenly spaced, both ends included (LoftQ's; it has no zero).
-
-    Raises:
-        ValueError: another kind, or bits out of 2 to 8.
-    """
-    if kind not in ("nf", "uniform") or not 2 <= bits <= 8:
-        raise ValueError(f"expected a codebook 'nf' or 'uniform' of 2 to 8 bits, found {kind!r} of {bits}")
-    if kind == "uniform":
-        return torch.linspace(-1, 1, 2**bits)
-    half, offset = 2 ** (bits - 1), 0.9677083  # the outermost probability, bitsandbytes' choice
-    quantile = NormalDist().inv_cdf
-    above = [quantile(offset + (0.5 - offset) * i / half) for i in range(half)]
-    below = [-quantile(offset + (0.5 - offset) * i / (half - 1)) for i in range(half - 1)]
-    values = torch.tensor(sorted([*above, 0.0, *below]), dtype=torch.float64)
-    return (values / values.max()).float()
-
-
-def absmax(weight: Tensor, group_size: int | None) -> Tensor:
-    """The largest magnitude in every group of a weight [..., n]: float32 [..., groups], never zero."""
-    groups: Tensor = weight.unflatten(-1, (-1, group_size or weight.shape[-1]))
-    return groups.abs().amax(-1).float().clamp_min(EPSILON)
-
-
-def encode(weight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    """The index of the nearest table entry to w / s: uint8 [..., n]."""
-    groups = weight.unflatten(-1, (scale.shape[-1], -1)) / scale.to(weight.dtype).unsqueeze(-1)
-    halfway = ((table[1:] + table[:-1]) / 2).to(weight.dtype)
-    return torch.bucketize(groups, halfway).to(torch.uint8).flatten(-2)
-
-
-def decode(codes: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    """s·table[code] in the scales' type, for codes [..., n] and scales [..., groups]."""
-    groups: Tensor = table.to(scale.dtype)[codes.int()].unflatten(-1, (scale.shape[-1], -1))
-    return (groups * scale.unsqueeze(-1)).flatten(-2)

@@ -38,7 +38,7 @@ class Quantized:
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, grid: affine.Grid, damping: float = 0.01, act_order: bool = False
+    weight: Tensor, hessian: Tensor, grid: affine.Integers, damping: float = 0.01, act_order: bool = False
 ) -> Quantized:
     """Round a weight to a grid with the least change of its outputs on the inputs that made the Hessian.
 
@@ -75,7 +75,7 @@ def gptq(
     return Quantized(integers, scale, zero)
 
 
-def _check_shapes(weight: Tensor, hessian: Tensor, grid: affine.Grid) -> None:
+def _check_shapes(weight: Tensor, hessian: Tensor, grid: affine.Integers) -> None:
     found = f"a weight {list(weight.shape)} and a Hessian {list(hessian.shape)}"
     if weight.dim() != 2 or hessian.shape != (weight.shape[1], weight.shape[1]):
         raise PassError(
@@ -132,7 +132,7 @@ def _updates(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     return upper.div_(upper.diagonal().clone().unsqueeze(1))
 
 
-def _round_columns(columns: Tensor, updates: Tensor, grid: affine.Grid) -> tuple[Tensor, Tensor]:
+def _round_columns(columns: Tensor, updates: Tensor, grid: affine.Integers) -> tuple[Tensor, Tensor]:
     """Round [in, out] in place, from the first to the last; returns scale and zero [out, groups]."""
     width, rows = columns.shape
     group = grid.group_size or width

@@ -13,6 +13,7 @@ from rolora_passes.decoding.ready import ready
 from rolora_passes.decoding.state import require_state
 from rolora_passes.errors import VerificationError
 from rolora_passes.graphs.graph import get_tensor, parameters, run, set_tensor
+from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.static_shapes import written
 from rolora_passes.graphs.verify import relative_error, sample_tokens
@@ -54,7 +55,7 @@ class AddKVCache(Pass):
         graph.graph = cached.graph
         for name, value in parameters(cached).items():
             set_tensor(graph, name, value)
-        graph.meta.update({key: cached.meta[key] for key in ("max_length", "call_length")})
+        set_info(graph, cached=info(cached).cached)
         graph.recompile()
         return Report(changed=sites)
 

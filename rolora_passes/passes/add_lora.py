@@ -22,17 +22,18 @@ from rolora_passes.adapters.lora import (
 from rolora_passes.adapters.peft_format import load_adapter
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.axis_maps import LowRank
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.graphs.evaluate import compute
-from rolora_passes.graphs.graph import constants, dtype_of, finish, is_op, site_names
+from rolora_passes.graphs.graph import constants, finish, is_op, site_names
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import attention_roles, by_name_only, is_head, matches, named
-from rolora_passes.passes.base import Pass, Report
+from rolora_passes.passes.base import Kind, Pass, Report
 
 _INITS = ("zero", "gaussian", "svd", "loftq")
 
 
 @dataclass(frozen=True)
-class AddLoRA(Pass):
+class AddLoRA(Pass, name="add-lora"):
     """Add y += (alpha / rank) · B A x to linears.
 
     Before:                       After:
@@ -84,9 +85,9 @@ class AddLoRA(Pass):
             object.__setattr__(self, "targets", tuple(self.targets))
 
     @property
-    def exact(self) -> bool:
-        """As long as B is zero, or the weight is less by what the branch gives."""
-        return self.init in ("zero", "svd") and self.adapter is None
+    def kind(self) -> Kind:  # type: ignore[override]
+        """Exact as long as B is zero, or the weight is less by what the branch gives."""
+        return "exact" if self.init in ("zero", "svd") and self.adapter is None else "trained"
 
     @property
     def scale(self) -> float:

@@ -4,36 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, fx
 
+from rolora_passes.graphs.info import Report as Report
 from rolora_passes.graphs.verify import verify_same
-
-
-@dataclass
-class Report:
-    """What a pass did.
-
-    Attributes:
-        changed: sites it rewrote.
-        left: sites it could have rewritten and did not, each with the reason.
-        moved: names of values that stand in another basis afterwards, so a comparison skips them.
-        notes: figures worth printing.
-    """
-
-    changed: list[str] = field(default_factory=list)
-    left: list[tuple[str, str]] = field(default_factory=list)
-    moved: set[str] = field(default_factory=set)
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def modified(self) -> bool:
-        """Whether the graph is any different."""
-        return bool(self.changed)
 
 
 @dataclass(frozen=True)
@@ -57,37 +37,38 @@ class Calibration:
     labels: Tensor | None = None
 
 
+Kind = Literal["exact", "lossy", "trained"]
+
+
 @dataclass(frozen=True)
 class Pass:
     """Base of all passes. Subclasses set the class attributes and implement `run`.
 
     Class attributes:
+        name: in recipes, on the command line and in reports.
         kind: "exact" keeps the function up to rounding, and is verified; "lossy" puts values on a grid;
-            "trained" changes the function by learning.
+            "trained" changes the function by learning, or adds what was learned. A property where options
+            decide.
         requires, forbids: facts (`rolora_passes.graphs.facts`) that must hold before, and must not.
         ensures, removes: facts that hold after, if the pass found a site, and that no longer do.
     """
 
-    kind: ClassVar[Literal["exact", "lossy", "trained"]] = "exact"
+    kind: ClassVar[Kind] = "exact"
     requires: ClassVar[tuple[str, ...]] = ("canonical",)
     ensures: ClassVar[tuple[str, ...]] = ()
     forbids: ClassVar[tuple[str, ...]] = ()
     removes: ClassVar[tuple[str, ...]] = ()
 
-    @classmethod
-    def pass_name(cls) -> str:
-        """`FuseNorm` is `fuse-norm` in recipes and on the command line; `AddLoRA` is `add-lora`, `LoftQ`
-        `loftq`."""
-        words = cls.__name__.replace("LoRA", "Lora").replace("LoftQ", "Loftq").replace("RILQ", "Rilq")
-        return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", words).lower()
+    name: ClassVar[str]
 
-    @property
-    def name(self) -> str:
-        return self.pass_name()
+    def __init_subclass__(cls, name: str | None = None, **more: Any) -> None:
+        """`FuseNorm` is `fuse-norm` in recipes and on the command line, if it is given no other `name`."""
+        super().__init_subclass__(**more)
+        cls.name = name or re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
 
     @property
     def exact(self) -> bool:
-        """Whether the pass, with these options, keeps the function."""
+        """Whether the pass, with these options, keeps the function: its `kind` is "exact"."""
         return self.kind == "exact"
 
     @property
@@ -120,3 +101,11 @@ class Pass:
             VerificationError: it is not; says where it is lost.
         """
         return verify_same(before, after, self.name, report.moved)
+
+
+def renamed(step: Pass, old: str, **options: Any) -> None:
+    """Take an option as it was written in the version before: these stand for it, and a warning says so."""
+    now = ", ".join(f"{key}: {value}" for key, value in options.items() if value is not None)
+    warnings.warn(f"{step.name}: `{old}` is `{now}` now; the old spelling goes in 0.3", FutureWarning, 4)
+    for key, value in options.items():
+        object.__setattr__(step, key, value)

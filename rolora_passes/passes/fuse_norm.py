@@ -20,8 +20,8 @@ from rolora_passes.graphs.bases.norm_fusion import (
     parameter_name,
     tied_tables,
 )
+from rolora_passes.graphs.expressions import Expressions
 from rolora_passes.graphs.graph import (
-    Expressions,
     add_parameter,
     aten,
     constants,

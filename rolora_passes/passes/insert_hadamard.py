@@ -13,25 +13,12 @@ from torch import Tensor, fx
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.bases.inference import Bases, infer_bases
 from rolora_passes.graphs.bases.rotations import add_rotation, check_orthogonal, load_rotations, only
-from rolora_passes.graphs.graph import constants, dtype_of, finish, insert_after, is_op, op_name, root_names
+from rolora_passes.graphs.dtypes import dtype_of
+from rolora_passes.graphs.graph import constants, finish, insert_after, is_op, root_names
+from rolora_passes.graphs.operators import Trait, has
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.numerics import hadamard
 from rolora_passes.passes.base import Pass, Report
-
-# Operators that make an axis rigid element by element: what they produce can only be rotated online.
-_POINTWISE = {
-    "mul",
-    "silu",
-    "gelu",
-    "relu",
-    "sigmoid",
-    "tanh",
-    "leaky_relu",
-    "elu",
-    "square",
-    "pow",
-    "hardswish",
-}
 
 
 @dataclass(frozen=True)
@@ -171,14 +158,12 @@ class _Turns:
 
 def _spreads(node: fx.Node, known: set[fx.Node]) -> bool:
     """Whether a value is made element by element: a non-linearity, or a product of two activations."""
-    if node.op != "call_function" or op_name(node) not in _POINTWISE or node in known:
+    if node in known:
         return False
-    return op_name(node) != "mul" or (
-        len(node.all_input_nodes) == 2 and not known & set(node.all_input_nodes)
-    )
+    both = is_op(node, "mul") and len(node.all_input_nodes) == 2 and not known & set(node.all_input_nodes)
+    return both or has(node, Trait.ACTIVATION)
 
 
 def _reaches_matmul(node: fx.Node) -> bool:
     """Whether a value goes through views alone into a matrix product with something not constant."""
-    views = ("unsqueeze", "view", "reshape", "flatten", "unflatten", "transpose", "squeeze")
-    return any(is_op(u, "bmm", "matmul") or (is_op(u, *views) and _reaches_matmul(u)) for u in node.users)
+    return any(is_op(u, "bmm", "matmul") or (has(u, Trait.VIEW) and _reaches_matmul(u)) for u in node.users)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.bases.rotations import load_rotations, only
+from rolora_passes.graphs.bases.rotations import keep_rotation, load_rotations, only
 from rolora_passes.graphs.bases.scalings import (
     Scaling,
     apply_scaling,
@@ -19,15 +19,10 @@ from rolora_passes.graphs.bases.scalings import (
     find_scalings,
     relative_energies,
 )
-from rolora_passes.graphs.graph import (
-    Expressions,
-    add_parameter,
-    aten,
-    dtype_of,
-    finish,
-    insert_after,
-    site_names,
-)
+from rolora_passes.graphs.dtypes import dtype_of
+from rolora_passes.graphs.expressions import Expressions
+from rolora_passes.graphs.graph import add_parameter, aten, finish, insert_after, site_names
+from rolora_passes.graphs.info import Rotation
 from rolora_passes.passes.base import Calibration, Pass, Report
 from rolora_passes.quantize.observers import watch
 
@@ -100,9 +95,11 @@ class InsertScaling(Pass):
                 report.left.append((site, scaling.reason))
                 continue
             key = _key(scaling, names)
-            about = {"size": scaling.size, "method": method if key in start else "ones"}
+            how = method if key in start else "ones"
             value = start.pop(key, torch.ones(scaling.size, dtype=torch.float64))
-            apply_scaling(graph, expressions, scaling, self._scale(graph, key, value.double(), about))
+            if list(value.shape) != [scaling.size] or not bool((value > 0).all() & value.isfinite().all()):
+                raise PassError(f"{self.name}: expected {key} to be {scaling.size} positive numbers")
+            apply_scaling(graph, expressions, scaling, _parameter(graph, key, value.double(), how))
             report.changed.append(f"{site}: {scaling.size} scales")
             report.moved |= scaling.moved
         if start:
@@ -110,14 +107,12 @@ class InsertScaling(Pass):
         finish(graph)
         return report
 
-    def _scale(self, graph: fx.GraphModule, key: str, scale: Tensor, about: dict[str, Any]) -> fx.Node:
-        """s [n] as exp of a parameter, and its entry in the manifest."""
-        if list(scale.shape) != [about["size"]] or not bool((scale > 0).all() & scale.isfinite().all()):
-            raise PassError(f"{self.name}: expected {key} to be {about['size']} positive numbers")
-        node = add_parameter(graph, f"rotations.{key.replace('.', '_')}", scale.log().to(dtype_of(graph)))
-        graph.meta.setdefault("rotations", {})[key] = {**about, "tensor": node.target}
-        graph.meta.setdefault("rotation_tensors", {})[key] = scale
-        return insert_after(graph, node, aten.exp.default, node)
+
+def _parameter(graph: fx.GraphModule, key: str, scale: Tensor, method: str) -> fx.Node:
+    """s [n] as exp of a parameter, and its entry in the manifest."""
+    node = add_parameter(graph, f"rotations.{key.replace('.', '_')}", scale.log().to(dtype_of(graph)))
+    keep_rotation(graph, key, Rotation(method, str(node.target), scale))
+    return insert_after(graph, node, aten.exp.default, node)
 
 
 def _key(scaling: Scaling, names: Mapping[fx.Node, str]) -> str:

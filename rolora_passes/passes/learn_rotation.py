@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.bases.inference import infer_bases
-from rolora_passes.graphs.bases.rotations import check_orthogonal, dense
+from rolora_passes.graphs.bases.rotations import check_orthogonal, dense, keep_rotation
 from rolora_passes.graphs.folding import fold
 from rolora_passes.graphs.graph import copy_graph, get_tensor, is_op, parameters, set_tensor, upstream
+from rolora_passes.graphs.info import Rotation, info
 from rolora_passes.graphs.sites import matches
 from rolora_passes.numerics.stiefel import RATES, Method, Variables
 from rolora_passes.passes.base import Calibration, Report
@@ -74,10 +75,10 @@ class LearnRotation(Training):
         report.moved = _moved(graph, set(variables.names))
         return report
 
-    def _chosen(self, graph: fx.GraphModule, report: Report) -> dict[str, dict[str, Any]]:
+    def _chosen(self, graph: fx.GraphModule, report: Report) -> dict[str, Rotation]:
         """The manifest's entries to train, those whose parameter is still in the graph."""
-        known, there = graph.meta.get("rotations", {}), parameters(graph)
-        open_ = {key: entry for key, entry in known.items() if entry.get("tensor") in there}
+        there = parameters(graph)
+        open_ = {key: known for key, known in info(graph).rotations.items() if known.tensor in there}
         if not open_:
             raise PassError(
                 f"{self.name}: expected rotations or scales that are not folded yet, found none: run rotate, "
@@ -92,30 +93,28 @@ class LearnRotation(Training):
         return chosen
 
     def _open(
-        self, graph: fx.GraphModule, entries: dict[str, dict[str, Any]]
+        self, graph: fx.GraphModule, entries: dict[str, Rotation]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Start values by parameter: dense matrices, and logarithms of scales."""
         rotations, scales = {}, {}
         for key, entry in entries.items():
-            value = get_tensor(graph, entry["tensor"]).detach()
+            value = get_tensor(graph, entry.tensor).detach()
             if _is_scale(key):
-                scales[entry["tensor"]] = value
+                scales[entry.tensor] = value
             else:
-                rotations[entry["tensor"]] = dense(value)
+                rotations[entry.tensor] = dense(value)
         return rotations, scales
 
-    def _close(
-        self, graph: fx.GraphModule, entries: dict[str, dict[str, Any]], found: dict[str, Tensor]
-    ) -> None:
+    def _close(self, graph: fx.GraphModule, entries: dict[str, Rotation], found: dict[str, Tensor]) -> None:
         """Put what was learned into the graph and its manifest, matrices made orthogonal to float64."""
         for key, entry in entries.items():
-            value, old = found[entry["tensor"]].detach(), get_tensor(graph, entry["tensor"])
+            value, old = found[entry.tensor].detach(), get_tensor(graph, entry.tensor)
             value = value if _is_scale(key) else check_orthogonal(value, len(value), key)
-            set_tensor(graph, entry["tensor"], value.to(old.dtype))
+            set_tensor(graph, entry.tensor, value.to(old.dtype))
             value = value.double().exp() if _is_scale(key) else value
-            began = {"began": entry["method"]} if entry["method"] != "learned" else {}
-            graph.meta["rotations"][key] = {**entry, **began, "method": "learned"}
-            graph.meta["rotation_tensors"][key] = value
+            began = {"began": entry.method} if entry.method != "learned" else {}
+            learned = Rotation("learned", entry.tensor, value, {**entry.about, **began})
+            keep_rotation(graph, key, learned)
 
 
 def _is_scale(key: str) -> bool:

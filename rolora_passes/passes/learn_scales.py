@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -12,7 +12,7 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import get_tensor, set_tensor, site_names
 from rolora_passes.learning.gains import insert_gains, keep_gains
 from rolora_passes.numerics.stiefel import Variables
-from rolora_passes.passes.base import Calibration, Report
+from rolora_passes.passes.base import Calibration, Kind, Report
 from rolora_passes.passes.training import Training
 from rolora_passes.quantize.quantizers import held, open_scales, stored_scales
 
@@ -41,7 +41,7 @@ class LearnScales(Training):
         PassError: no stored scales; what every pass that trains raises.
     """
 
-    kind: ClassVar[Literal["trained"]] = "trained"
+    kind: ClassVar[Kind] = "trained"
     requires: ClassVar[tuple[str, ...]] = ("canonical", "weights quantized")
     forbids: ClassVar[tuple[str, ...]] = ("activations quantized", "cache quantized")
 

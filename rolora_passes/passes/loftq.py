@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from torch import Tensor, fx
+from torch import fx
 
 from rolora_passes.adapters.lora import add_branch, low_rank, require_rank, unnamed_branches, without
 from rolora_passes.errors import PassError
@@ -15,15 +15,13 @@ from rolora_passes.graphs.graph import constants, finish, site_names
 from rolora_passes.graphs.layers import find_layers
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import by_name_only, is_head, require_match, why_left
-from rolora_passes.numerics.affine import Grid, absmax, codebook, decode, encode, fake_quantize_weight
-from rolora_passes.passes.base import Pass, Report
-from rolora_passes.quantize.quantizers import encode_weight, quantize_weight, require_float32, require_group
-
-_METHODS = ("nf", "uniform", "rtn")
+from rolora_passes.numerics.grids import make_grid
+from rolora_passes.passes.base import Kind, Pass, Report, renamed
+from rolora_passes.quantize.quantizers import quantize_weight, require_float32, require_group
 
 
 @dataclass(frozen=True)
-class LoftQ(Pass):
+class LoftQ(Pass, name="loftq"):
     """Find Q and s·B A with Q + s·B A near W, Q on a grid: quantize what the branch leaves, then decompose
     the rest.
 
@@ -39,38 +37,42 @@ class LoftQ(Pass):
         bits: 2 to 8, or between 2 and 4: the first part of the layers then has 4 bits, the rest 2, so that
             the mean is `bits` (of 32 layers at 2.5 bits, the first 8).
         group_size: input channels that share a scale; None: one for every output channel.
-        method: "nf" (NormalFloat), "uniform" (LoftQ's table), or "rtn", symmetric integers as
-            quantize-weights has them, which the runtimes' kernels multiply by.
+        grid: as quantize-weights has them: "nf" (NormalFloat), "uniform" (LoftQ's table), or "int", symmetric
+            integers, which the runtimes' kernels multiply by.
         rank, alpha: of the branches; their scale is alpha / rank.
         iterations: 1 is one decomposition of what plain quantization takes.
         targets: "all-linear" (every linear but the head and branches), or patterns over site names.
         exclude: patterns of sites to leave.
+        method: what `grid` was called in 0.1, with "rtn" for "int".
 
     Raises:
         PassError: no linear matches a target, rank exceeds a matched linear's size, groups that do not divide
             an input, a method or width that there is no table of.
     """
 
-    kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
+    kind: ClassVar[Kind] = "lossy"
     ensures: ClassVar[tuple[str, ...]] = ("weights quantized",)
 
     bits: float = 4
     group_size: int | None = 64
-    method: Literal["nf", "uniform", "rtn"] = "nf"
+    grid: str = "nf"
     rank: int = 16
     alpha: float = 16.0
     iterations: int = 5
     targets: str | tuple[str, ...] = "all-linear"
     exclude: tuple[str, ...] = ()
+    method: str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in _METHODS:
-            raise PassError(f"{self.name}: expected a codebook of {_METHODS}, found {self.method!r}")
+        if old := self.method or ("rtn" if self.grid == "rtn" else None):
+            renamed(self, f"method: {old}", grid="int" if old == "rtn" else old, method=None)
         if not 2 <= self.bits <= 8 or (self.bits > 4 and self.bits != int(self.bits)):
             raise PassError(f"{self.name}: bits must be 2 to 8, whole above 4, found {self.bits}")
         for option in ("rank", "iterations"):
             if getattr(self, option) < 1:
                 raise PassError(f"{self.name}: {option} must be 1 or more, found {getattr(self, option)}")
+        for bits in {2, 4} if self.bits != int(self.bits) else {int(self.bits)}:
+            make_grid(self.grid, bits, self.group_size)
 
     def run(self, graph: fx.GraphModule) -> Report:
         report, before, after = Report(), 0.0, 0.0
@@ -107,30 +109,20 @@ class LoftQ(Pass):
     def _split(self, graph: fx.GraphModule, node: Any, name: str, bits: int) -> tuple[float, float]:
         """Quantize a linear's weight and add its branch; the Frobenius errors without and with it."""
         scale, weight = self.alpha / self.rank, node.args[1]
+        grid = make_grid(self.grid, bits, self.group_size)
         (exact,) = compute(graph, [weight])
         exact = exact.float()
-        left = exact - self._rounded(exact, bits)
+        left = exact - grid.rounded(exact)
         plain, branch = float(left.norm()), low_rank(left, self.rank, scale)
         for _ in range(self.iterations - 1):
             taken = branch
-            left = exact - self._rounded(exact - scale * taken.b @ taken.a, bits)
+            left = exact - grid.rounded(exact - scale * taken.b @ taken.a)
             branch = low_rank(left, self.rank, scale)
         if self.iterations > 1:
             weight = without(graph, weight, name, taken, exact.dtype)
-        node.update_arg(1, self._quantized(graph, node, weight, bits))
+        node.update_arg(1, quantize_weight(graph, node, weight, grid))
         add_branch(graph, node, name, branch)
         return plain, float((left - scale * branch.b @ branch.a).norm())
-
-    def _rounded(self, weight: Tensor, bits: int) -> Tensor:
-        if self.method == "rtn":
-            return fake_quantize_weight(weight, self.group_size, bits, bfloat16=self.group_size is not None)
-        scale, table = absmax(weight, self.group_size), codebook(self.method, bits)
-        return decode(encode(weight, scale, table), scale, table)
-
-    def _quantized(self, graph: fx.GraphModule, before: fx.Node, weight: fx.Node, bits: int) -> fx.Node:
-        if self.method == "rtn":
-            return quantize_weight(graph, before, weight, Grid(bits, self.group_size, True, False))
-        return encode_weight(graph, before, weight, self.method, bits, self.group_size)
 
 
 def bits_by_layer(graph: fx.GraphModule, bits: float) -> dict[fx.Node, int]:

@@ -3,81 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.errors import GraphFormatError, NoSiteWarning, PassError, PassOrderError
+from rolora_passes.errors import GraphFormatError, NoSiteWarning, PassError
 from rolora_passes.graphs.capture import from_exported
-from rolora_passes.graphs.facts import FACTS, ROUNDED, facts, refuted, require_legal
+from rolora_passes.graphs.facts import ROUNDED, facts, refuted, require_legal
 from rolora_passes.graphs.graph import copy_graph, parameters
+from rolora_passes.graphs.info import Record as Record
+from rolora_passes.graphs.info import history as history
+from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.text import graph_text
-from rolora_passes.graphs.verify import in_a_row
+from rolora_passes.graphs.verify import Verified, in_a_row
 from rolora_passes.memory import peak_mb
 from rolora_passes.passes.base import Calibration, Pass, Report
+from rolora_passes.passes.order import check_order as check_order
+from rolora_passes.passes.order import require_calibration as require_calibration
+from rolora_passes.passes.printing import Print, Printing
 from rolora_passes.passes.registry import PassLike, make_pass
 
-Print = Literal["never", "failed", "changed", "all"]
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class Record:
-    """What one pass did, what it cost, and how far the function moved.
+@dataclass(frozen=True)
+class Applied:
+    """One pass of a list, applied.
 
     Attributes:
-        seconds: of the pass itself; verification apart.
-        peak_mb: the process's peak memory so far, in MB.
-        nodes: graph nodes before and after.
-        error: largest difference of the logits, relative to the largest logit; None if not verified.
+        step: the pass.
+        graph: what it made.
+        record: what it did.
+        calibration: what it was given, with the graph to learn from where something was rounded.
     """
 
-    name: str
-    options: dict[str, Any]
-    kind: str
-    seconds: float
-    verify_seconds: float
-    peak_mb: float
-    nodes: tuple[int, int]
-    report: Report
-    error: float | None
-
-    def __str__(self) -> str:
-        """A line for a log."""
-        options = ", ".join(f"{key}={value!r:.80}" for key, value in self.options.items())
-        exact = (
-            "" if self.error is None else f", same function to {self.error:.0e} ({self.verify_seconds:.1f} s)"
-        )
-        sites = f"{len(self.report.changed)} sites" if self.report.changed else "no site found"
-        return (
-            f"{self.name}({options}): {sites}, {len(self.report.left)} left, "
-            f"{self.seconds:.2f} s, peak {self.peak_mb:.0f} MB, {self.nodes[0]} nodes before and "
-            f"{self.nodes[1]} after{exact}"
-        )
-
-    def row(self) -> dict[str, Any]:
-        """A JSON-able summary."""
-        known = asdict(self)
-        known["options"] = {name: _plain(value) for name, value in self.options.items()}
-        report = self.report
-        known["report"] = {"changed": report.changed, "left": report.left, "notes": report.notes}
-        return known
-
-
-def _plain(value: Any) -> Any:
-    """An option as JSON has it: a file by its name, tensors by their keys."""
-    if isinstance(value, Path):
-        return value.as_posix()
-    return list(value) if isinstance(value, Mapping) else value
+    step: Pass
+    graph: fx.GraphModule
+    record: Record
+    calibration: Calibration | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +56,7 @@ class Failure:
     Attributes:
         step: the pass.
         graph: what it was given.
-        calibration, verify: as `apply_passes` had them.
+        calibration, verify: as `steps` had them.
         error: what was raised.
     """
 
@@ -107,7 +76,6 @@ def apply_passes(
     print_graph: Print = "never",
     print_to: str | Path | None = None,
     on_pass: Callable[[Record], None] | None = None,
-    on_graph: Callable[[Pass, fx.GraphModule], None] | None = None,
     on_failure: Callable[[Failure], None] | None = None,
 ) -> fx.GraphModule:
     """Apply passes in order to a copy of a graph; tensors are shared until a pass replaces them.
@@ -123,7 +91,6 @@ def apply_passes(
             pass that fails, what it made if it does not verify, else what it was given.
         print_to: the folder for that; standard error if None. With a folder, a failure is always written.
         on_pass: called with each pass's record as it is done (for progress).
-        on_graph: called with each pass and the graph that it made.
         on_failure: called when a pass fails, before its error is raised.
 
     Returns: the new graph; `history(graph)` has a Record for every pass.
@@ -135,28 +102,55 @@ def apply_passes(
         VerificationError: an exact pass changed the function.
         PassError: a pass cannot do what its options ask, or needs calibration and there is none.
     """
-    graph, pipeline = _captured(graph), _pipeline(passes)
-    require_legal(graph, "from rolora_passes.graphs.capture")
-    check_order(pipeline, facts(graph, {f for step in pipeline for f in (*step.requires, *step.forbids)}))
+    current = given = _captured(graph)
+    for applied in steps(
+        given,
+        passes,
+        verify=verify,
+        calibration=calibration,
+        print_graph=print_graph,
+        print_to=print_to,
+        on_failure=on_failure,
+    ):
+        if on_pass:
+            on_pass(applied.record)
+        current = applied.graph
+    return copy_graph(given) if current is given else current
+
+
+def steps(
+    graph: fx.GraphModule | torch.export.ExportedProgram,
+    passes: Iterable[PassLike],
+    *,
+    verify: bool = True,
+    calibration: Calibration | Tensor | None = None,
+    print_graph: Print = "never",
+    print_to: str | Path | None = None,
+    on_failure: Callable[[Failure], None] | None = None,
+) -> Iterator[Applied]:
+    """`apply_passes` one pass at a time: what each made, as soon as it has.
+
+    Args, and what it raises: those of `apply_passes`.
+    """
+    current, pipeline, printing = _captured(graph), _pipeline(passes), Printing(print_graph, print_to)
+    require_legal(current, "from rolora_passes.graphs.capture")
+    check_order(pipeline, facts(current, {f for step in pipeline for f in (*step.requires, *step.forbids)}))
     if isinstance(calibration, Tensor):
         calibration = Calibration(calibration)
-    require_calibration(pipeline, calibration, graph.meta.get("config", {}).get("vocab_size"))
-    current = graph
-    with in_a_row():
-        for number, step in enumerate(pipeline):
-            calibration = referring(calibration, current, step)
-            try:
-                current, record = _apply(current, step, verify, calibration, number, print_graph, print_to)
-            except Exception as error:
-                if on_failure:
-                    on_failure(Failure(step, current, calibration, verify, error))
-                raise
-            _log.info("%s", record)
-            if on_pass:
-                on_pass(record)
-            if on_graph:
-                on_graph(step, current)
-    return current if pipeline else copy_graph(graph)
+    require_calibration(pipeline, calibration, info(current).vocabulary)
+    verified = Verified()
+    for number, step in enumerate(pipeline):
+        calibration = _referring(calibration, current, step)
+        try:
+            with in_a_row(verified):
+                made, record = _apply(current, step, verify, calibration, number, printing)
+        except Exception as error:
+            if on_failure:
+                on_failure(Failure(step, current, calibration, verify, error))
+            raise
+        _log.info("%s", record)
+        yield Applied(step, made, record, calibration)
+        current = made
 
 
 def _captured(graph: fx.GraphModule | torch.export.ExportedProgram) -> fx.GraphModule:
@@ -176,75 +170,11 @@ def _pipeline(passes: Iterable[PassLike]) -> list[Pass]:
     return [make_pass(p) for p in passes]
 
 
-def history(graph: fx.GraphModule) -> list[Record]:
-    """The records of every pass applied to a graph, oldest first."""
-    return list(graph.meta.get("history", []))
-
-
-def referring(calibration: Calibration | None, graph: fx.GraphModule, step: Pass) -> Calibration | None:
-    """What a pass is given, with `graph` as the reference if the pass is the first to round anything.
-
-    `apply_passes` does this along its list; who applies passes one by one hands on what this returns.
-    """
+def _referring(calibration: Calibration | None, graph: fx.GraphModule, step: Pass) -> Calibration | None:
+    """What a pass is given, with `graph` as the reference if the pass is the first to round anything."""
     if calibration is None or not ROUNDED & {*step.ensures} or facts(graph, ROUNDED):
         return calibration
     return dataclasses.replace(calibration, reference=graph)
-
-
-def check_order(pipeline: Iterable[Pass], holding: Iterable[str]) -> None:
-    """Check requirements and prohibitions along a pipeline, before anything runs.
-
-    Args:
-        holding: facts that hold of the graph that the pipeline is for.
-
-    Raises:
-        PassOrderError: names the pass, the fact, and the pass to run first or to leave out.
-    """
-    known = dict.fromkeys(holding, "before these passes")
-    for step in pipeline:
-        for fact in step.requires:
-            if fact not in known:
-                remedy = FACTS[fact].remedy if fact in FACTS else "see `rolora passes`"
-                raise PassOrderError(
-                    f"{step.name} requires a graph with {fact!r}, found {sorted(known) or 'none'}: {remedy}"
-                )
-        for fact in step.forbids:
-            if fact in known:
-                raise PassOrderError(
-                    f"{step.name} cannot run on a graph that is already {fact!r} ({known[fact]}): "
-                    "move it before what did that, or leave it out"
-                )
-        known = {fact: how for fact, how in known.items() if fact not in step.removes}
-        known |= dict.fromkeys(step.ensures, f"by {step.name}")
-
-
-def require_calibration(
-    pipeline: Iterable[Pass], calibration: Calibration | None, vocabulary: int | None = None
-) -> None:
-    """Check, before anything runs, that passes that look at data have some.
-
-    Raises:
-        PassError: there is none, or it is not tokens int64 [N, S] with N and S at least 1, all of them in
-            the vocabulary, if its size is known.
-    """
-    needy = [step.name for step in pipeline if step.needs_calibration]
-    if needy and calibration is None:
-        raise PassError(
-            f"{needy[0]} looks at data and was given none: pass calibration=tokens, int64 [N, S] "
-            "(rolora_passes.loading.data.calibration_tokens makes them from text), or --calibration FILE"
-        )
-    if needy and calibration is not None:
-        tokens = calibration.tokens
-        if tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens.numel():
-            raise PassError(
-                f"expected calibration tokens int64 [N, S], found {tokens.dtype} {list(tokens.shape)}"
-            )
-        low, high = (int(bound) for bound in tokens.aminmax())
-        if low < 0 or (vocabulary is not None and high >= vocabulary):
-            raise PassError(
-                f"expected calibration tokens of a vocabulary of {vocabulary}, found {low} to {high}: "
-                "they are another tokenizer's"
-            )
 
 
 def _apply(
@@ -253,11 +183,9 @@ def _apply(
     verify: bool,
     calibration: Calibration | None,
     number: int,
-    print_graph: Print,
-    print_to: str | Path | None,
+    printing: Printing,
 ) -> tuple[fx.GraphModule, Record]:
-    after, shown = copy_graph(before), before
-    error = None
+    after, shown, error = copy_graph(before), before, None
     place = f"{number:02d}-{step.name}"
     try:
         if number:  # the first was checked with the order
@@ -274,16 +202,13 @@ def _apply(
         if verify and step.exact and not _identical(before, after):
             error = step.verify(before, after, report)
     except Exception:
-        if print_to is not None or print_graph == "failed":
-            _write(place + "-failed", graph_text(shown), print_to)
+        printing.failed(place, shown)
         raise
     counts = len(before.graph.nodes), len(after.graph.nodes)
     spent = time.perf_counter() - start
-    kind = "exact" if step.exact else "trained" if step.kind == "trained" else "lossy"
-    record = Record(step.name, step.options(), kind, seconds, spent, peak_mb(), counts, report, error)
-    after.meta["history"] = [*before.meta.get("history", []), record]
-    if print_graph == "all" or (print_graph == "changed" and report.modified):
-        _write(place, graph_diff(before, after) if print_graph == "changed" else graph_text(after), print_to)
+    record = Record(step.name, step.options(), step.kind, seconds, spent, peak_mb(), counts, report, error)
+    set_info(after, history=(*info(before).history, record))
+    printing.done(place, before, after, report.modified)
     return after, record
 
 
@@ -299,7 +224,7 @@ def _check_claims(graph: fx.GraphModule, step: Pass, report: Report) -> None:
     if not report.changed:
         if broken or not step.ensures:
             why = "; ".join(f"{site}: {reason}" for site, reason in report.left[:2])
-            warnings.warn(f"{step.name} found no site. {why}", NoSiteWarning, stacklevel=4)
+            warnings.warn(f"{step.name} found no site. {why}", NoSiteWarning, stacklevel=5)
         return
     for fact, reason in broken.items():
         raise PassError(f"{step.name} says that it leaves a graph with {fact!r}, but {reason}")
@@ -313,17 +238,3 @@ def _identical(before: fx.GraphModule, after: fx.GraphModule) -> bool:
     old, new = parameters(before), parameters(after)
     same = old.keys() == new.keys() and all(old[name] is new[name] for name in old)
     return same and graph_text(before) == graph_text(after)
-
-
-def graph_diff(before: fx.GraphModule, after: fx.GraphModule) -> str:
-    """A unified diff of two graphs' texts."""
-    old, new = graph_text(before).splitlines(), graph_text(after).splitlines()
-    return "\n".join(difflib.unified_diff(old, new, "before", "after", lineterm="", n=1)) + "\n"
-
-
-def _write(name: str, text: str, folder: str | Path | None) -> None:
-    if folder is None:
-        print(f"=== {name}\n{text}", file=sys.stderr)
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / f"{name}.txt").write_text(text, "utf-8")

@@ -10,13 +10,13 @@ from torch import fx
 
 from rolora_passes.adapters.lora import Branch, find_branches
 from rolora_passes.graphs.axis_maps import CHANGED
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import (
     KEPT,
     add_parameter,
     argument,
     aten,
-    dtype_of,
     finish,
     insert,
     is_op,
@@ -24,13 +24,13 @@ from rolora_passes.graphs.graph import (
     site_names,
 )
 from rolora_passes.graphs.lineage import keep_ways, ways
-from rolora_passes.numerics.affine import Grid
-from rolora_passes.passes.base import Pass, Report
+from rolora_passes.numerics.affine import Integers
+from rolora_passes.passes.base import Kind, Pass, Report
 from rolora_passes.quantize.quantizers import encode_weight, quantize_weight
 
 
 @dataclass(frozen=True)
-class MergeLoRA(Pass):
+class MergeLoRA(Pass, name="merge-lora"):
     """Replace every low-rank branch by an expression on the weight.
 
     Before:                                               After:
@@ -51,9 +51,9 @@ class MergeLoRA(Pass):
     requantize: bool = False
 
     @property
-    def exact(self) -> bool:
-        """Unless it rounds."""
-        return not self.requantize
+    def kind(self) -> Kind:  # type: ignore[override]
+        """Exact, unless it rounds."""
+        return "lossy" if self.requantize else "exact"
 
     def run(self, graph: fx.GraphModule) -> Report:
         report, names = Report(), site_names(graph)
@@ -117,10 +117,9 @@ def _requantized(graph: fx.GraphModule, before: fx.Node, old: Any, added: fx.Nod
     weight = add_parameter(graph, name, (exact + more).to(dtype_of(graph)))
     bits = argument(old, "bits")
     if is_op(old, "decode"):
-        kind = str(old.args[2].target).split(".")[1].rstrip("0123456789")
-        return encode_weight(graph, before, weight, kind, bits, group)
+        return encode_weight(graph, before, weight, old.args[2], bits, group)
     symmetric = argument(old, "zero") is None
-    return quantize_weight(graph, before, weight, Grid(bits, group, symmetric, False))
+    return quantize_weight(graph, before, weight, Integers(bits, group, symmetric))
 
 
 def _merged_bias(graph: fx.GraphModule, linear: fx.Node, branch: Branch, high: Any) -> fx.Node | None:

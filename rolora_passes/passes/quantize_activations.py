@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import fx
@@ -23,7 +23,7 @@ from rolora_passes.graphs.graph import (
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import by_name_only, is_head, require_match, why_left
 from rolora_passes.numerics.affine import qparams
-from rolora_passes.passes.base import Calibration, Pass, Report
+from rolora_passes.passes.base import Calibration, Kind, Pass, Report
 from rolora_passes.quantize.clips import Rounded, search_clips
 from rolora_passes.quantize.quantizers import require_bits, require_float32, require_group
 
@@ -60,7 +60,7 @@ class QuantizeActivations(Pass):
             value that was not observed.
     """
 
-    kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
+    kind: ClassVar[Kind] = "lossy"
     ensures: ClassVar[tuple[str, ...]] = ("activations quantized",)
 
     bits: int = 8

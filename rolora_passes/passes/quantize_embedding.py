@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import constants, finish, is_op, root_names
 from rolora_passes.graphs.shapes import infer_shapes
-from rolora_passes.numerics.affine import Grid
-from rolora_passes.passes.base import Pass, Report
+from rolora_passes.numerics.affine import Integers
+from rolora_passes.passes.base import Kind, Pass, Report
 from rolora_passes.quantize.quantizers import quantize_weight, require_bits, require_float32, require_group
 
 
@@ -33,7 +33,7 @@ class QuantizeEmbedding(Pass):
         PassError: the groups do not divide a table's rows.
     """
 
-    kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
+    kind: ClassVar[Kind] = "lossy"
     ensures: ClassVar[tuple[str, ...]] = ("embedding quantized",)
     forbids: ClassVar[tuple[str, ...]] = ("embedding quantized",)
 
@@ -62,7 +62,7 @@ class QuantizeEmbedding(Pass):
             name, width = root_names(table)[0], int(shapes[table].shape[-1])
             require_group(self.name, name, width, self.group_size)
             copy = ", a copy: something else reads the table too" if len(table.users) > 1 else ""
-            node.update_arg(0, quantize_weight(graph, node, table, Grid(self.bits, self.group_size)))
+            node.update_arg(0, quantize_weight(graph, node, table, Integers(self.bits, self.group_size)))
             report.changed.append(f"{name}: {self.bits} bits{copy}")
         finish(graph)
         return report

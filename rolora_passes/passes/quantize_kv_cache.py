@@ -11,7 +11,7 @@ from torch import fx
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import aten, finish, insert, is_op
 from rolora_passes.graphs.shapes import infer_shapes
-from rolora_passes.passes.base import Pass, Report
+from rolora_passes.passes.base import Kind, Pass, Report
 from rolora_passes.quantize.quantizers import require_bits, require_float32
 
 
@@ -32,7 +32,7 @@ class QuantizeKVCache(Pass):
         clip: multiplies the range (QuaRot: 0.95).
     """
 
-    kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
+    kind: ClassVar[Kind] = "lossy"
     ensures: ClassVar[tuple[str, ...]] = ("cache quantized",)
     forbids: ClassVar[tuple[str, ...]] = ("cache quantized",)
 

@@ -1,4 +1,4 @@
-"""QuantizeWeights: linears' weights as integers (RTN, GPTQ) or codes (NF), in groups or per channel."""
+"""QuantizeWeights: linears' weights on a grid (integers, NormalFloat), rounded to nearest or by GPTQ."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rolora_passes.graphs.graph import constants, finish, site_names
 from rolora_passes.graphs.lineage import keep_ways, ways
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import by_name_only, is_head, require_match, why_left
-from rolora_passes.numerics.affine import Grid
-from rolora_passes.passes.base import Calibration, Pass, Report
+from rolora_passes.numerics.affine import Integers
+from rolora_passes.numerics.grids import Grid, make_grid
+from rolora_passes.passes.base import Calibration, Kind, Pass, Report, renamed
 from rolora_passes.quantize.gptq_linears import gptq_linears
 from rolora_passes.quantize.quantizers import (
-    encode_weight,
     quantize_weight,
     require_bits,
     require_float32,
@@ -28,7 +28,8 @@ from rolora_passes.quantize.quantizers import (
     store_quantized,
 )
 
-_METHODS = ("rtn", "gptq", "nf", "uniform")
+_METHODS = ("rtn", "gptq")
+_OLD = ("nf", "uniform")  # grids, which were methods in 0.1
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class QuantizeWeights(Pass):
             scale per output channel at 8 bits. A head of 8 bits beside weights of fewer has one per output
             channel, too. Scales of groups are rounded to bfloat16, which is what kernels hold.
         symmetric: -2^(b-1) .. 2^(b-1)-1 around zero (8 bits: -127 .. 127); otherwise with a zero point.
-        method: "rtn" (round to nearest), "gptq" (Frantar et al., 2023; needs calibration, and sees what the
-            graph computes with everything before already quantized), "nf" (NormalFloat, QLoRA) or
-            "uniform" (LoftQ's table), codebooks scaled by each group's largest magnitude.
+        method: how to round: "rtn" (to nearest) or "gptq" (Frantar et al., 2023; needs calibration, and sees
+            what the graph computes with everything before already quantized).
+        grid: onto what: "int", or a codebook scaled by each group's largest magnitude: "nf" (NormalFloat,
+            QLoRA), "uniform" (LoftQ's table), or one that another package registers. GPTQ rounds onto "int".
         clip_search: shrink each range to where sum |w - ŵ|^2.4 is least, over a grid of 80.
         targets: "all-linear", or patterns over site names; the head is meant too. A mixture's routers,
             gates with one output, and low-rank branches ("lora_A", "lora_B") stay in floating point unless
@@ -67,19 +69,20 @@ class QuantizeWeights(Pass):
             GPTQ finds an input that it cannot work with (nothing seen, singular Hessian).
     """
 
-    kind: ClassVar[Literal["exact", "lossy"]] = "lossy"
+    kind: ClassVar[Kind] = "lossy"
     ensures: ClassVar[tuple[str, ...]] = ("weights quantized",)
 
     bits: int = 4
     group_size: int | Literal["auto"] | None = "auto"
     symmetric: bool = True
-    method: Literal["rtn", "gptq", "nf", "uniform"] = "rtn"
+    method: str = "rtn"
     clip_search: bool = False
     targets: str | tuple[str, ...] = "all-linear"
     exclude: tuple[str, ...] = ()
     head: int | None = 4
     damping: float = 0.01
     act_order: bool = False
+    grid: str = "int"
 
     def __post_init__(self) -> None:
         require_bits(self.name, "bits", self.bits)
@@ -87,13 +90,14 @@ class QuantizeWeights(Pass):
         group = self.group_size
         if group not in ("auto", None) and (isinstance(group, str) or group < 2):
             raise PassError(f"{self.name}: group_size must be 2 or more, None or 'auto', found {group!r}")
+        if self.method in _OLD:
+            renamed(self, f"method: {self.method}", method="rtn", grid=self.method)
         if self.method not in _METHODS:
             raise PassError(f"{self.name}: method must be one of {_METHODS}, found {self.method!r}")
-        if self.method in ("nf", "uniform") and (not self.symmetric or self.clip_search):
-            raise PassError(
-                f"{self.name}: a codebook has no zero points and no clip search; "
-                f"leave symmetric and clip_search out with method {self.method!r}"
-            )
+        if self.method == "gptq" and self.grid != "int":
+            raise PassError(f"{self.name}: gptq rounds onto the grid 'int', found {self.grid!r}: use rtn")
+        for bits in (self.bits, self.head):
+            self._grid(bits or self.bits)
 
     @property
     def needs_calibration(self) -> bool:
@@ -102,18 +106,18 @@ class QuantizeWeights(Pass):
     def run(self, graph: fx.GraphModule) -> Report:
         report = Report()
         for node, name, weight, grid in self._sites(graph, report):
-            if self.method == "rtn":
-                quantized = quantize_weight(graph, node, weight, grid)
-            else:
-                quantized = encode_weight(graph, node, weight, self.method, grid.bits, grid.group_size)
-            node.update_arg(1, quantized)
+            node.update_arg(1, quantize_weight(graph, node, weight, grid))
             report.changed.append(_describe(name, grid))
         finish(graph)
         return report
 
     def calibrate(self, graph: fx.GraphModule, calibration: Calibration) -> Report:
         report, traced = Report(), ways(graph)
-        sites = {node: (name, grid) for node, name, _, grid in self._sites(graph, report)}
+        sites = {
+            node: (name, grid)
+            for node, name, _, grid in self._sites(graph, report)
+            if isinstance(grid, Integers)  # all of them, as `__post_init__` has seen
+        }
         report.notes |= gptq_linears(
             graph,
             sites,
@@ -148,16 +152,17 @@ class QuantizeWeights(Pass):
             elif weight not in known:
                 report.left.append((name, "its weight is quantized already"))
             else:
-                group = self._group(bits)
-                require_group(self.name, name, int(shapes[weight].shape[-1]), group)
-                yield node, name, weight, Grid(bits, group, self.symmetric, self.clip_search)
+                grid = self._grid(bits)
+                require_group(self.name, name, int(shapes[weight].shape[-1]), grid.group_size)
+                yield node, name, weight, grid
         others, report.notes["vectors"] = remaining(graph)
         report.left += others
 
-    def _group(self, bits: int) -> int | None:
+    def _grid(self, bits: int) -> Grid:
+        group = 32 if self.group_size == "auto" else self.group_size
         if bits == 8 and (self.group_size == "auto" or self.bits < 8):
-            return None
-        return 32 if self.group_size == "auto" else self.group_size
+            group = None
+        return make_grid(self.grid, bits, group, self.symmetric, self.clip_search)
 
 
 def _describe(name: str, grid: Grid) -> str:

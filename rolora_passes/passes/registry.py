@@ -1,54 +1,40 @@
-"""Passes by name. The table is strings, so that listing passes imports none of them."""
+"""Passes by name, and passes made of what a recipe says."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rolora_passes.errors import PassError
 from rolora_passes.passes.base import Pass
+from rolora_passes.plugins import Registry
 
 PassLike = Pass | str | Mapping[str, Any]
 
-PASSES = {
-    "fuse-norm": "rolora_passes.passes.fuse_norm:FuseNorm",
-    "insert-scaling": "rolora_passes.passes.insert_scaling:InsertScaling",
-    "rotate": "rolora_passes.passes.rotate:Rotate",
-    "insert-hadamard": "rolora_passes.passes.insert_hadamard:InsertHadamard",
-    "learn-rotation": "rolora_passes.passes.learn_rotation:LearnRotation",
-    "learn-scales": "rolora_passes.passes.learn_scales:LearnScales",
-    "add-lora": "rolora_passes.passes.add_lora:AddLoRA",
-    "tune-lora": "rolora_passes.passes.tune_lora:TuneLoRA",
-    "rilq": "rolora_passes.passes.rilq:RILQ",
-    "loftq": "rolora_passes.passes.loftq:LoftQ",
-    "merge-lora": "rolora_passes.passes.merge_lora:MergeLoRA",
-    "observe-activations": "rolora_passes.passes.observe_activations:ObserveActivations",
-    "smooth-quant": "rolora_passes.passes.smooth_quant:SmoothQuant",
-    "quantize-weights": "rolora_passes.passes.quantize_weights:QuantizeWeights",
-    "quantize-activations": "rolora_passes.passes.quantize_activations:QuantizeActivations",
-    "quantize-kv-cache": "rolora_passes.passes.quantize_kv_cache:QuantizeKVCache",
-    "quantize-embedding": "rolora_passes.passes.quantize_embedding:QuantizeEmbedding",
-    "fold-constants": "rolora_passes.passes.fold_constants:FoldConstants",
-    "add-kv-cache": "rolora_passes.passes.add_kv_cache:AddKVCache",
-}
+
+def _ours() -> dict[str, type[Pass]]:
+    # By name: some passes apply others, and could not import what imports all.
+    catalogue = vars(import_module("rolora_passes.passes.catalogue"))
+    classes = [found for found in catalogue.values() if isinstance(found, type) and issubclass(found, Pass)]
+    return {cls.name: cls for cls in classes}
 
 
-def pass_class(name: str) -> type[Pass]:
-    """The class of a pass, ours or one another package registers under the entry point `rolora_passes`.
+def _wrong(name: str, found: object) -> str | None:
+    if not isinstance(found, type) or not issubclass(found, Pass) or not dataclasses.is_dataclass(found):
+        return "which is no pass: expected a frozen dataclass that derives from rolora_passes.Pass"
+    if found.name != name:
+        return (
+            f"which calls itself {found.name!r}, the name that recipes would have: register it as that, or "
+            f"derive it with `class {found.__name__}(Pass, name={name!r})`"
+        )
+    return None
 
-    Raises:
-        PassError: no such pass; the message lists the ones there are.
-    """
-    known = {**{e.name: e.value for e in entry_points(group="rolora_passes")}, **PASSES}
-    if name not in known:
-        raise PassError(f"expected the name of a pass, found {name!r}; there are {', '.join(sorted(known))}")
-    module, _, attribute = known[name].partition(":")
-    found: type[Pass] = getattr(import_module(module), attribute)
-    return found
+
+PASSES: Registry[type[Pass]] = Registry("pass", "rolora_passes.passes", _ours, _wrong, old="rolora_passes")
+"""Every pass by name, ours and other packages'."""
 
 
 def make_pass(spec: Pass | str | Mapping[str, Any]) -> Pass:
@@ -60,19 +46,19 @@ def make_pass(spec: Pass | str | Mapping[str, Any]) -> Pass:
     if isinstance(spec, Pass):
         return spec
     if isinstance(spec, str):
-        return pass_class(spec)()
+        return PASSES[spec]()
     if not isinstance(spec, Mapping) or len(spec) != 1:
         call = f"; write {spec.__name__}()" if isinstance(spec, type) and issubclass(spec, Pass) else ""
         raise PassError(f"expected a pass, a name, or one {{name: options}}, found {spec!r}{call}")
     ((name, options),) = spec.items()
-    cls = pass_class(name)
+    cls = PASSES[name]
     _check_options(cls, {} if options is None else options)
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in (options or {}).items()})
 
 
 def _check_options(cls: type[Pass], options: Any) -> None:
     """That options, as a file gives them, exist and are of the declared types."""
-    name = cls.pass_name()
+    name = cls.name
     known = [f.name for f in dataclasses.fields(cls)]
     if not isinstance(options, Mapping):
         raise PassError(f"{name}: expected {{option: value}}, found {options!r}; options are {known}")

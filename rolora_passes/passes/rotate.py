@@ -19,7 +19,8 @@ from rolora_passes.graphs.bases.rotations import (
     only,
     rotation_key,
 )
-from rolora_passes.graphs.graph import Expressions, finish
+from rolora_passes.graphs.expressions import Expressions
+from rolora_passes.graphs.graph import finish
 from rolora_passes.numerics import hadamard
 from rolora_passes.passes.base import Pass, Report
 

@@ -10,16 +10,9 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.bases.scalings import Reading, Scaling, apply_scaling, find_scalings, largest
+from rolora_passes.graphs.expressions import Expressions
 from rolora_passes.graphs.facts import refuted
-from rolora_passes.graphs.graph import (
-    Expressions,
-    add_parameter,
-    constants,
-    finish,
-    is_op,
-    parameter_names,
-    site_names,
-)
+from rolora_passes.graphs.graph import add_parameter, constants, finish, is_op, parameter_names, site_names
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import matches, require_match
 from rolora_passes.passes.base import Pass, Report

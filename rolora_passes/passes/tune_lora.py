@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -14,12 +14,12 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import finish, get_tensor, insert, root_names, set_tensor, site_names
 from rolora_passes.learning.losses import LOSSES
 from rolora_passes.numerics.stiefel import Variables
-from rolora_passes.passes.base import Calibration, Report
+from rolora_passes.passes.base import Calibration, Kind, Report
 from rolora_passes.passes.training import Training
 
 
 @dataclass(frozen=True)
-class TuneLoRA(Training):
+class TuneLoRA(Training, name="tune-lora"):
     """Train A and B of every branch, on text or on instructions
     (`rolora_passes.loading.instructions.instruction_windows`).
 
@@ -39,7 +39,7 @@ class TuneLoRA(Training):
         PassError: no branches; what every pass that trains raises.
     """
 
-    kind: ClassVar[Literal["trained"]] = "trained"
+    kind: ClassVar[Kind] = "trained"
     forbids: ClassVar[tuple[str, ...]] = ("activations quantized", "cache quantized")
 
     under: str | tuple[Any, ...] = "W16A16"

@@ -21,11 +21,11 @@ from rolora_passes.graphs.evaluate import evaluate
 from rolora_passes.graphs.graph import parameters
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.memory import peak_mb
-from rolora_passes.numerics.affine import Grid, dequantize
+from rolora_passes.numerics.affine import Integers, dequantize
 from rolora_passes.numerics.gptq import Quantized, gptq
 from rolora_passes.quantize.stages import Stages
 
-Sites = Mapping[fx.Node, tuple[str, Grid]]
+Sites = Mapping[fx.Node, tuple[str, Integers]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def gptq_linears(
     act_order: bool,
     work: Path | None,
     on_progress: Callable[[int, int], None],
-    store: Callable[[fx.Node, Quantized, Grid], None],
+    store: Callable[[fx.Node, Quantized, Integers], None],
 ) -> dict[str, Any]:
     """Quantize the weights of linears, one stage after another, in one forward pass over the tokens.
 
@@ -105,7 +105,7 @@ def gptq_linears(
 
 def _stages(sites: Sites) -> list[_Stage]:
     """Linears by the value they read, in the order in which the graph computes those values."""
-    groups: dict[fx.Node, dict[fx.Node, tuple[str, Grid]]] = {}
+    groups: dict[fx.Node, dict[fx.Node, tuple[str, Integers]]] = {}
     for node in sorted(sites):
         value = node.args[0]
         assert isinstance(value, fx.Node)
@@ -148,7 +148,7 @@ def _solve(
             f"gptq: nothing but zeros reached {stage.names}, in {gathered.rows} rows: "
             "calibrate on more tokens, or leave it out of the targets"
         )
-    by_grid: dict[Grid, list[tuple[fx.Node, str]]] = {}
+    by_grid: dict[Integers, list[tuple[fx.Node, str]]] = {}
     for node, (name, grid) in stage.sites.items():
         by_grid.setdefault(grid, []).append((node, name))
     results: dict[str, Quantized] = {}

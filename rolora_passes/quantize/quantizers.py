@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.graphs.graph import (
     add_parameter,
-    dtype_of,
     finish,
     get_tensor,
     insert,
@@ -22,7 +22,9 @@ from rolora_passes.graphs.graph import (
     root_names,
     set_tensor,
 )
-from rolora_passes.numerics.affine import Grid, codebook, fake_quantize_weight, straight_through
+from rolora_passes.numerics.affine import Integers, fake_quantize_weight, straight_through
+from rolora_passes.numerics.codebooks import Codebook
+from rolora_passes.numerics.grids import Grid
 
 _rolora = torch.ops.rolora
 
@@ -78,7 +80,12 @@ def require_group(name: str, site: str, width: int, group_size: int | None) -> N
 
 
 def quantize_weight(graph: fx.GraphModule, before: fx.Node, weight: fx.Node, grid: Grid) -> fx.Node:
-    """dequantize(quantize(W, s, z), s, z) before a node, rounded to nearest; returns the dequantized node."""
+    """A weight rounded to the nearest of its grid, before a node; returns what stands for it.
+
+    On integers dequantize(quantize(W, s, z), s, z); in a codebook decode(encode(W / s), s).
+    """
+    if isinstance(grid, Codebook):
+        return encode_weight(graph, before, weight, _table(graph, grid), grid.bits, grid.group_size)
     known = (grid.group_size, grid.bits, grid.symmetric, grid.clip_search, grid.group_size is not None)
     chosen = insert(graph, before, _rolora.choose_qparams.default, weight, *known)
     scale, zero = (insert(graph, before, operator.getitem, chosen, i) for i in (0, 1))
@@ -88,26 +95,25 @@ def quantize_weight(graph: fx.GraphModule, before: fx.Node, weight: fx.Node, gri
 
 
 def encode_weight(
-    graph: fx.GraphModule, before: fx.Node, weight: fx.Node, kind: str, bits: int, group_size: int | None
+    graph: fx.GraphModule, before: fx.Node, weight: fx.Node, table: fx.Node, bits: int, group_size: int | None
 ) -> fx.Node:
-    """decode(encode(W / s), s) before a node, in a codebook; returns the decoded node."""
-    table = _table(graph, kind, bits)
+    """decode(encode(W / s), s) before a node, for a table that the graph has; returns the decoded node."""
     scale = insert(graph, before, _rolora.absmax.default, weight, group_size)
     codes = insert(graph, before, _rolora.encode.default, weight, scale, table)
     return insert(graph, before, _rolora.decode.default, codes, scale, table, bits)
 
 
-def _table(graph: fx.GraphModule, kind: str, bits: int) -> fx.Node:
+def _table(graph: fx.GraphModule, grid: Codebook) -> fx.Node:
     """The codebook as a parameter, once in a graph."""
-    name = f"codebooks.{kind}{bits}"
+    name = f"codebooks.{grid.name}{grid.bits}"
     for node in graph.graph.nodes:
         if node.op == "get_attr" and node.target == name:
             found: fx.Node = node
             return found
-    return add_parameter(graph, name, codebook(kind, bits).clone())
+    return add_parameter(graph, name, grid.table.clone())
 
 
-def store_quantized(graph: fx.GraphModule, linear: fx.Node, quantized: Quantized, grid: Grid) -> None:
+def store_quantized(graph: fx.GraphModule, linear: fx.Node, quantized: Quantized, grid: Integers) -> None:
     """Have a linear read a weight that is on its grid already: integers and scales become parameters."""
     root = root_names(linear.args[1])[0]
     integers, scale = (

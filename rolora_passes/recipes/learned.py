@@ -23,7 +23,7 @@ from rolora_passes.loading.models import load_model, load_tokenizer
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Calibration, Pass
 from rolora_passes.passes.learn_rotation import LearnRotation
-from rolora_passes.passes.manager import Record, apply_passes, check_order, history, referring
+from rolora_passes.passes.manager import Record, apply_passes, check_order, history, steps
 from rolora_passes.passes.registry import make_pass
 from rolora_passes.passes.training import Training
 from rolora_passes.passes.tune_lora import TuneLoRA
@@ -165,17 +165,16 @@ class _Training:
         self.on_stage("capturing")
         graph = capture(model)
         self.on_stage("passes")
-        for step in self.passes[: self.end]:
-            known = referring(known, graph, step)
-            graph = self._applied(graph, step, known)
+        for applied in steps(graph, self.passes[: self.end], verify=self.verify, calibration=known):
+            graph, known = applied.graph, applied.calibration
+            if self.on_pass:
+                self.on_pass(applied.record)
         assert known is not None
         self.data = dataclasses.replace(own, reference=known.reference)
         if epochs is not None:
             self._train_for(epochs)
-        return self._applied(graph, self.step, self.data)
-
-    def _applied(self, graph: fx.GraphModule, step: Pass, known: Calibration | None) -> fx.GraphModule:
-        return apply_passes(graph, [step], verify=self.verify, calibration=known, on_pass=self.on_pass)
+        how: Any = {"verify": self.verify, "calibration": self.data, "on_pass": self.on_pass}
+        return apply_passes(graph, [self.step], **how)
 
     def _train_for(self, epochs: float) -> None:
         step: Any = self.step
@@ -196,7 +195,7 @@ class _Training:
 def _changed(
     passes: Sequence[Pass], kind: type[Training], recipe: str | Path, changes: Mapping[str, Any]
 ) -> list[Pass]:
-    count, name = sum(isinstance(step, kind) for step in passes), kind.pass_name()
+    count, name = sum(isinstance(step, kind) for step in passes), kind.name
     if count != 1:
         examples = "spinquant:W4A4KV4, learned:W4A4KV4" if kind is LearnRotation else "rolora:W4A4, lora:W4A4"
         raise PassError(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from rolora_passes.errors import PassError
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Pass
 from rolora_passes.passes.fold_constants import FoldConstants
@@ -28,8 +28,29 @@ def _rotated(setting: Setting) -> list[Pass]:
     return [FuseNorm(), Rotate(), InsertHadamard(r3=setting.cache < 16, r4=True), FoldConstants()]
 
 
+def _rounded(setting: Setting, method: str) -> list[Pass]:
+    """Nothing but the quantizers."""
+    return quantizers(setting, method)
+
+
+def _smoothquant(setting: Setting, method: str) -> list[Pass]:
+    """SmoothQuant (Xiao et al., 2023): channels scaled from activations into weights."""
+    return [ObserveActivations(per="channel"), SmoothQuant(), *quantizers(setting, method)]
+
+
+def _quarot(setting: Setting, method: str) -> list[Pass]:
+    """QuaRot (Ashkboos et al., 2024): randomised Hadamards.
+
+    Its heads' matrices are folded, as SpinQuant's R2, where QuaRot has one more Hadamard at run time.
+    """
+    return [*_rotated(setting), *quantizers(setting, method)]
+
+
 def _spinquant(setting: Setting, method: str) -> list[Pass]:
-    """Rotations learned as SpinQuant's scripts do, with weights in float where GPTQ will round them."""
+    """SpinQuant (Liu et al., 2024): R1 and R2 learned as its scripts do.
+
+    Weights are in float meanwhile where GPTQ will round them.
+    """
     under = dataclasses.replace(setting, weights=16) if method == "gptq" else setting
     learn = {"under": str(under), "method": "cayley-sgd", "loss": "cross-entropy", "bfloat16": True}
     fuse, rotate, insert, fold = _rotated(setting)
@@ -37,13 +58,13 @@ def _spinquant(setting: Setting, method: str) -> list[Pass]:
 
 
 def _learned(setting: Setting, method: str, rotations: bool = True) -> list[Pass]:
-    """Rotations, the factors of online transforms and scales, learned together by distillation; or without
-    that, rotations at random and scales where they are balanced.
+    """Rotations, online factors, scales, clips and gains of norms learned by distillation.
 
-    Rotations learn under weights in float where GPTQ will round them. Scales trade what activations cost
-    against what weights do, from where the two are balanced: where weights are in float and 8-bit activations
-    cost nothing, they are left out. Clips of 4-bit activations are searched; and when weights are rounded,
-    their own scales and gains of norms are learned too.
+    Scales are OSTQuant's, factors and clips FlatQuant's, scales of rounded weights EfficientQAT's, gains
+    those of norm tweaking. Rotations learn under weights in float where GPTQ will round them. Scales trade
+    what activations cost against what weights do, from where the two are balanced: where weights are in
+    float and 8-bit activations cost nothing, they are left out. Clips of 4-bit activations are searched;
+    and when weights are rounded, their own scales and gains of norms are learned too.
     """
     rounding = [_searching(step) for step in quantizers(setting, method)]
     weights = [step for step in rounding if _of_weights(step)]
@@ -54,6 +75,11 @@ def _learned(setting: Setting, method: str, rotations: bool = True) -> list[Pass
     steps = [FuseNorm(), *scaling, Rotate(), insert]
     steps += [_learning("learn-rotation", under, method="cayley-sgd")] if rotations else []
     return [*steps, FoldConstants(), *weights, *([_learning("learn-scales", rest)] if weights else []), *rest]
+
+
+def _scaled(setting: Setting, method: str) -> list[Pass]:
+    """As learned, with rotations at random and scales where they are balanced."""
+    return _learned(setting, method, rotations=False)
 
 
 def _searching(step: Pass) -> Pass:
@@ -70,57 +96,71 @@ def _learning(name: str, under: Iterable[Pass], **options: Any) -> Pass:
     return make_pass({name: {"under": specs, "bfloat16": True, **options}})
 
 
-def _lora(setting: Setting, method: str, order: str) -> list[Pass]:
-    """LoRA on queries and values as RoLoRA's script has it, trained before or after rotation, or without.
+def _lora(setting: Setting, method: str) -> list[Pass]:
+    """LoRA (Hu et al., 2021): branches on queries and values, tuned and merged, without rotation."""
+    return [*_branches(), FoldConstants(), *quantizers(setting, method)]
 
-    RoLoRA rotates the residual stream and what down projections read (R1, R4). Nothing is rounded while
-    training.
-    """
+
+def _rolora(setting: Setting, method: str) -> list[Pass]:
+    """RoLoRA (Huang et al., 2024): branches tuned after rotation, and merged."""
+    return [*_turned(), *_branches(), FoldConstants(), *quantizers(setting, method)]
+
+
+def _rolora_lbr(setting: Setting, method: str) -> list[Pass]:
+    """What RoLoRA is compared with: branches tuned before rotation, and merged."""
+    return [*_branches(), *_turned(), FoldConstants(), *quantizers(setting, method)]
+
+
+def _branches() -> list[Pass]:
+    """As RoLoRA's script has them. Nothing is rounded while training."""
     tune = make_pass({"tune-lora": {"validation": 0.1, "bfloat16": True}})
-    train = [AddLoRA(targets=("queries", "values")), tune, MergeLoRA()]
-    turn = [FuseNorm(), Rotate(heads=None), InsertHadamard(r3=False), FoldConstants()]
-    steps = {"after": [*turn, *train], "before": [*train, *turn], "without": train}[order]
-    return [*steps, FoldConstants(), *quantizers(setting, method)]
+    return [AddLoRA(targets=("queries", "values")), tune, MergeLoRA()]
 
 
-METHODS: dict[str, Callable[[Setting], Iterable[Pass]]] = {
-    "rtn": lambda s: quantizers(s, "rtn"),
-    "gptq": lambda s: quantizers(s, "gptq"),
-    "smoothquant": lambda s: [ObserveActivations(per="channel"), SmoothQuant(), *quantizers(s, "rtn")],
-    "quarot-rtn": lambda s: [*_rotated(s), *quantizers(s, "rtn")],
-    "quarot": lambda s: [*_rotated(s), *quantizers(s, "gptq")],
-    "spinquant-rtn": lambda s: _spinquant(s, "rtn"),
-    "spinquant": lambda s: _spinquant(s, "gptq"),
-    "learned-rtn": lambda s: _learned(s, "rtn"),
-    "learned": lambda s: _learned(s, "gptq"),
-    "scaled-rtn": lambda s: _learned(s, "rtn", rotations=False),
-    "scaled": lambda s: _learned(s, "gptq", rotations=False),
-    "lora-rtn": lambda s: _lora(s, "rtn", "without"),
-    "lora": lambda s: _lora(s, "gptq", "without"),
-    "rolora-rtn": lambda s: _lora(s, "rtn", "after"),
-    "rolora": lambda s: _lora(s, "gptq", "after"),
-    "rolora-lbr-rtn": lambda s: _lora(s, "rtn", "before"),
-    "rolora-lbr": lambda s: _lora(s, "gptq", "before"),
+def _turned() -> list[Pass]:
+    """RoLoRA rotates the residual stream and what down projections read (R1, R4)."""
+    return [FuseNorm(), Rotate(heads=None), InsertHadamard(r3=False), FoldConstants()]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pipeline at every setting, and how it rounds weights: "rtn" or "gptq" (Frantar et al., 2023)."""
+
+    make: Callable[[Setting, str], list[Pass]]
+    rounding: str
+
+    @property
+    def about(self) -> str:
+        """A line on it."""
+        first = (self.make.__doc__ or "").splitlines()[0].removesuffix(".")
+        return f"{first}; weights rounded {'by GPTQ' if self.rounding == 'gptq' else 'to nearest'}."
+
+    def passes(self, setting: str) -> list[Pass]:
+        """The pipeline at a setting such as "W4A4KV4".
+
+        Raises:
+            PassError: it is no setting.
+        """
+        return self.make(Setting.parse(setting), self.rounding)
+
+
+_BOTH = {
+    "quarot": _quarot,
+    "spinquant": _spinquant,
+    "learned": _learned,
+    "scaled": _scaled,
+    "lora": _lora,
+    "rolora": _rolora,
+    "rolora-lbr": _rolora_lbr,
 }
-"""What each method does before the quantizers, and how it rounds weights.
-
-rtn: nothing, to nearest. gptq (Frantar et al., 2023). smoothquant (Xiao et al., 2023): scaling, to nearest.
-quarot (Ashkboos et al., 2024): randomised Hadamards, GPTQ; its heads' matrices are folded, as SpinQuant's
-R2, where QuaRot has one more Hadamard at run time. quarot-rtn: the same, rounded to nearest. spinquant
-(Liu et al., 2024): R1 and R2 learned. learned: also scales (OSTQuant), online factors and clips (FlatQuant),
-scales of rounded weights (EfficientQAT) and gains of norms (norm tweaking). scaled: the same, rotations at
-random. lora (Hu et al., 2021): branches tuned and merged. rolora (Huang et al., 2024): the same after
-rotation; rolora-lbr: before it.
-"""
-
-
-def method_passes(name: str) -> list[Pass]:
-    """The pipeline of `method:setting`, such as `quarot:W4A4KV4`.
-
-    Raises:
-        PassError: no such method, or not a setting.
-    """
-    method, _, setting = name.partition(":")
-    if method not in METHODS:
-        raise PassError(f"expected one of {', '.join(METHODS)} before the colon, found {name!r}")
-    return list(METHODS[method](Setting.parse(setting)))
+METHODS = {
+    "rtn": Method(_rounded, "rtn"),
+    "gptq": Method(_rounded, "gptq"),
+    "smoothquant": Method(_smoothquant, "rtn"),
+    **{
+        name + suffix: Method(make, rounding)
+        for name, make in _BOTH.items()
+        for suffix, rounding in (("-rtn", "rtn"), ("", "gptq"))
+    },
+}
+"""The methods by name; most with weights rounded by GPTQ, and as `NAME-rtn` to nearest."""

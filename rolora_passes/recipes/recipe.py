@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
@@ -13,17 +14,52 @@ import yaml
 from rolora_passes.errors import PassError
 from rolora_passes.passes.base import Pass
 from rolora_passes.passes.registry import make_pass
-from rolora_passes.recipes.methods import METHODS, method_passes
+from rolora_passes.recipes.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A pipeline by name.
+
+    Attributes:
+        about: a sentence or two.
+        make: its passes; of one that takes a setting, at that.
+        takes_setting: whether it is a pipeline at every setting (`quarot:W4A4KV4`).
+    """
+
+    name: str
+    about: str
+    make: Callable[[str], list[Pass]]
+    takes_setting: bool = False
+
+    @property
+    def example(self) -> str:
+        """The name as it is given to commands."""
+        return f"{self.name}:W4A4KV4" if self.takes_setting else self.name
+
+
+def recipes() -> dict[str, Recipe]:
+    """Every recipe by name: the files of `recipes/files`, and the methods of papers, which take a setting."""
+    folder = resources.files("rolora_passes.recipes") / "files"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda file: file.name)
+    found = [_of_file(f.name.removesuffix(".yaml"), f.read_text("utf-8")) for f in files]
+    found += [Recipe(name, known.about, known.passes, True) for name, known in METHODS.items()]
+    return {recipe.name: recipe for recipe in found}
+
+
+def _of_file(name: str, text: str) -> Recipe:
+    """A recipe of ours, whose comment says what it is."""
+    comment = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
+    return Recipe(name, comment, lambda setting: _parsed(text, name))
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    folder = resources.files("rolora_passes.recipes") / "files"
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    """The recipes that take no setting."""
+    return [name for name, recipe in recipes().items() if not recipe.takes_setting]
 
 
 def load_recipe(source: str | Path, seed: int | None = None) -> list[Pass]:
-    """The passes of a recipe: by name ("8da4w"), a method at a setting ("quarot:W4A4KV4"), or a YAML file.
+    """The passes of a recipe: by name ("8da4w"), by name and setting ("quarot:W4A4KV4"), or a YAML file.
 
     A recipe is a mapping with `passes`, an ordered list of names or one-entry mappings of name to options.
 
@@ -31,20 +67,35 @@ def load_recipe(source: str | Path, seed: int | None = None) -> list[Pass]:
         seed: for every pass that draws at random, in place of the recipe's.
 
     Raises:
-        PassError: no such recipe or file, not YAML of that form, or a pass or option that does not exist.
+        PassError: no such recipe or file, not YAML of that form, a setting that is none, or for a recipe that
+            takes none, or a pass or option that does not exist.
     """
-    passes = method_passes(str(source)) if _is_method(source) else _from_yaml(source)
+    passes = _loaded(source)
     if seed is None:
         return passes
     return [dataclasses.replace(p, seed=seed) if hasattr(p, "seed") else p for p in passes]  # type: ignore[call-arg]
 
 
-def _is_method(source: str | Path) -> bool:
-    return str(source).partition(":")[0] in METHODS
+def _loaded(source: str | Path) -> list[Pass]:
+    path, (name, colon, setting) = Path(source), str(source).partition(":")
+    known = recipes()
+    if name in known:
+        if colon and not known[name].takes_setting:
+            raise PassError(f"expected no setting for the recipe {name}, found {setting!r}")
+        return known[name].make(setting)
+    if path.suffix not in (".yaml", ".yml"):
+        there = ", ".join(recipe.example for recipe in known.values())
+        raise PassError(f"expected a recipe file (.yaml) or one of {there}, found {str(source)!r}")
+    if not path.is_file():
+        raise PassError(f"expected a recipe at {path}, found nothing")
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise PassError(f"recipe {path} is not a text file: {error}") from error
+    return _beside(_parsed(text, source), path.parent)
 
 
-def _from_yaml(source: str | Path) -> list[Pass]:
-    text = _text(source)
+def _parsed(text: str, source: str | Path) -> list[Pass]:
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -53,7 +104,7 @@ def _from_yaml(source: str | Path) -> list[Pass]:
     if not isinstance(found, dict) or not isinstance(passes, list):
         where = "passes: " if isinstance(found, dict) else ""
         raise PassError(f"expected a recipe {{passes: [...]}} in {source}, found {where}{str(passes)[:60]}")
-    return _beside([make_pass(entry) for entry in passes], Path(source).parent)
+    return [make_pass(entry) for entry in passes]
 
 
 def settled(passes: Iterable[Pass], file: str) -> list[Pass]:
@@ -104,18 +155,3 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
             raise PassError(f"a recipe cannot hold {key}, a {kind}: save it and give the file's path")
         plain[key] = value
     return plain
-
-
-def _text(source: str | Path) -> str:
-    path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise PassError(f"expected a recipe at {path}, found nothing")
-        try:
-            return path.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise PassError(f"recipe {path} is not a text file: {error}") from error
-    if str(source) not in recipe_names():
-        there = ", ".join([*recipe_names(), *(f"{m}:W4A4KV4" for m in METHODS)])
-        raise PassError(f"expected a recipe file (.yaml) or one of {there}, found {str(source)!r}")
-    return (resources.files("rolora_passes.recipes") / "files" / f"{source}.yaml").read_text("utf-8")

@@ -13,6 +13,7 @@ from rolora_passes.debugging.opening import Subject
 from rolora_passes.debugging.twins import with_float_twin
 from rolora_passes.errors import DataError
 from rolora_passes.graphs.facts import refuted
+from rolora_passes.graphs.info import info
 from rolora_passes.passes.base import Pass
 from rolora_passes.passes.fuse_norm import FuseNorm
 from rolora_passes.passes.manager import Record, apply_passes, history
@@ -122,7 +123,7 @@ def gather(
     fused = refuted(graph, "norms fused") is None
     plain = graph if fused else apply_passes(graph, [FuseNorm()], verify=False)
     return data | {
-        "bases": basis_map(plain, twin.meta.get("rotations", {})),
+        "bases": basis_map(plain, info(twin).rotations),
         "sizes": sizes(quantized),
     }, arrays
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx
@@ -12,6 +12,7 @@ from rolora_passes.debugging.pairing import layers_of, sites_of
 from rolora_passes.graphs.accounting import weigh
 from rolora_passes.graphs.bases.inference import Group, ParameterAxis, infer_bases
 from rolora_passes.graphs.graph import KEPT, argument, constants, get_tensor, is_op, linears, root_names
+from rolora_passes.graphs.info import Rotation
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.inspection.summary import GROUPS, alike, layerless
 from rolora_passes.passes.manager import Record
@@ -19,16 +20,16 @@ from rolora_passes.passes.manager import Record
 _FEW = 3  # names of sites that stand for the others
 
 
-def basis_map(graph: fx.GraphModule, rotations: dict[str, Any]) -> dict[str, Any]:
+def basis_map(graph: fx.GraphModule, rotations: Mapping[str, Rotation]) -> dict[str, Any]:
     """Which axes of which parameters change basis together; alike layers are folded into one.
 
     Args:
         graph: with its norms fused, before it is rotated.
-        rotations: `graph.meta["rotations"]` of what became of it.
+        rotations: `GraphInfo.rotations` of what became of it.
     """
     classes = infer_bases(graph).classes
     shown = [c for c in classes if c.free or c.kind != "inner" or c.group is Group.PERMUTATION]
-    methods = {rotation["class"]: rotation["method"] for rotation in rotations.values()}
+    methods = {r.about.get("class"): r.method for r in rotations.values()}
     columns, cells = [], dict[str, dict[int, list[str]]]()
     for number, group in enumerate(alike(shown)):
         first = group[0]

@@ -15,7 +15,7 @@ from tiny_checkpoint import TEXT, save_checkpoint
 from rolora_passes.evaluation import GraphScorer, open_scorer
 from rolora_passes.graphs import save_graph
 from rolora_passes.graphs.graph import get_tensor, set_tensor
-from rolora_passes.passes.registry import PASSES
+from rolora_passes.passes import catalogue
 
 Run = Callable[..., tuple[int, str, str]]
 WINDOW = ("--window", 32)
@@ -118,7 +118,7 @@ def test_graphs_are_printed(checkpoint: Path, text: Path, tmp_path: Path, rolora
 def test_a_failing_pass_leaves_its_graph_a_reproducer_and_a_log(
     command: str, checkpoint: Path, text: Path, tmp_path: Path, rolora: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PASSES, "breaks", f"test_reproducer:{Breaks.__name__}")
+    monkeypatch.setattr(catalogue, "Breaks", Breaks, raising=False)
     recipe, bug = tmp_path / "recipe.yaml", tmp_path / "bug"
     recipe.write_text("passes: [fuse-norm, breaks: {name_part: layers.0.mlp}]")
     own = ("-o", tmp_path / "out", "--max-length", 32) if command == "compile" else ("--text", text, *WINDOW)

@@ -18,13 +18,14 @@ from test_quantize_weights import wide
 from tiny_checkpoint import character_tokenizer
 from torch import fx
 
-from rolora_passes import AddLoRA, QuantizeWeights, apply_passes
+from rolora_passes import AddLoRA, QuantizeWeights, apply_passes, history
 from rolora_passes.debugging.quality import NOTED, REFUSED, require_likeness
 from rolora_passes.errors import QualityError
 from rolora_passes.evaluation.parity import Loss, measure_loss, sample_text
 from rolora_passes.export.compile import Made
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import copy_graph, parameters, set_tensor
+from rolora_passes.passes.manager import Applied
 from rolora_passes.recipes import load_recipe
 
 Run = Callable[..., tuple[int, str, str]]
@@ -165,11 +166,12 @@ def test_what_an_adapter_changes_on_purpose_is_no_loss() -> None:
     assert measure_loss(base, tuned, tokens).part > REFUSED
     rounding = QuantizeWeights(8, None)
     rounded = apply_passes(tuned, [rounding])
-    steps = [(adapter, tuned), (rounding, rounded)]
+    record = history(rounded)[-1]
+    steps = [Applied(adapter, tuned, record, None), Applied(rounding, rounded, record, None)]
     loss = require_likeness(Made(base, rounded, steps, character_tokenizer(), None))
     assert loss == measure_loss(tuned, rounded, tokens) and loss.part < NOTED
     lost, table = copy_graph(rounded), "model.embed_tokens.weight"
     set_tensor(lost, table, parameters(rounded)[table].roll(7, 0))
-    steps[1] = (rounding, lost)
+    steps[1] = Applied(rounding, lost, record, None)
     with pytest.raises(QualityError, match="quantize-weights loses most"):
         require_likeness(Made(base, lost, steps, character_tokenizer(), None))

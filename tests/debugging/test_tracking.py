@@ -22,7 +22,7 @@ from rolora_passes.graphs.graph import parameters, run, values
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.passes.rilq import RILQ
 from rolora_passes.passes.tune_lora import TuneLoRA
-from rolora_passes.recipes.methods import method_passes
+from rolora_passes.recipes import load_recipe
 
 
 def tracked(groups: bool = False) -> tuple[ErrorTrace, Tensor]:
@@ -144,7 +144,7 @@ def test_twins_share_what_comes_before_the_first_quantizer() -> None:
 
 def test_training_before_the_first_quantizer_is_no_loss() -> None:
     """Both twins have it: what a site loses is what rounding loses. What repairs rounding is the recipe's."""
-    steps = method_passes("rolora-rtn:W4A4")
+    steps = load_recipe("rolora-rtn:W4A4")
     before, exact, rest = float_twin_recipe(steps)
     names = [step.name for step in before]
     assert names[-4:] == ["add-lora", "tune-lora", "merge-lora", "fold-constants"]

@@ -43,7 +43,6 @@ def test_errors() -> None:
 def test_weights_are_never_written(tmp_path: Path) -> None:
     """Whatever they are called: caches are what the pass made."""
     plain = tiny_llama(layers=1)
-    plain.meta["facts"] = ["canonical"]
     renamed = {"layers.0.down.weight": "layers.0.cached.weight", "layers.0.up.weight": "cache.key_0"}
     for node in plain.graph.find_nodes(op="get_attr"):
         if node.target in renamed:

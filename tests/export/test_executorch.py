@@ -15,7 +15,9 @@ from rolora_passes.errors import LoweringError, MissingExtraError
 from rolora_passes.export.executorch.lower import LoweringReport, to_executorch
 from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.extras import require
-from rolora_passes.graphs.graph import convert, is_op
+from rolora_passes.graphs.dtypes import convert
+from rolora_passes.graphs.graph import is_op
+from rolora_passes.graphs.info import info
 
 OUTSIDE = {
     "llama::update_cache.out",
@@ -56,7 +58,7 @@ def steps(
     method: str = "forward",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(program's, graph's) logits of the last token, after a prefill and after each decoded token."""
-    vocabulary = graph.meta["config"]["vocab_size"]
+    vocabulary = info(graph).config["vocab_size"]
     tokens = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         expected = graph(tokens, torch.arange(length)[None])

@@ -18,6 +18,7 @@ from rolora_passes import FoldConstants, InsertHadamard, QuantizeKVCache, apply_
 from rolora_passes.export.executorch import xnnpack_graph
 from rolora_passes.export.executorch.lower import to_executorch
 from rolora_passes.graphs.graph import copy_graph, is_op, parameters, run, set_tensor
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.verify import relative_error
 
 CACHES = pytest.mark.parametrize("cache", [False, True], ids=["float cache", "int8 cache"])
@@ -37,8 +38,8 @@ def random_rotation(size: int) -> Tensor:
 
 def _orders(graph: fx.GraphModule) -> dict[str, int]:
     """The size of every factor that the pass asks for."""
-    manifest = apply_passes(graph, [InsertHadamard(factors=True)]).meta["rotations"]
-    return {key: entry["size"] for key, entry in manifest.items()}
+    manifest = info(apply_passes(graph, [InsertHadamard(factors=True)])).rotations
+    return {key: entry.size for key, entry in manifest.items()}
 
 
 def factor_names(graph: fx.GraphModule) -> set[str]:

@@ -20,7 +20,9 @@ from rolora_passes.errors import LoweringError, RunError
 from rolora_passes.export.onnx.lower import OnnxReport, to_onnx
 from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.graph import convert, copy_graph, insert_after, is_op, parameters, run
+from rolora_passes.graphs.dtypes import convert
+from rolora_passes.graphs.graph import copy_graph, insert_after, is_op, parameters, run
+from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.verify import relative_error
 from rolora_passes.passes.manager import PassLike
@@ -376,7 +378,7 @@ def test_portable_models_pass_the_checker_and_the_reference_evaluator(
 def test_genai_generates_what_the_graph_would(flavor: str, tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai", reason="part of the extra onnx")
     graph = tiny_llama(layers=2)
-    graph.meta["config"]["eos_token_id"] = 98
+    set_info(graph, config={**info(graph).config, "eos_token_id": 98})
     lower(graph, tmp_path / "model", flavor, last_token=True)
     prompts = [tokens_of(1, n) for n in (6, 3)]
     model = genai.Model(str(tmp_path / "model"))
@@ -427,7 +429,7 @@ def test_options_that_mean_nothing(options: dict[str, Any], message: str, tmp_pa
 def test_graphs_that_cannot_be_lowered(wide: fx.GraphModule, tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match=r"expected a graph in torch.float32, .* found torch.float64"):
         lower(convert(tiny_llama(), torch.float64), tmp_path / "model", "ort")
-    coded = apply_passes(wide, [{"quantize-weights": {"method": "nf"}}, "fold-constants"])
+    coded = apply_passes(wide, [{"quantize-weights": {"grid": "nf"}}, "fold-constants"])
     with pytest.raises(LoweringError, match=r"uniform grid.* codes of a codebook"):
         lower(coded, tmp_path / "model", "ort")
     assert not list(tmp_path.iterdir())

@@ -35,7 +35,7 @@ TARGETS: dict[str, Callable[..., Any]] = {
     "portable": lambda g, f, n: write_onnx(g, f, "portable", max_length=n),
 }
 W4, A8 = {"quantize-weights": {}}, {"quantize-activations": {}}
-NF = {"quantize-weights": {"method": "nf"}}
+NF = {"quantize-weights": {"grid": "nf"}}
 BRANCHES = {"quantize-weights": {"bits": 8, "group_size": None, "targets": ["lora_A", "lora_B"]}}
 LORA = {"add-lora": {"rank": 4}}
 RECIPES: dict[str, tuple[list[Any], str]] = {
@@ -91,7 +91,7 @@ RECIPES: dict[str, tuple[list[Any], str]] = {
         "",
     ),
     "LoftQ with a table": ([{"loftq": {"group_size": 32}}], "ort portable"),
-    "LoftQ on integers": ([{"loftq": {"group_size": 32, "method": "rtn"}}, A8], ""),
+    "LoftQ on integers": ([{"loftq": {"group_size": 32, "grid": "int"}}, A8], ""),
     "SmoothQuant": ([{"observe-activations": {"per": "channel"}}, "smooth-quant", W4, A8], ""),
     "a static grid": (["observe-activations", W4, {"quantize-activations": {"static": True}}], ""),
     "online Hadamards": (["fuse-norm", "rotate", "insert-hadamard", W4, A8], ""),

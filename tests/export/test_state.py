@@ -138,7 +138,6 @@ def test_decoders_that_need_no_other_state(name: str) -> None:
 
 def test_a_convolution_is_refused_by_every_lowering(tmp_path: Path) -> None:
     graph = tiny_llama(layers=1)
-    graph.meta["facts"] = ["canonical"]
     node = next(n for n in graph.graph.nodes if is_op(n, "silu"))
     graph.register_buffer("kernel", torch.ones(96, 1, 3))
     with graph.graph.inserting_before(node):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
+import rolora_passes.graphs.operators  # noqa: F401  (defines torch.ops.rolora)
+from rolora_passes.graphs.info import set_info
 from rolora_passes.numerics import affine
 from rolora_passes.numerics.hadamard import few_factors
 
@@ -154,5 +155,5 @@ def tiny_llama(**sizes: object) -> fx.GraphModule:
     torch.manual_seed(0)
     model = Decoder(Sizes(**sizes))  # type: ignore[arg-type]
     graph = fx.GraphModule(model, _Tracer().trace(model))
-    graph.meta["config"] = {"bos_token_id": 1, "eos_token_id": [2, 3], "vocab_size": 99}
+    set_info(graph, config={"bos_token_id": 1, "eos_token_id": [2, 3], "vocab_size": 99})
     return graph

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import rolora_passes.graphs.ops  # noqa: F401  (defines torch.ops.rolora)
+import rolora_passes.graphs.operators  # noqa: F401  (defines torch.ops.rolora)
 from rolora_passes.graphs.graph import finish, set_tensor
 
 aten, rolora = torch.ops.aten, torch.ops.rolora

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchao.quantization import quant_primitives as ao
 
+from rolora_passes.errors import PassError
 from rolora_passes.numerics import affine
+from rolora_passes.numerics.codebooks import absmax, decode, encode
+from rolora_passes.numerics.grids import codebook
 
 WIDTHS = st.tuples(st.integers(1, 7), st.integers(1, 5), st.sampled_from([2, 4, 32, 48]))
 
@@ -110,27 +113,29 @@ def test_codebooks() -> None:
         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
         0.7229568362236023, 1.0,
     ]  # fmt: skip
-    torch.testing.assert_close(affine.codebook("nf", 4), torch.tensor(nf4), rtol=0, atol=1e-6)
-    torch.testing.assert_close(affine.codebook("nf", 2), torch.tensor([-1, 0, 0.3379, 1]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(codebook("nf", 4), torch.tensor(nf4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(codebook("nf", 2), torch.tensor([-1, 0, 0.3379, 1]), rtol=0, atol=1e-4)
     for bits in range(2, 9):
         for kind in ("nf", "uniform"):
-            table = affine.codebook(kind, bits)
+            table = codebook(kind, bits)
             assert len(table) == 2**bits and table[0] == -1 and table[-1] == 1 and (table.diff() > 0).all()
-        assert 0 in affine.codebook("nf", bits) and 0 not in affine.codebook("uniform", bits)
-    with pytest.raises(ValueError, match="'nf' or 'uniform' of 2 to 8 bits, found 'fp' of 4"):
-        affine.codebook("fp", 4)
+        assert 0 in codebook("nf", bits) and 0 not in codebook("uniform", bits)
+    with pytest.raises(PassError, match="expected the name of a grid, found 'fp'; there are int, nf"):
+        codebook("fp", 4)
+    with pytest.raises(PassError, match="expected a grid 'nf' of 2 to 8 bits, found 9"):
+        codebook("nf", 9)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(WIDTHS, st.integers(2, 5), st.sampled_from(["nf", "uniform"]))
 def test_codes_are_the_nearest(shape: tuple[int, int, int], bits: int, kind: str) -> None:
     rows, groups, group = shape
-    w, table = weight(rows, groups, group, 4), affine.codebook(kind, bits)
-    scale = affine.absmax(w, group)
-    codes = affine.encode(w, scale, table)
+    w, table = weight(rows, groups, group, 4), codebook(kind, bits)
+    scale = absmax(w, group)
+    codes = encode(w, scale, table)
     relative = w.unflatten(-1, (-1, group)) / scale.unsqueeze(-1)
     distance = (relative.unsqueeze(-1) - table).abs()
     chosen = distance.gather(-1, codes.long().unflatten(-1, (-1, group)).unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(chosen, distance.amin(-1), rtol=0, atol=1e-6)
     expected = (table[codes.long()].unflatten(-1, (-1, group)) * scale.unsqueeze(-1)).flatten(-2)
-    assert torch.equal(affine.decode(codes, scale, table), expected)
+    assert torch.equal(decode(codes, scale, table), expected)

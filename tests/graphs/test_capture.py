@@ -30,6 +30,7 @@ from rolora_passes.graphs.graph import (
     run,
     values,
 )
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.shapes import BATCH, SEQUENCE, infer_shapes
 from rolora_passes.graphs.verify import relative_error
 
@@ -132,7 +133,7 @@ def test_capture_leaves_the_model_as_it_was() -> None:
 
 
 def test_capture_records_what_later_stages_need() -> None:
-    config = captured("llama").meta["config"]
+    config = info(captured("llama")).config
     assert (
         config["vocab_size"] == 97 and config["max_position_embeddings"] == 64 and config["eos_token_id"] == 2
     )
@@ -203,9 +204,9 @@ def test_what_a_pass_inserts_takes_the_source_of_its_place() -> None:
 def test_the_name_of_a_model_is_not_where_it_lay(tmp_path: Path) -> None:
     model = tiny("llama")
     model.config._name_or_path = str(tmp_path / "my-model")
-    assert capture(model, check=False).meta["config"]["name"] == "my-model"
+    assert info(capture(model, check=False)).config["name"] == "my-model"
     model.config._name_or_path = "somebody/their-model"
-    assert capture(model, check=False).meta["config"]["name"] == "somebody/their-model"
+    assert info(capture(model, check=False)).config["name"] == "somebody/their-model"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi", "opt"])

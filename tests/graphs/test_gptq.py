@@ -11,7 +11,7 @@ from torch import Tensor
 from rolora_passes.errors import PassError
 from rolora_passes.numerics import affine
 from rolora_passes.numerics import gptq as module
-from rolora_passes.numerics.affine import Grid
+from rolora_passes.numerics.affine import Integers
 from rolora_passes.numerics.gptq import Quantized, gptq
 
 
@@ -27,7 +27,7 @@ def layer(rows: int, width: int, seed: int = 0, tokens: int | None = None) -> tu
 
 
 def textbook(
-    weight: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01, act_order: bool = False
+    weight: Tensor, hessian: Tensor, grid: Integers, damping: float = 0.01, act_order: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Optimal brain quantization in a fixed order: no blocks, no Cholesky, H⁻¹ by elimination.
 
@@ -71,13 +71,13 @@ def loss(rounded: Tensor, weight: Tensor, hessian: Tensor) -> float:
     return float(((lost @ hessian.double()) * lost).sum())
 
 
-def nearest(weight: Tensor, grid: Grid) -> Tensor:
+def nearest(weight: Tensor, grid: Integers) -> Tensor:
     scale, zero = grid.choose(weight)
     return affine.dequantize(affine.quantize(weight, scale, zero, grid.bits, grid.symmetric), scale, zero)
 
 
 def check(
-    weight: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01, act_order: bool = False
+    weight: Tensor, hessian: Tensor, grid: Integers, damping: float = 0.01, act_order: bool = False
 ) -> None:
     found = gptq(weight, hessian, grid, damping, act_order)
     rounded, scale, zero = textbook(weight, hessian, grid, damping, act_order)
@@ -106,26 +106,33 @@ def test_the_integers_are_those_of_the_textbook(
     damping: float, seed: int,
 ) -> None:  # fmt: skip
     weight, hessian = layer(rows, groups * group, seed)
-    check(weight, hessian, Grid(bits, None if per_channel else group, symmetric), damping, act_order)
+    check(weight, hessian, Integers(bits, None if per_channel else group, symmetric), damping, act_order)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(
-    "grid", [Grid(4, 32), Grid(3, None, False), Grid(4, 48, False), Grid(4, 192), Grid(4, 64, True, True)]
+    "grid",
+    [
+        Integers(4, 32),
+        Integers(3, None, False),
+        Integers(4, 48, False),
+        Integers(4, 192),
+        Integers(4, 64, True, True),
+    ],
 )
-def test_layers_wider_than_a_block(grid: Grid, act_order: bool) -> None:
+def test_layers_wider_than_a_block(grid: Integers, act_order: bool) -> None:
     weight, hessian = layer(6, 384, seed=2)
     check(weight, hessian, grid, act_order=act_order)
 
 
 def test_a_width_that_is_no_multiple_of_the_block() -> None:
-    check(*layer(5, 131, seed=3), Grid(4, None, False))
+    check(*layer(5, 131, seed=3), Integers(4, None, False))
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(4, None, False), Grid(2, 64, False)])
+@pytest.mark.parametrize("grid", [Integers(4, 32), Integers(4, None, False), Integers(2, 64, False)])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_float32_subtracts_to_the_bit_what_dequantizing_gives(
-    grid: Grid, act_order: bool, monkeypatch: pytest.MonkeyPatch
+    grid: Integers, act_order: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, hessian = layer(16, 192, seed=4)
     subtracted: list[Tensor] = []
@@ -142,9 +149,11 @@ def test_float32_subtracts_to_the_bit_what_dequantizing_gives(
     assert (found.integers != exact.integers).double().mean() < 0.02
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(4, None), Grid(3, 32, False), Grid(4, 32, True, True)])
+@pytest.mark.parametrize(
+    "grid", [Integers(4, 32), Integers(4, None), Integers(3, 32, False), Integers(4, 32, True, True)]
+)
 @pytest.mark.parametrize("act_order", [False, True])
-def test_outputs_change_less_than_by_rounding_to_nearest(grid: Grid, act_order: bool) -> None:
+def test_outputs_change_less_than_by_rounding_to_nearest(grid: Integers, act_order: bool) -> None:
     weight, hessian = layer(24, 160, seed=5)
     found = dequantized(gptq(weight.float(), hessian.float(), grid, act_order=act_order))
     assert loss(found, weight, hessian) < 0.7 * loss(nearest(weight, grid), weight, hessian)
@@ -153,13 +162,13 @@ def test_outputs_change_less_than_by_rounding_to_nearest(grid: Grid, act_order: 
 def test_without_correlations_it_is_rounding_to_nearest() -> None:
     weight, _ = layer(8, 64)
     for act_order in (False, True):
-        found = gptq(weight, torch.rand(64).double().diag(), Grid(4, 32), act_order=act_order)
-        assert torch.equal(dequantized(found), nearest(weight, Grid(4, 32)))
+        found = gptq(weight, torch.rand(64).double().diag(), Integers(4, 32), act_order=act_order)
+        assert torch.equal(dequantized(found), nearest(weight, Integers(4, 32)))
 
 
 def test_the_order_shows_in_nothing_but_the_values() -> None:
     weight, hessian = layer(8, 96, seed=6)
-    for grid in (Grid(8, 32), Grid(8, None)):
+    for grid in (Integers(8, 32), Integers(8, None)):
         found = dequantized(gptq(weight, hessian, grid, act_order=True))
         assert (found - weight).norm() < 0.1 * weight.norm()  # of permuted integers it is about 1.4
         assert not torch.equal(found, dequantized(gptq(weight, hessian, grid)))
@@ -167,7 +176,7 @@ def test_the_order_shows_in_nothing_but_the_values() -> None:
 
 def test_scales_of_groups_come_from_what_is_left_of_the_weight() -> None:
     weight, hessian = layer(8, 128, seed=7)  # one block: every group but the first
-    grid = Grid(3, 32)
+    grid = Integers(3, 32)
     scale = gptq(weight, hessian, grid).scale
     of_the_original = grid.choose(weight)[0]
     assert torch.equal(scale[:, 0], of_the_original[:, 0])
@@ -176,7 +185,7 @@ def test_scales_of_groups_come_from_what_is_left_of_the_weight() -> None:
 
 def test_stacked_rows_are_rounded_as_if_alone() -> None:
     weight, hessian = layer(30, 64, seed=8)
-    for grid in (Grid(4, 32), Grid(4, None, False)):
+    for grid in (Integers(4, 32), Integers(4, None, False)):
         whole = gptq(weight, hessian, grid)
         for rows in (slice(0, 7), slice(7, 30)):
             part = gptq(weight[rows], hessian, grid)
@@ -190,7 +199,7 @@ def test_a_dead_channel_is_zero_and_costs_nothing(act_order: bool) -> None:
     dead = [0, 17, 40]
     weight[:, dead] = 100  # would spoil the scale of its group, or of the channel
     hessian[dead] = hessian[:, dead] = 0
-    for grid in (Grid(4, 32), Grid(4, None, False)):
+    for grid in (Integers(4, 32), Integers(4, None, False)):
         found = dequantized(gptq(weight, hessian, grid, act_order=act_order))
         assert not found[:, dead].any()
         alive = [i for i in range(64) if i not in dead]
@@ -203,7 +212,8 @@ def test_the_result_does_not_depend_on_the_hessians_unit() -> None:
     hessian[5] = hessian[:, 5] = 0
     for factor in (2.0**-40, 2.0**20):
         assert torch.equal(
-            gptq(weight, hessian, Grid(4, 32)).integers, gptq(weight, hessian * factor, Grid(4, 32)).integers
+            gptq(weight, hessian, Integers(4, 32)).integers,
+            gptq(weight, hessian * factor, Integers(4, 32)).integers,
         )
 
 
@@ -211,7 +221,7 @@ def test_arguments_are_not_written_into() -> None:
     weight, hessian = layer(6, 64, seed=11)
     hessian[5] = hessian[:, 5] = 0
     copies = weight.clone(), hessian.clone()
-    gptq(weight, hessian, Grid(4, 32))
+    gptq(weight, hessian, Integers(4, 32))
     assert torch.equal(weight, copies[0]) and torch.equal(hessian, copies[1])
 
 
@@ -219,11 +229,11 @@ def test_a_singular_hessian_needs_damping() -> None:
     weight, hessian = layer(6, 64, seed=12, tokens=20)  # of rank 20
     for matrix in (hessian, hessian.float().double()):
         with pytest.raises(PassError, match=r"not, with damping 0.0: raise the damping or calibrate on more"):
-            gptq(weight, matrix, Grid(4, 32), damping=0.0)
-        found = dequantized(gptq(weight, matrix, Grid(4, 32)))
-        assert loss(found, weight, hessian) < loss(nearest(weight, Grid(4, 32)), weight, hessian)
+            gptq(weight, matrix, Integers(4, 32), damping=0.0)
+        found = dequantized(gptq(weight, matrix, Integers(4, 32)))
+        assert loss(found, weight, hessian) < loss(nearest(weight, Integers(4, 32)), weight, hessian)
     with pytest.raises(PassError, match="expected a positive definite Hessian"):
-        gptq(weight, -hessian, Grid(4, 32))
+        gptq(weight, -hessian, Integers(4, 32))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -232,7 +242,7 @@ def test_a_hessian_that_rounding_errors_alone_make_definite_is_refused(seed: int
     hessian[9] = hessian[40]  # two channels that are always equal
     hessian[:, 9] = hessian[:, 40]
     with pytest.raises(PassError, match="raise the damping"):
-        gptq(weight, hessian, Grid(4, 32), damping=0.0)
+        gptq(weight, hessian, Integers(4, 32), damping=0.0)
 
 
 def test_errors() -> None:
@@ -241,12 +251,12 @@ def test_errors() -> None:
         broken = hessian.clone()
         broken[3, 4] = bad
         with pytest.raises(PassError, match="expected a finite Hessian, found NaN or infinite entries"):
-            gptq(weight, broken, Grid(4, 32))
+            gptq(weight, broken, Integers(4, 32))
     with pytest.raises(PassError, match=r"found a weight \[6, 64\] and a Hessian \[32, 32\]"):
-        gptq(weight, hessian[:32, :32], Grid(4, 32))
+        gptq(weight, hessian[:32, :32], Integers(4, 32))
     with pytest.raises(PassError, match=r"expected a weight \[out, in\]"):
-        gptq(weight[0], hessian, Grid(4, 32))
+        gptq(weight[0], hessian, Integers(4, 32))
     with pytest.raises(PassError, match="groups of 48 do not divide an input of 64"):
-        gptq(weight, hessian, Grid(4, 48))
+        gptq(weight, hessian, Integers(4, 48))
     with pytest.raises(PassError, match="found zeros: nothing reached this input"):
-        gptq(weight, hessian * 0, Grid(4, 32))
+        gptq(weight, hessian * 0, Integers(4, 32))

@@ -28,19 +28,19 @@ from rolora_passes.graphs.graph import (
 )
 from rolora_passes.graphs.verify import relative_error
 from rolora_passes.numerics import affine
-from rolora_passes.numerics.affine import Grid
+from rolora_passes.numerics.affine import Integers
 from rolora_passes.numerics.gptq import Quantized, gptq
 from rolora_passes.quantize import gptq_linears as module
 from rolora_passes.quantize.gptq_linears import Hessian, gptq_linears
 
-GRID = Grid(4, 8)
-Sites = dict[fx.Node, tuple[str, Grid]]
+GRID = Integers(4, 8)
+Sites = dict[fx.Node, tuple[str, Integers]]
 
 
 def store_in(graph: fx.GraphModule) -> Any:
     """What a caller writes: integers and scales as parameters, and their product as the weight."""
 
-    def store(linear: fx.Node, quantized: Quantized, grid: Grid) -> None:
+    def store(linear: fx.Node, quantized: Quantized, grid: Integers) -> None:
         dtype = compute(graph, [linear.args[1]])[0].dtype  # type: ignore[arg-type]
         q = add_parameter(graph, f"{linear.name}.q", quantized.integers)
         scale = add_parameter(graph, f"{linear.name}.scale", quantized.scale.to(dtype))
@@ -51,7 +51,7 @@ def store_in(graph: fx.GraphModule) -> Any:
     return store
 
 
-def blocks(graph: fx.GraphModule, grid: Grid = GRID) -> Sites:
+def blocks(graph: fx.GraphModule, grid: Integers = GRID) -> Sites:
     """All linears but the head."""
     return {n: (name, grid) for n, name in site_names(graph).items() if "lm_head" not in name}
 
@@ -110,7 +110,7 @@ def test_integers_are_those_of_one_linear_at_a_time(name: str) -> None:
 
 def mixed(graph: fx.GraphModule) -> Sites:
     """Grids of every kind, different ones on one input, and some linears left alone."""
-    grids = [Grid(4, 8), Grid(3, None, False), Grid(8, None), Grid(4, 8)]
+    grids = [Integers(4, 8), Integers(3, None, False), Integers(8, None), Integers(4, 8)]
     sites = blocks(graph).items()
     return {node: (name, grids[i % 4]) for i, (node, (name, _)) in enumerate(sites) if i % 5 != 4}
 
@@ -148,7 +148,7 @@ def test_expressions_are_evaluated_in_float64(monkeypatch: pytest.MonkeyPatch) -
 def test_outputs_are_closer_than_by_rounding_to_nearest() -> None:
     graph = captured("llama", torch.float32)
     tokens = tokens_for(graph, 24, 30)
-    grid = Grid(3, 8)
+    grid = Integers(3, 8)
     nearest = copy_graph(graph)
     for node in blocks(nearest):
         weight = compute(nearest, [node.args[1]])[0]  # type: ignore[arg-type]
@@ -273,7 +273,7 @@ def test_another_run_never_takes_the_files_of_one_that_was_killed(tmp_path: Path
         (graph, more, {}),
         (graph, tokens, {"damping": 0.02}),
         (graph, tokens, {"act_order": True}),
-        (graph, tokens, {"sites": lambda g: blocks(g, Grid(4, 8, clip_search=True))}),
+        (graph, tokens, {"sites": lambda g: blocks(g, Integers(4, 8, clip_search=True))}),
     ]
     for run_graph, run_tokens, options in runs:
         solved.clear()

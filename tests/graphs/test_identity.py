@@ -15,13 +15,14 @@ from rolora_passes.adapters.exchange import save_adapter
 from rolora_passes.errors import PassError
 from rolora_passes.graphs import capture, convert, load_graph, save_graph
 from rolora_passes.graphs.identity import base_hash, fingerprint, is_original
+from rolora_passes.graphs.info import info
 
 
 def test_the_same_weights_in_any_type_under_any_name() -> None:
     wide, half = model_of("llama", torch.float32), copy.deepcopy(model_of("llama", torch.float32)).bfloat16()
     half.config._name_or_path = "somebody/elses-folder"
     first, second = capture(wide), capture(half)
-    assert first.meta["config"]["name"] != second.meta["config"]["name"]
+    assert info(first).config["name"] != info(second).config["name"]
     assert base_hash(first) == base_hash(second) is not None
     assert is_original(convert(first, torch.bfloat16), "lm_head.weight")
 
@@ -32,7 +33,7 @@ def test_it_stays_whatever_passes_do_and_is_saved(tmp_path: Path) -> None:
     save_graph(found, tmp_path / "graph.safetensors")
     loaded = load_graph(tmp_path / "graph.safetensors")
     assert base_hash(graph) == base_hash(loaded) is not None
-    assert loaded.meta["tied"] == {"model.embed_tokens.weight": "lm_head.weight"}
+    assert info(loaded).tied == {"model.embed_tokens.weight": "lm_head.weight"}
     name = "model.layers.0.self_attn.q_proj.weight"
     assert is_original(graph, name) and not is_original(loaded, name)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from architectures import CONFIGS, chosen
-from helpers import captured, difference, tokens_for
+from helpers import captured, difference, matrices, tokens_for
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import fx
@@ -25,8 +29,10 @@ from rolora_passes import (
     files,
 )
 from rolora_passes.errors import GraphFormatError
+from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.graphs.facts import facts
-from rolora_passes.graphs.graph import copy_graph, dtype_of, insert_after, parameters, run
+from rolora_passes.graphs.graph import copy_graph, insert_after, parameters, run
+from rolora_passes.graphs.info import GraphInfo, info, set_info
 from rolora_passes.graphs.serialize import load_graph, save_graph
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.graphs.verify import relative_error
@@ -47,7 +53,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     graph = captured(name)
     loaded = load_graph(save_graph(graph, tmp_path / "graph.safetensors"))
     same(loaded, graph)
-    assert loaded.meta["config"] == graph.meta["config"] and facts(loaded) == facts(graph)
+    assert info(loaded).config == info(graph).config and facts(loaded) == facts(graph)
 
 
 def test_round_trip_of_a_quantized_graph(tmp_path: Path) -> None:
@@ -60,24 +66,84 @@ def test_expressions_and_rotations_survive(tmp_path: Path) -> None:
     graph = apply_passes(captured("llama"), [FuseNorm(), Rotate(residual="orthogonal")])
     loaded = load_graph(save_graph(graph, tmp_path / "graph.safetensors"))
     same(loaded, graph)
-    assert loaded.meta["rotations"] == json.loads(json.dumps(graph.meta["rotations"]))
-    for key, value in graph.meta["rotation_tensors"].items():
-        assert torch.equal(loaded.meta["rotation_tensors"][key], value)
+    assert info(loaded).rotations == info(graph).rotations
+    for key, value in matrices(graph).items():
+        assert torch.equal(matrices(loaded)[key], value)
     assert difference(apply_passes(loaded, [FoldConstants()]), graph) < 1e-10
+
+
+def rewritten(path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """A saved graph whose description was edited."""
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["graph"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    edit(described)
+    save_file(tensors, path, metadata={"graph": json.dumps(described)})
+    return path
+
+
+def test_all_that_a_graph_carries_is_saved(tmp_path: Path) -> None:
+    """Every field of the record; a new one that is not saved fails here."""
+    passes = ["fuse-norm", "rotate", "fold-constants", {"add-lora": {"rank": 2}}]
+    graph = apply_passes(captured("llama-tied"), passes)
+    set_info(graph, replaced=("lm_head.weight",), cached=(64, 32))
+    known = info(graph)
+    found = info(load_graph(save_graph(graph, tmp_path / "graph.safetensors")))
+    for field in dataclasses.fields(GraphInfo):
+        assert getattr(known, field.name), field.name
+        if field.name != "ways":
+            assert getattr(found, field.name) == getattr(known, field.name)
+    assert found.ways.keys() == known.ways.keys()
+    for name, way in known.ways.items():
+        assert found.ways[name].steps == way.steps and found.ways[name].root == way.root
+        assert all(torch.equal(found.ways[name].tensors[key], value) for key, value in way.tensors.items())
+    assert [record.name for record in found.history] == [
+        "fuse-norm", "rotate", "fold-constants", "add-lora",
+    ]  # fmt: skip
+    assert found.history[1].report.moved and str(found.history[1]) == str(known.history[1])
+
+
+def test_a_file_of_the_version_before_loads(tmp_path: Path) -> None:
+    """It has no history, and nothing of caches."""
+    graph = apply_passes(captured("llama"), ["fuse-norm", "rotate", "fold-constants"])
+
+    def older(described: dict[str, Any]) -> None:
+        del described["meta"]["history"]
+
+    loaded = load_graph(rewritten(save_graph(graph, tmp_path / "graph.safetensors"), older))
+    same(loaded, graph)
+    assert info(loaded).history == () and info(loaded).cached is None
+    assert info(loaded).rotations == info(graph).rotations
+
+
+@pytest.mark.parametrize("part", ["rotations", "history", "cached"])
+def test_a_damaged_record_is_refused(part: str, tmp_path: Path) -> None:
+    graph = apply_passes(captured("llama"), ["fuse-norm", "rotate"])
+    path = rewritten(
+        save_graph(graph, tmp_path / "graph.safetensors"), lambda d: d["meta"].update({part: "?"})
+    )
+    with pytest.raises(GraphFormatError, match=f"expected {part} to be a"):
+        load_graph(path)
+
+
+def test_nothing_else_is_kept_in_a_graphs_meta() -> None:
+    """Keys of `meta` in the package are those of nodes: a graph's own would not be saved."""
+    key = r"""\.meta(?:\.\w+\(|\[| \|= ?\{)["'](\w+)|["'](\w+)["'] (?:not )?in \w+\.meta\b"""
+    package = Path(files.__file__).parent
+    found = {a or b for path in package.rglob("*.py") for a, b in re.findall(key, path.read_text("utf-8"))}
+    assert found == {"val", "source", "stack_trace"}
 
 
 def test_a_file_without_sources_loads(tmp_path: Path) -> None:
     graph = copy_graph(captured("llama"))
     for node in graph.graph.nodes:
         node.meta.clear()
-    path = save_graph(graph, tmp_path / "graph.safetensors")
-    with safe_open(path, framework="pt") as file:
-        described = json.loads(file.metadata()["graph"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for entry in described["nodes"]:
-        del entry["source"]
-    save_file(tensors, path, metadata={"graph": json.dumps(described)})
-    same(load_graph(path), graph)
+
+    def without(described: dict[str, Any]) -> None:
+        for entry in described["nodes"]:
+            del entry["source"]
+
+    same(load_graph(rewritten(save_graph(graph, tmp_path / "graph.safetensors"), without)), graph)
 
 
 def test_shared_tensors_are_written_once(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from rolora_passes.graphs.graph import (
     upstream,
     values,
 )
-from rolora_passes.numerics.affine import Grid, quantize
+from rolora_passes.numerics.affine import Integers, quantize
 from rolora_passes.quantize import stages as module
 from rolora_passes.quantize.stages import Stages
 
@@ -106,7 +106,7 @@ EMBEDDING = torch.ops.aten.embedding.default
 
 def quantize_in_place(graph: fx.GraphModule, linear: fx.Node) -> None:
     weight = compute(graph, [linear.args[1]])[0]  # type: ignore[arg-type]
-    scale, zero = Grid(3, 8).choose(weight)
+    scale, zero = Integers(3, 8).choose(weight)
     integers = add_parameter(graph, f"{linear.name}.q", quantize(weight, scale, zero, 3, True))
     scales = add_parameter(graph, f"{linear.name}.scale", scale.to(weight.dtype))
     linear.update_arg(1, insert(graph, linear, rolora.dequantize.default, integers, scales, None, 3))

@@ -14,7 +14,8 @@ from torch import fx
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes, history
 from rolora_passes.errors import CaptureError
 from rolora_passes.graphs.capture import _static_experts, capture
-from rolora_passes.graphs.graph import convert, dtype_of, is_op, op_name, parameters, run, set_tensor
+from rolora_passes.graphs.dtypes import convert, dtype_of
+from rolora_passes.graphs.graph import is_op, op_name, parameters, run, set_tensor
 from rolora_passes.graphs.verify import relative_error
 
 HALF = [torch.bfloat16, torch.float16]

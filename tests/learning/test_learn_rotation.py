@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny
-from helpers import captured, difference
+from helpers import captured, difference, matrices
 from sharp import OPEN, opened, sharp, windows
 from torch import Tensor, fx
 
@@ -17,7 +17,9 @@ from rolora_passes import FoldConstants, LearnRotation, apply_passes, history
 from rolora_passes.errors import GraphFormatError, PassError
 from rolora_passes.graphs import load_graph, save_graph
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.graph import copy_graph, dtype_of, parameters, set_tensor
+from rolora_passes.graphs.dtypes import dtype_of
+from rolora_passes.graphs.graph import copy_graph, parameters, set_tensor
+from rolora_passes.graphs.info import info, set_info
 from rolora_passes.inspection.structure import structure_text
 from rolora_passes.learning import loop
 from rolora_passes.passes.base import Calibration
@@ -36,8 +38,7 @@ def notes(graph: fx.GraphModule) -> dict[str, Any]:
 
 
 def learned(graph: fx.GraphModule) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = graph.meta["rotation_tensors"]
-    return found
+    return matrices(graph)
 
 
 @pytest.mark.parametrize("loss", ["distillation", "cross-entropy"])
@@ -54,7 +55,7 @@ def test_the_loss_falls_and_the_function_stays(method: Any, loss: str) -> None:
     assert difference(graph, sharp()) < 3e-5
     assert difference(apply_passes(graph, [FoldConstants()]), sharp()) < 3e-5
     for key, value in learned(graph).items():
-        assert graph.meta["rotations"][key]["method"] == "learned"
+        assert info(graph).rotations[key].method == "learned"
         if not key.endswith(".scale"):
             assert float((value.T @ value - torch.eye(len(value))).abs().max()) < 1e-12
     assert dtype_of(graph) == torch.float32
@@ -168,9 +169,8 @@ def test_a_loss_that_is_not_finite_stops_it_and_keeps_the_last_good_state(tmp_pa
 
 def test_what_it_needs() -> None:
     folded = apply_passes(opened(), [FoldConstants()])
-    folded.meta["rotations"] = {
-        k: v for k, v in folded.meta["rotations"].items() if "R3" not in k and "R4" not in k
-    }
+    kept = {k: v for k, v in info(folded).rotations.items() if "R3" not in k and "R4" not in k}
+    set_info(folded, rotations=kept)
     with pytest.raises(PassError, match="not folded yet, found none: run rotate"):
         learn(folded)
     with pytest.raises(PassError, match="nothing matches train: 'R9'"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import matrices
 from sharp import opened, sharp, windows
 
 from rolora_passes import (
@@ -31,6 +32,7 @@ SCRIPT = f"""
 import sys
 OPTIONS = {OPTIONS}
 import torch
+from helpers import matrices
 from sharp import opened, windows
 from test_processes import scaled, tuned
 from rolora_passes import LearnRotation, apply_passes
@@ -50,7 +52,7 @@ LearnRotation._layered = spy
 learned = {{}}
 for shard in (False, True):
     step = LearnRotation(**OPTIONS, shard=shard)
-    turned = apply_passes(opened(), [step], calibration=windows()).meta["rotation_tensors"]
+    turned = matrices(apply_passes(opened(), [step], calibration=windows()))
     assert processes.count() == 2
     others = {{"scales": scaled(shard=shard), "branches": tuned(shard=shard), "held": held.copy()}}
     learned[shard] = {{"rotations": turned, **others}}
@@ -94,7 +96,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 def alone() -> dict[str, dict[str, torch.Tensor]]:
     """What one process learns from the same rows together."""
     step = LearnRotation(**OPTIONS, accumulate=2)  # type: ignore[arg-type]
-    rotations = apply_passes(opened(), [step], calibration=windows()).meta["rotation_tensors"]
+    rotations = matrices(apply_passes(opened(), [step], calibration=windows()))
     return {"rotations": rotations, "scales": scaled(accumulate=2), "branches": tuned(accumulate=2)}
 
 

@@ -197,7 +197,7 @@ def test_codebooks_and_static_grids() -> None:
     graph = captured("llama", torch.float32)
     tokens = tokens_for(graph, 1, 12)
     recipe = [
-        QuantizeWeights(4, 8, method="nf"),
+        QuantizeWeights(4, 8, grid="nf"),
         ObserveActivations(),
         QuantizeActivations(8, static=True),
         QuantizeKVCache(per="token"),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -27,6 +27,7 @@ from rolora_passes.export.fuse_heads import fuse_heads
 from rolora_passes.extras import require
 from rolora_passes.files import writing
 from rolora_passes.graphs.graph import copy_graph, get_tensor
+from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.static_shapes import Shape, infer_shapes, written
 
@@ -125,14 +126,14 @@ def to_executorch(
             prepared = _prepare(graphs[name], max_length, last_token, fused=len(graphs) == 1)
         with stages.stage("delegate"):
             lowered[name], delegates = _delegate(prepared, fast_prefill)
-        lengths[name] = (prepared.meta["max_length"], prepared.meta["call_length"])
+        lengths[name] = cast("tuple[int, int]", info(prepared).cached)
         caches[name] = {b: get_tensor(prepared, b) for b in written(prepared.graph)}
         count += delegates
     length, call = (min(each) for each in zip(*lengths.values(), strict=True))
     if any(held != length for held, _ in lengths.values()):
         found = {name: held for name, (held, _) in lengths.items()}
         raise LoweringError(f"expected methods whose caches hold equally many tokens, found {found}")
-    metadata = _metadata(caches["forward"], graph.meta.get("config", {}), length, call)
+    metadata = _metadata(caches["forward"], info(graph).config, length, call)
     program = _program(lowered, call, metadata, stages)
     path, held = Path(path), max(sum(t.nbytes for t in each.values()) for each in caches.values())
     with writing(path) as temporary:
@@ -147,7 +148,7 @@ def to_executorch(
 
 def _ready(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy for the kernels' arithmetic, of which a cache can be made, or has been."""
-    if "max_length" in graph.meta:
+    if info(graph).cached is not None:
         return ready(graph)
     require_decoder(graph, "ExecuTorch's runner")
     result = ready(graph)
@@ -184,7 +185,7 @@ def _prepare(graph: fx.GraphModule, max_length: int, last_token: bool, fused: bo
     """A copy with caches, in the operators and the grouping that suit the kernels."""
     from rolora_passes.export.executorch.last_token import keep_last_token
 
-    cached, result = "max_length" in graph.meta, copy_graph(graph)
+    cached, result = info(graph).cached is not None, copy_graph(graph)
     if fused:
         fuse_heads(result)
     shapes = infer_shapes(result, CACHED if cached else CANONICAL)
@@ -233,7 +234,7 @@ def _program(
         return edge.to_executorch(backend)
 
 
-def _metadata(caches: Iterable[str], config: dict[str, Any], length: int, call: int) -> dict[str, Any]:
+def _metadata(caches: Iterable[str], config: Mapping[str, Any], length: int, call: int) -> dict[str, Any]:
     """The constant methods the runner reads; a prompt of more than `call` tokens it gives in pieces."""
     layers = sum(re.fullmatch(r"cache_*\.key_\d+", name) is not None for name in caches)
     ends = config.get("eos_token_id")

@@ -10,6 +10,7 @@ from torch import fx
 
 from rolora_passes.export.onnx.emitter import Emitter
 from rolora_passes.graphs.graph import argument, is_op
+from rolora_passes.graphs.info import info
 
 LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
 
@@ -27,7 +28,7 @@ def write_genai_config(
         e.note("no genai_config.json: layers differ in their heads, which it cannot say")
         return
     ((heads, (kv_heads, width)),) = shapes
-    config = graph.meta.get("config", {})
+    config = info(graph).config
     names = [value.name for value in e.inputs.inputs if not str(value.name).startswith("past")]
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **session_entries(e)},

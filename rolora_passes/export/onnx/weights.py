@@ -51,8 +51,8 @@ def quantized_weight(e: Emitter, node: Node) -> Quantized | None:
     """
     if is_op(node, "decode"):
         raise LoweringError(
-            "expected weights on a uniform grid, which the kernels read, found codes of a codebook: quantize "
-            "with method rtn or gptq, or lower it in floating point"
+            "expected weights on a uniform grid, which the kernels read, found codes of a codebook, "
+            f"{node.args[2].target}: quantize onto the grid int, or lower it in floating point"
         )
     if not is_op(node, "dequantize"):
         return None

@@ -1,7 +1,7 @@
 """Basis inference: which axes of a graph may rotate together, and what blocks the others.
 
 Every axis of every value is a product of *factors*; each factor has a basis variable. An operator
-relates the variables of its operands (`basis_rules`); unification yields classes of axes that must
+relates the variables of its operands (`Operator.basis`); unification yields classes of axes that must
 share one change of basis. A class admits a `Group` of matrices: the smallest that any operator on it
 commutes with. An operator nobody wrote a rule for admits none, so it can cost an opportunity and never
 correctness.
@@ -13,17 +13,17 @@ orthogonal R is R itself.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from rolora_passes.graphs.bases.rules import RULES, Rule
 from rolora_passes.graphs.bases.variables import Axis, Group, Variable, limit, product, resolve
 from rolora_passes.graphs.graph import constants, leaves, op_name, root_names
+from rolora_passes.graphs.operators import operator_of
+from rolora_passes.graphs.operators.record import Scope
 from rolora_passes.graphs.shapes import infer_shapes
 
 __all__ = ["Bases", "BasisClass", "Group", "ParameterAxis", "infer_bases"]
@@ -178,6 +178,13 @@ class _Inference:
         assert isinstance(found, list)
         return found
 
+    def parts(self, node: Any) -> tuple[Any, ...]:
+        found = self.axes.get(node)
+        return found if isinstance(found, tuple) else ()
+
+    def shapes_of_parts(self, node: Any) -> list[tuple[int, ...]]:
+        return [tuple(part.shape) for part in self.shapes[node]]
+
     def masks(self, node: object) -> bool:
         """Whether a value is true or false."""
         return self.shapes[node].dtype == torch.bool  # type: ignore[index,no-any-return]
@@ -216,19 +223,17 @@ class _Inference:
             return self._rigid_like(node, "comes out of an operator without a rule")
         return found
 
-    def _rule(self, node: fx.Node) -> Rule | None:
-        """The rule for an operator as export writes it: ATen's or ours, arguments in place."""
-        if node.target is operator.getitem:
-            return RULES["getitem"]
-        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in (
-            "aten",
-            "rolora",
-        ):
+    def _rule(self, node: fx.Node) -> Callable[[Scope, Any], Any] | None:
+        """The rule for an operator as export writes it: arguments in place."""
+        known = operator_of(node)
+        if known is None or known.basis is None:
             return None
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return known.basis
         if any(a.name in node.kwargs and not a.kwarg_only for a in node.target._schema.arguments):
             return None
         rounds = not self._floating(node) and any(self._floating(a) for a in node.all_input_nodes)
-        return None if rounds else RULES.get(op_name(node))
+        return None if rounds else known.basis
 
     def _floating(self, node: fx.Node) -> bool:
         value = self.shapes.get(node)

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from rolora_passes.errors import PassError
 from rolora_passes.files import writing
 from rolora_passes.graphs.graph import add_parameter
-from rolora_passes.graphs.ops import rotate
+from rolora_passes.graphs.info import Rotation, info, set_info
+from rolora_passes.graphs.operators.transforms import rotate
 
 if TYPE_CHECKING:
     from rolora_passes.graphs.bases.inference import BasisClass
@@ -31,7 +32,13 @@ def rotation_key(cls: BasisClass) -> str:
 
 
 def add_rotation(
-    graph: fx.GraphModule, key: str, matrix: Tensor, dtype: torch.dtype = torch.float64, **about: Any
+    graph: fx.GraphModule,
+    key: str,
+    matrix: Tensor,
+    dtype: torch.dtype = torch.float64,
+    *,
+    method: str,
+    **about: Any,
 ) -> fx.Node:
     """Add a matrix, signs [n] or dense [n, n], as a parameter, with its entry in the manifest.
 
@@ -39,10 +46,13 @@ def add_rotation(
     manifest travels with every artefact: it is what another pass or an adapter checks against.
     """
     node = add_parameter(graph, f"rotations.{key.replace('.', '_')}", matrix.to(dtype))
-    entry = {"size": len(matrix), **about, "tensor": str(node.target)}
-    graph.meta.setdefault("rotations", {})[key] = entry
-    graph.meta.setdefault("rotation_tensors", {})[key] = matrix
+    keep_rotation(graph, key, Rotation(method, str(node.target), matrix, about))
     return node
+
+
+def keep_rotation(graph: fx.GraphModule, key: str, rotation: Rotation) -> None:
+    """Put a rotation, or scale, on a graph's record."""
+    set_info(graph, rotations={**info(graph).rotations, key: rotation})
 
 
 def only(kind: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,8 +107,9 @@ def save_rotations(graph: fx.GraphModule, folder: str | Path) -> list[Path]:
     randomised Hadamard loads again exactly and keeps its fast transform.
     """
     folder = Path(folder)
-    tensors: dict[str, Tensor] = graph.meta.get("rotation_tensors", {})
-    manifest = {key: dict(entry) for key, entry in graph.meta.get("rotations", {}).items()}
+    rotations = info(graph).rotations
+    tensors = {key: rotation.matrix for key, rotation in rotations.items()}
+    manifest = {key: rotation.entry() for key, rotation in rotations.items()}
     for key, tensor in tensors.items():
         if tensor.dim() == 1 and _kind(key) != "scale":
             manifest[key]["signs"] = "".join("+" if s > 0 else "-" for s in tensor.tolist())

@@ -23,21 +23,12 @@ from torch import Tensor, fx
 
 from rolora_passes.graphs.bases.inference import BasisClass, Group, ParameterAxis, describe, infer_bases
 from rolora_passes.graphs.evaluate import evaluate
-from rolora_passes.graphs.graph import (
-    Expressions,
-    argument,
-    aten,
-    constants,
-    insert_after,
-    is_op,
-    linears,
-    root_names,
-)
+from rolora_passes.graphs.expressions import Expressions
+from rolora_passes.graphs.graph import aten, constants, insert_after, is_op, linears, root_names
+from rolora_passes.graphs.operators import operator_of
 from rolora_passes.graphs.shapes import infer_shapes
 
-_HOMOGENEOUS = {aten.relu.default, aten.leaky_relu.default, aten.abs.default}
 _TINY = torch.finfo(torch.float64).tiny
-_NORMS = {aten.rms_norm.default, aten.layer_norm.default}
 
 # The power of s that a class's written axes are multiplied by; 0 where it is not listed.
 _Powers = dict[BasisClass, int]
@@ -173,7 +164,10 @@ class _Symmetry:
         ]
         cut = dict.fromkeys(node for node, _ in self.equations)
         self.known, self.bases = known, infer_bases(graph, cut)
-        self.held = {c: node for node in cut for c in self._beside(node, shapes)}
+        terms: dict[fx.Node, set[fx.Node]] = {}
+        for node, values in self.equations:
+            terms.setdefault(node, set()).update(values)
+        self.held = {c: node for node in cut for c in self._beside(node, terms[node], shapes)}
         self._solved: dict[tuple[BasisClass, bool], _Powers | str] = {}
 
     def choose(self, value: Any) -> tuple[BasisClass, bool] | None:
@@ -195,13 +189,14 @@ class _Symmetry:
             self._solved[key] = self._blocked(cls) or self._settle({cls: 1 if flipped else -1})
         return self._solved[key]
 
-    def _beside(self, node: fx.Node, shapes: dict[fx.Node, Any]) -> Iterator[BasisClass]:
-        """Classes that cutting a node leaves unconstrained: other axes than the last, and what is normed."""
+    def _beside(self, node: fx.Node, terms: set[fx.Node], shapes: dict[fx.Node, Any]) -> Iterator[BasisClass]:
+        """Classes that cutting a node leaves unconstrained: other axes than the last, and the last of what is
+        no term of its equations (what is normed)."""
         for operand in (node, *node.all_input_nodes):
             for dim in range(shapes[operand].dim() - 1):
                 yield from (c for c, _ in self.bases.of(operand, dim))
-        if node.target in _NORMS:
-            yield from (c for c, _ in self.bases.of(node.args[0]))
+        for operand in {*node.all_input_nodes} - terms:
+            yield from (c for c, _ in self.bases.of(operand))
 
     def _blocked(self, cls: BasisClass) -> str | None:
         if cls.group < Group.INVERTIBLE:
@@ -254,25 +249,19 @@ class _Symmetry:
         return -powers.get(cls, 0) if flipped else powers.get(cls, 0)
 
 
-def _equations(node: Any, shapes: dict[fx.Node, Any]) -> list[tuple[fx.Node, ...]]:
+def _equations(node: fx.Node, shapes: dict[fx.Node, Any]) -> list[tuple[fx.Node, ...]]:
     """The values whose scales, multiplied, are the scale of a node's last axis: one tuple an equation."""
-    value = shapes.get(node)
-    if not isinstance(value, Tensor) or not value.dim() or value.shape[-1] == 1:
+    value, known = shapes.get(node), operator_of(node)
+    if known is None or known.scaling is None or not isinstance(value, Tensor):
+        return []
+    result: Tensor = value
+    if not result.dim() or result.shape[-1] == 1:
         return []
 
-    def spans(operand: object) -> bool:
+    def spans(operand: object, whole: bool = False) -> bool:
         other = shapes.get(operand) if isinstance(operand, fx.Node) else None
-        if not isinstance(other, Tensor) or not other.is_floating_point():
+        if not isinstance(other, Tensor) or not other.is_floating_point() or not other.dim():
             return False
-        return other.dim() > 0 and other.shape[-1] == value.shape[-1]
+        return other.shape == result.shape if whole else other.shape[-1] == result.shape[-1]
 
-    if node.target in _HOMOGENEOUS:
-        return [node.args[:1]] if spans(node.args[0]) else []
-    if node.target is aten.mul.Tensor and not node.kwargs:
-        whole = any(shapes[a].shape == value.shape for a in node.all_input_nodes if spans(a))
-        return [node.args[:2]] if whole and all(map(spans, node.args)) else []
-    if node.target in _NORMS and len(node.args[1]) == 1:
-        affine = [argument(node, "weight"), argument(node, "bias")]
-        if spans(affine[0]) and len(set(affine)) == 2 and all(a is None or spans(a) for a in affine):
-            return [(a,) for a in affine if a is not None]
-    return []
+    return known.scaling(node, spans)

@@ -20,13 +20,14 @@ from torch import Tensor, fx, nn
 
 from rolora_passes.errors import CaptureError, one_line
 from rolora_passes.extras import require
-from rolora_passes.graphs import ops as _ops  # noqa: F401  (registers the operators)
+from rolora_passes.graphs import operators as _operators  # noqa: F401  (registers the operators)
 from rolora_passes.graphs.capture.canonical import canonicalize
 from rolora_passes.graphs.capture.masks import Mask, Masks
 from rolora_passes.graphs.capture.precision import InFloat32
 from rolora_passes.graphs.evaluate import values_in
 from rolora_passes.graphs.graph import is_op
 from rolora_passes.graphs.identity import remember_weights
+from rolora_passes.graphs.info import set_info
 from rolora_passes.graphs.inputs import DECODER, ENCODER, ENCODER_DECODER, inputs_for
 from rolora_passes.graphs.sources import raised_at
 from rolora_passes.graphs.verify import relative_error, sample_tokens
@@ -101,7 +102,7 @@ def capture(model: PreTrainedModel, *, check: bool = True) -> fx.GraphModule:
     with _one_at_a_time, _evaluating(model):
         exported = _export(model, kind)
         graph = canonicalize(exported.module(check_guards=False))
-        graph.meta["config"] = _config(model)
+        set_info(graph, config=_config(model))
         remember_weights(graph, exported.state_dict)
         if check:
             _compare(graph, model, kind)
@@ -127,7 +128,6 @@ def from_exported(exported: torch.export.ExportedProgram) -> fx.GraphModule:
         CaptureError: it takes or returns something else, or the graph does not compute what the program does.
     """
     graph = canonicalize(exported.module(check_guards=False))
-    graph.meta["config"] = {}
     remember_weights(graph, exported.state_dict)
     if exported.example_inputs is not None:
         _compare_exported(graph, exported)

@@ -14,10 +14,10 @@ from torch import Tensor, fx
 
 from rolora_passes.graphs.evaluate import call
 from rolora_passes.graphs.graph import argument, aten, get_tensor, insert, is_op, op_name
+from rolora_passes.graphs.operators import Trait, has
 from rolora_passes.graphs.shapes import same_shape, shape_of
 
 _FILLED = {"ones": 1, "zeros": 0, "ones_like": 1, "zeros_like": 0}
-_RESHAPING = ("unsqueeze", "squeeze", "expand", "view", "reshape", "transpose", "slice")
 _ELEMENTWISE = ("mul", "to", "_to_copy", "bitwise_not", "logical_not", "rsub", "sub", "gt", "eq", "ne")
 
 
@@ -66,7 +66,7 @@ def _uniform(gm: fx.GraphModule) -> dict[fx.Node, Tensor]:
             known[node] = torch.tensor(_FILLED[op_name(node)], dtype=node.meta["val"].dtype)
         elif not tensors or any(a not in known for a in tensors):
             continue
-        elif is_op(node, *_RESHAPING):
+        elif has(node, Trait.VIEW) or is_op(node, "slice"):
             known[node] = known[tensors[0]]
         elif is_op(node, *_ELEMENTWISE):
             known[node] = call(node, known.__getitem__)

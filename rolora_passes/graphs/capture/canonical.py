@@ -24,15 +24,14 @@ from torch import fx
 from rolora_passes.errors import CaptureError
 from rolora_passes.graphs import graph
 from rolora_passes.graphs.capture import bookkeeping, casts, functional, fused, norms, rotary
-from rolora_passes.graphs.graph import aten, finish, is_op, merge_equal, op_name
+from rolora_passes.graphs.dtypes import dtype_of, retyped
+from rolora_passes.graphs.expressions import merge_equal
+from rolora_passes.graphs.graph import aten, finish, is_op, op_name
 from rolora_passes.graphs.inputs import DECODER, ENCODER, ENCODER_DECODER, input_names
+from rolora_passes.graphs.operators import Trait, has
 from rolora_passes.graphs.shapes import same_shape, shape_of
 from rolora_passes.graphs.sources import keep_only_source, note_source
 
-_COPIES = {
-    "clone", "alias", "detach", "detach_", "contiguous", "lift_fresh_copy", "lift_fresh", "view_as",
-    "positive",
-}  # fmt: skip
 _CHECKS = ("_assert", "sym_constrain", "_guards_fn", "_assert_tensor_metadata")
 
 
@@ -158,10 +157,10 @@ def _remove_checks(gm: fx.GraphModule) -> None:
 
 def _raise_precision(gm: fx.GraphModule) -> None:
     """In a float64 model, casts to float32 for precision's sake would lower it: widen them, and literals."""
-    if graph.dtype_of(gm) != torch.float64:
+    if dtype_of(gm) != torch.float64:
         return
     for node in gm.graph.nodes:
-        node.args, node.kwargs = graph.retyped((node.args, node.kwargs), lambda _: torch.float64)
+        node.args, node.kwargs = retyped((node.args, node.kwargs), lambda _: torch.float64)
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
             node.meta["val"] = value = value.to(torch.float64)
@@ -184,13 +183,13 @@ def _is_copy(node: fx.Node) -> bool:
     name, source = op_name(node), node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or not node.users:
         return False
-    if name in _COPIES:
+    if has(node, Trait.COPY):
         return True
     if name in ("dropout", "dropout_", "feature_dropout"):
         return node.args[2] is False
-    if name in graph.CASTS:
+    if has(node, Trait.CAST):
         before, after = source.meta.get("val"), node.meta.get("val")
-        return isinstance(before, torch.Tensor) and before.dtype == after.dtype  # type: ignore[union-attr]
+        return isinstance(before, torch.Tensor) and before.dtype == after.dtype
     if name in (
         "view",
         "reshape",

@@ -19,17 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.graphs.graph import CASTS, aten, constants, get_tensor, insert, is_op, set_tensor
-
-_MOVES = (
-    "transpose", "permute", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand",
-    "slice",
-)  # fmt: skip
+from rolora_passes.graphs.graph import aten, constants, get_tensor, insert, is_op, set_tensor
+from rolora_passes.graphs.operators import Trait, has
 
 
 def is_cast(node: object) -> bool:
     """Whether a node casts one floating-point type to another, or to itself, by the types capture noted."""
-    return is_op(node, *CASTS) and _is_float(node) and _is_float(node.args[0])
+    return has(node, Trait.CAST) and _is_float(node) and _is_float(node.args[0])
 
 
 def bare(node: Any) -> Any:
@@ -93,7 +89,7 @@ class _Narrow:
 
     def _subjects(self, node: Any) -> tuple[Any, ...]:
         """The operands whose type is the result's."""
-        if is_op(node, "rms_norm", "layer_norm", "rotary_embedding", *_MOVES):
+        if is_op(node, "rms_norm", "layer_norm", "rotary_embedding", "slice") or has(node, Trait.VIEW):
             return node.args[:1]  # type: ignore[no-any-return]
         if is_op(node, "attention"):
             return node.args[:3]  # type: ignore[no-any-return]

@@ -1,0 +1,73 @@
+"""The types that a graph computes in, and a graph converted to another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from rolora_passes.errors import GraphFormatError
+from rolora_passes.graphs.graph import copy_graph, finish, get_tensor, is_op, set_tensor, upstream
+from rolora_passes.graphs.operators import Trait, has
+from rolora_passes.graphs.shapes import infer_shapes
+
+
+def dtype_of(graph: fx.GraphModule) -> torch.dtype:
+    """The working precision: the floating-point type that most of the parameters' elements have.
+
+    Rotations that are not folded yet do not count: they are held in float64.
+    """
+    elements: dict[torch.dtype, int] = {}
+    for node in graph.graph.find_nodes(op="get_attr"):
+        value = get_tensor(graph, str(node.target))
+        turns = all(is_op(user, "rotate") and user.args[1] is node for user in node.users)
+        if value.is_floating_point() and not (turns and node.users):
+            elements[value.dtype] = elements.get(value.dtype, 0) + value.numel()
+    if not elements:
+        raise GraphFormatError("expected a graph with floating-point parameters, found none")
+    return max(elements, key=lambda dtype: elements[dtype])
+
+
+def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
+    """A copy of the graph that computes in `dtype`, as canonical as the graph: casts without effect go.
+
+    Parameters and types written in the graph change. What stood in a wider type than the rest (a router, a
+    gain) is not narrowed below it, nor is what rotary tables are made of: angles need float32.
+    """
+    result, own = copy_graph(graph), dtype_of(graph)
+    turning = [n for n in result.graph.nodes if is_op(n, "rotary_embedding")]
+    angles = upstream(table for n in turning for table in n.args[1:3])
+
+    def change(node: fx.Node, found: torch.dtype) -> torch.dtype:
+        wide = node in angles or found.itemsize > own.itemsize
+        return torch.promote_types(found, dtype) if wide else dtype
+
+    for node in result.graph.nodes:
+        if node.op == "get_attr":
+            value = get_tensor(result, node.target)
+            if value.is_floating_point():
+                set_tensor(result, node.target, value.detach().to(change(node, value.dtype)))
+        else:
+            node.args, node.kwargs = retyped((node.args, node.kwargs), partial(change, node))
+    _drop_casts(result)
+    return finish(result)
+
+
+def _drop_casts(graph: fx.GraphModule) -> None:
+    """Casts of a value to the type it has go."""
+    casts = [n for n in graph.graph.nodes if has(n, Trait.CAST)]
+    types = infer_shapes(graph, only=upstream(casts))
+    for node in casts:
+        before, after = types[node.args[0]], types[node]
+        if after is not None and before is not None and before.dtype == after.dtype:
+            node.replace_all_uses_with(node.args[0])
+
+
+def retyped(value: Any, change: Callable[[torch.dtype], torch.dtype]) -> Any:
+    """A node's arguments with every floating-point type that is written in them changed."""
+    return fx.node.map_aggregate(
+        value, lambda v: change(v) if isinstance(v, torch.dtype) and v.is_floating_point else v
+    )
