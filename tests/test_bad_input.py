@@ -622,7 +622,7 @@ def test_a_compile_cut_short_leaves_what_was_there(
             if path.parent.name.startswith(".out"):  # not what is tried before the model is loaded
                 raise error
 
-        monkeypatch.setattr("rolora_passes.export.compile.to_executorch", stop)
+        monkeypatch.setattr("rolora_passes.export.targets.executorch.to_executorch", stop)
         status, said = rolora(*arguments)
         assert status == expected and message in said
         assert contents(tmp_path) == before

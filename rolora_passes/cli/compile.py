@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,10 @@ from rolora_passes.cli.options import (
     printing_of,
     recipe_options,
 )
+from rolora_passes.export.target import TARGETS, Target, loadable_targets, make_target
 
 if TYPE_CHECKING:
-    from rolora_passes.export.compile import Made
+    from rolora_passes.export.order import Made
 
 
 def add(commands: Any) -> None:
@@ -33,22 +36,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--target",
         action="append",
-        choices=("executorch", "onnx"),
-        help="what to lower to, once or twice (executorch)",
-    )
-    parser.add_argument(
-        "--flavor",
-        choices=("ort", "portable"),
-        help="of ONNX: ONNX Runtime's kernels, or the standard's operators alone (ort)",
-    )
-    parser.add_argument(
-        "--accuracy-level",
-        type=int,
-        choices=(0, 4),
-        help="of ONNX products with quantized weights: 4 is int8 activations (where the recipe has them)",
-    )
-    parser.add_argument(
-        "--fast-prefill", action="store_true", help="attend in XNNPACK in calls from position 0"
+        choices=list(TARGETS),
+        help="what to lower to; more than once for several (executorch)",
     )
     parser.add_argument(
         "--adapter",
@@ -68,7 +57,7 @@ def add(commands: Any) -> None:
     )
     recipe_options(parser)
     print_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, flags=[*_add_target_options(parser)])
 
 
 def run(options: argparse.Namespace) -> None:
@@ -77,8 +66,7 @@ def run(options: argparse.Namespace) -> None:
     from rolora_passes.evaluation.parity import compare_programs
     from rolora_passes.export.compile import compile_model
 
-    targets: Any = options.target or ("executorch",)
-    _require_used(options, targets)
+    targets = _targets(options)
     adapters = dict(options.adapter)
     if len(adapters) < len(options.adapter):
         names = ", ".join(name for name, _ in options.adapter)
@@ -99,9 +87,6 @@ def run(options: argparse.Namespace) -> None:
             options.output,
             targets=targets,
             max_length=options.max_length,
-            flavor=options.flavor or "ort",
-            accuracy_level=options.accuracy_level,
-            fast_prefill=options.fast_prefill,
             adapters=adapters,
             verify=not options.no_verify,
             calibration=calibration_of(options, display),
@@ -124,18 +109,43 @@ def _warn(warning: str) -> None:
     console.print(warning, markup=False, soft_wrap=True)
 
 
-def _require_used(options: argparse.Namespace, targets: Sequence[str]) -> None:
-    """Refuse options of a target that is not asked for: they would do nothing."""
+def _add_target_options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
+    """The options of all targets; one whose name is taken already has its target's name before it.
+
+    Yields: the target, the option's name, and its flag.
+    """
+    for cls in loadable_targets():
+        for field in dataclasses.fields(cls):
+            plain = field.name.replace("_", "-")
+            for flag in (f"--{plain}", f"--{cls.name}-{plain}"):
+                with suppress(argparse.ArgumentError):
+                    parser.add_argument(flag, dest=f"{cls.name}.{field.name}", **_described(cls, field))
+                    yield cls.name, field.name, flag
+                    break
+
+
+def _described(cls: type[Target], field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """What argparse is to know of a target's option; one that is not given is not in the namespace."""
+    default, choices = field.default, field.metadata.get("choices")
+    shown = "" if default in (None, False) else f" ({default})"
+    about = {"default": argparse.SUPPRESS, "help": f"of {cls.name}: {field.metadata.get('help', '')}{shown}"}
+    if isinstance(default, bool):
+        return about | {"action": argparse.BooleanOptionalAction if default else "store_true"}
+    one = choices[0] if choices else default
+    return about | {"choices": choices, "type": str if one is None else type(one)}
+
+
+def _targets(options: argparse.Namespace) -> list[Target]:
+    """The targets that are asked for, with their options; those of others are refused: they would do
+    nothing."""
     from rolora_passes.errors import LoweringError
 
-    given = {
-        "--fast-prefill": ("executorch", options.fast_prefill),
-        "--flavor": ("onnx", options.flavor is not None),
-        "--accuracy-level": ("onnx", options.accuracy_level is not None),
-    }
-    for name, (target, there) in given.items():
-        if there and target not in targets:
-            raise LoweringError(
-                f"expected --target {target} with {name}, found {', '.join(targets)}: add it, or leave "
-                f"{name} out"
-            )
+    given: dict[str, dict[str, Any]] = {name: {} for name in options.target or ["executorch"]}
+    for target, name, flag in options.flags:
+        if (value := getattr(options, f"{target}.{name}", None)) is None:
+            continue
+        if target not in given:
+            found = f"found {', '.join(given)}: add it, or leave {flag} out"
+            raise LoweringError(f"expected --target {target} with {flag}, {found}")
+        given[target][name] = value
+    return [make_target(name, **known) for name, known in given.items()]

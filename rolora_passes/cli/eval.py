@@ -16,6 +16,7 @@ from rolora_passes.cli.options import (
     printing_of,
     recipe_options,
 )
+from rolora_passes.export.target import TARGETS
 
 
 def add(commands: Any) -> None:
@@ -41,7 +42,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--shots", type=at_least(0, int), help="examples shown first (each task's own)")
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), help="(float32)")
     parser.add_argument(
-        "--target", choices=("executorch", "onnx"), help="which program of a compiled folder (its first)"
+        "--target", choices=list(TARGETS), help="which program of a compiled folder (its first)"
     )
     parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved graph, which has none")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON")

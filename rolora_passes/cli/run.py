@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from rolora_passes.cli.options import at_least
-from rolora_passes.errors import RunError, one_line
-
-_PROGRAMS = {"executorch": "model.pte", "onnx": "model.onnx"}
+from rolora_passes.errors import RunError
+from rolora_passes.export.folder import MANIFEST, find_target, read_manifest
+from rolora_passes.export.target import TARGETS
 
 
 def add(commands: Any) -> None:
@@ -31,56 +30,32 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="do not wrap the prompt in the model's chat template"
     )
-    parser.add_argument("--target", choices=tuple(_PROGRAMS), help="which program, if there are several")
+    parser.add_argument("--target", choices=list(TARGETS), help="which program, if there are several")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    from rolora_passes.export.executorch import runner
-    from rolora_passes.export.onnx import runner as onnx_runner
-
     folder = options.folder
-    if not (folder / "manifest.json").is_file():
+    if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
-            f"expected a folder that `rolora compile` wrote, found no manifest.json in {folder}"
+            f"expected a folder that `rolora compile` wrote, found no {MANIFEST} in {folder}"
         )
-    there = [target for target, file in _PROGRAMS.items() if (folder / file).is_file()]
-    target = options.target or (there[0] if there else None)
-    if target not in there:
-        raise RunError(f"expected a program for {target or ' or '.join(_PROGRAMS)} in {folder}, found none")
+    target = find_target(folder, options.target)
     prompt, begin, count = _prompt(folder, options.prompt, options.raw)
-    room = _held(folder) - count
+    room = read_manifest(folder)["max_length"] - count
     if room < 1:
         raise RunError(
             f"the prompt has {count} tokens, and the program holds {room + count}, with what it answers: "
             "give a shorter one, or compile with a larger --max-length"
         )
-    descriptor = os.dup(sys.stdout.fileno())  # ExecuTorch prints too, and is put aside
+    descriptor = os.dup(sys.stdout.fileno())  # a runner may print too, and is put aside
     screen = os.fdopen(descriptor, "w", encoding=sys.stdout.encoding)
 
     def show(text: str) -> None:
         print(text, end="", flush=True, file=screen)
 
-    given = (prompt, min(options.max_new_tokens, room), options.temperature, show, begin)
-    try:
-        if target == "onnx":
-            onnx_runner.generate(folder, *given)
-        else:
-            runner.generate(folder / "model.pte", folder / "tokenizer.json", *given)
-    except RuntimeError as error:  # the runner's own
-        raise RunError(f"the runner failed on {folder / 'model.pte'}: {error}; its log is above") from error
+    target.run(folder, prompt, min(options.max_new_tokens, room), options.temperature, show, begin)
     print(file=screen, flush=True)
-
-
-def _held(folder: Path) -> int:
-    """How many tokens a folder's programs hold."""
-    try:
-        return int(json.loads((folder / "manifest.json").read_text("utf-8"))["max_length"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"expected max_length in {folder / 'manifest.json'}, as `rolora compile` writes it, "
-            f"found none: {one_line(error)}"
-        ) from error
 
 
 def _prompt(folder: Path, prompt: str, raw: bool) -> tuple[str, int, int]:

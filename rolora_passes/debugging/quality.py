@@ -11,7 +11,7 @@ from torch import Tensor
 from rolora_passes.debugging.bisect import SiteBisection, bisect_sites, costliest, measure_passes
 from rolora_passes.errors import QualityError, RoloraError
 from rolora_passes.evaluation.parity import Loss, measure_loss, sample_text
-from rolora_passes.export.compile import Made
+from rolora_passes.export.order import Made
 from rolora_passes.graphs.graph import site_names
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Pass

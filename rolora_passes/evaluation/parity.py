@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.evaluation.scorers import GraphScorer, Scorer, open_program, read_manifest
+from rolora_passes.evaluation.scorers import GraphScorer, ProgramScorer, Scorer
 from rolora_passes.evaluation.sensitivity import compare_logits
+from rolora_passes.export.folder import read_manifest
 from rolora_passes.graphs.info import info
 
 SAMPLE = Path(__file__).with_name("sample.txt")
@@ -116,7 +117,7 @@ def compare_programs(
     new = min(_NEW, start)
     rows = [_row("quantized graph", quantized, expected, quantized, tokens[0]) | {"greedy": new, "of": new}]
     for number, name in enumerate(manifest["targets"]):
-        program = open_program(folder, name)
+        program = ProgramScorer(folder, name)
         row = _row(name, program.logits(tokens)[0], expected, quantized, tokens[0])
         written = _greedy(program, tokens[:, :start], new)
         rows.append(row | {"greedy": _agreeing(found, written, start), "of": new})

@@ -114,7 +114,7 @@ def _described(
     return {
         "source": Path(source).name,
         "kind": "program" if graph is None else "graph",
-        "program": scorer.file if isinstance(scorer, ProgramScorer) else None,
+        "program": scorer.target.program if isinstance(scorer, ProgramScorer) else None,
         "recipe": None if recipe is None else Path(recipe).name,
         "passes": [] if graph is None else [record.row() for record in history(graph)],
         "dtype": None if graph is None else str(dtype_of(graph)).removeprefix("torch."),

@@ -1,23 +1,18 @@
-"""What can be evaluated: anything that gives logits for tokens, a graph or a compiled program alike.
-
-Another runtime is one more subclass of `ProgramScorer`, and its target's name in `PROGRAMS`.
-"""
+"""What can be evaluated: anything that gives logits for tokens, a graph or a compiled program alike."""
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import DataError, EvaluationError, RunError, one_line
-from rolora_passes.export.executorch.runner import load_pte
-from rolora_passes.export.onnx.runner import OnnxProgram
+from rolora_passes.export.folder import find_target, read_manifest
 from rolora_passes.extras import require
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.dtypes import convert
@@ -71,96 +66,49 @@ class GraphScorer(Scorer):
 
 
 class ProgramScorer(Scorer):
-    """A folder that `rolora compile` wrote, in a runtime that keeps a cache.
+    """A program in a folder that `rolora compile` wrote, in its target's runtime, which keeps a cache.
 
     A program returns the last token's logits, as generation needs, so tokens from `start` on go through its
     cache one at a time, which is also how text is generated. Programs lowered with `last_token=False` take
     them in one call. Tokens a window has in common with the one before are in the cache already.
 
-    Attributes:
-        file: what the program is called in its folder.
+    Args:
+        target: whose program; None: the first that is there.
 
     Raises:
+        EvaluationError: the folder has no program that is known, or not this one.
         RunError: not such a folder, or the runtime refuses its program.
         MissingExtraError: the runtime is not installed.
     """
 
-    file: ClassVar[str]
-
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, target: str | None = None) -> None:
         manifest = read_manifest(Path(folder))
         self.vocabulary = manifest.get("config", {}).get("vocab_size")
         self.max_length: int = manifest["max_length"]
+        self.target = find_target(Path(folder), target)
         self._cached: list[int] = []
-        self._program = Path(folder) / self.file
-        if not self._program.is_file():
-            raise RunError(f"expected {self.file} in {folder}, found none: compile it again")
         probe = torch.zeros(1, min(2, self.max_length), dtype=torch.int64)
         try:
-            self._open()
-            self._all_positions = self._call(probe, 0).shape[1] > 1
+            self._score = self.target.score(Path(folder))
+            self._all_positions = self._score(probe, 0).shape[1] > 1
         except (RunError, RuntimeError) as error:
-            raise RunError(
-                f"the runtime refuses {self._program}: {one_line(error)}; compile it again"
-            ) from error
-
-    @abstractmethod
-    def _open(self) -> None:
-        """Load the program."""
-
-    @abstractmethod
-    def _call(self, tokens: Tensor, position: int) -> Tensor:
-        """Logits [1, 1 or S, V] of tokens int64 [1, S], which the cache holds from `position` on."""
+            program = Path(folder) / self.target.program
+            raise RunError(f"the runtime refuses {program}: {one_line(error)}; compile it again") from error
 
     def logits(self, tokens: Tensor, start: int = 0) -> Tensor:
         require_window(self, tokens.shape[1])
         begin = min(_common(tokens[0].tolist(), self._cached), start)
         self._cached = []  # of no use if a call fails
         if self._all_positions:
-            found = self._call(tokens[:, begin:], begin)[:, start - begin :]
+            found = self._score(tokens[:, begin:], begin)[:, start - begin :]
         else:
-            first = self._call(tokens[:, begin : start + 1], begin)
+            first = self._score(tokens[:, begin : start + 1], begin)
             found = first.new_empty(1, tokens.shape[1] - start, first.shape[-1])
             found[:, 0] = first[:, 0]
             for position in range(start + 1, tokens.shape[1]):
-                found[:, position - start] = self._call(tokens[:, position : position + 1], position)[:, 0]
+                found[:, position - start] = self._score(tokens[:, position : position + 1], position)[:, 0]
         self._cached = tokens[0].tolist()
         return found
-
-
-class ExecutorchScorer(ProgramScorer):
-    """`model.pte` in ExecuTorch's runtime."""
-
-    file = "model.pte"
-
-    def _open(self) -> None:
-        self._forward = load_pte(self._program)
-
-    def _call(self, tokens: Tensor, position: int) -> Tensor:
-        try:
-            return self._forward(tokens.contiguous(), torch.tensor([position]))
-        except RuntimeError as error:
-            raise RunError(
-                f"the runtime failed on {self._program} at position {position}: {one_line(error)}"
-            ) from error
-
-
-class OnnxScorer(ProgramScorer):
-    """`model.onnx` in ONNX Runtime."""
-
-    file = "model.onnx"
-
-    def _open(self) -> None:
-        self._run = OnnxProgram(self._program.parent)
-
-    def _call(self, tokens: Tensor, position: int) -> Tensor:
-        return self._run(tokens, position)
-
-
-PROGRAMS: dict[str, type[ProgramScorer]] = {
-    "executorch": ExecutorchScorer,
-    "onnx": OnnxScorer,
-}
 
 
 def open_scorer(
@@ -207,7 +155,7 @@ def open_scorer(
             option = "--recipe" if recipe is not None else "--dtype"
             raise EvaluationError(f"{source} is compiled, and evaluated as it is: leave {option} out")
         stage("loading")
-        scorer, words = open_program(path, target), load_tokenizer(tokenizer or path)
+        scorer, words = ProgramScorer(path, target), load_tokenizer(tokenizer or path)
         if ready:
             ready(scorer, words)
         return scorer, words
@@ -254,43 +202,6 @@ def _open_graph(
     model, words = load_model(source, dtype or torch.float32)
     stage("capturing")
     return capture(model), other or words
-
-
-def open_program(folder: Path, target: str | None = None) -> ProgramScorer:
-    """A program of a compiled folder: the target's, or the first it has.
-
-    Raises:
-        EvaluationError: it has none that is known, or not this one.
-        Also what `read_manifest` and the program's scorer raise.
-    """
-    there = list(read_manifest(folder).get("targets", {}))
-    known = [name for name in there if name in PROGRAMS and target in (None, name)]
-    if not known:
-        raise EvaluationError(
-            f"expected a program for {target or ' or '.join(PROGRAMS)} in {folder}, found "
-            f"{' and '.join(there) or 'none'}: compile it with --target"
-        )
-    return PROGRAMS[known[0]](folder)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `rolora compile` says of a folder it wrote.
-
-    Raises:
-        RunError: no manifest there, or not one of ours.
-    """
-    path = folder / "manifest.json"
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise RunError(
-            f"expected a folder that `rolora compile` wrote, found no manifest.json in {folder}"
-        ) from error
-    except ValueError as error:  # not JSON, or not text
-        raise RunError(f"{path} is damaged: {error}; compile it again") from error
-    if not isinstance(found, dict) or not isinstance(found.get("max_length"), int):
-        raise RunError(f"expected a manifest with max_length in {path}, found none: compile it again")
-    return found
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from rolora_passes.decoding.positions import position_only, tabulate
 from rolora_passes.errors import LoweringError, RunError, one_line
+from rolora_passes.export.target import Score
 from rolora_passes.graphs.graph import argument, copy_graph, get_tensor, insert, is_op, set_tensor
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import inputs_for
@@ -27,9 +28,6 @@ EXACT = 1e-3
 _HELD = 0.05  # of a graph with int8 caches, whose rounding cannot be taken out
 _ROUTED = 0.3  # of a mixture whose activations are rounded: near a tie, another expert may be chosen
 _PROMPT, _DECODED, _BEYOND = 12, 4, 2
-
-Step = Callable[[Tensor, int], Tensor]
-"""tokens int64 [1, S], the position of the first -> logits [1, S or 1, V]; caches stay between calls."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def max_distance(found: Tensor, expected: Tensor) -> float:
     return max(distance(*pair) for pair in pairs)
 
 
-def check_decoder(name: str, step: Step, reference: Reference) -> Checked:
+def check_decoder(name: str, score: Score, reference: Reference) -> Checked:
     """Compare a prompt in one call, and tokens decoded one by one after it.
 
     Raises:
@@ -153,7 +151,7 @@ def check_decoder(name: str, step: Step, reference: Reference) -> Checked:
     length, worst = tokens.shape[1], 0.0
     for start, end in _calls(length):
         what = f"{end} tokens of a prompt" if start == 0 else f"the token decoded at position {start}"
-        found = running(name, lambda s=start, e=end: step(tokens[:, s:e], s))  # type: ignore[misc]
+        found = running(name, lambda s=start, e=end: score(tokens[:, s:e], s))  # type: ignore[misc]
         error = max_distance(found, expected[:, end - found.shape[1] : end])
         require_near(name, what, error, bound)
         worst = max(worst, error)

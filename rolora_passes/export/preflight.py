@@ -11,18 +11,20 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
 import rolora_passes.graphs.operators  # noqa: F401  (defines torch.ops.rolora)
+from rolora_passes.adapters.exchange import load_adapter
 from rolora_passes.errors import CaptureError, LoweringError
+from rolora_passes.export.target import Target
+from rolora_passes.graphs.bases.rotations import load_rotations
 from rolora_passes.graphs.graph import add_parameter, aten, finish, site_names
 from rolora_passes.graphs.info import set_info
 from rolora_passes.graphs.sites import matches
@@ -153,21 +155,26 @@ def _memory() -> int:
     return min(found)
 
 
-def require_kernels(
-    known: Outline, passes: Sequence[Pass], lowerings: Iterable[Callable[[fx.GraphModule, Path], Any]]
-) -> None:
-    """Try a recipe on a stand-in for a model, and lower what it makes.
-
-    Args:
-        lowerings: each writes a graph's program to a folder.
+def require_kernels(known: Outline, passes: Sequence[Pass], targets: Iterable[Target]) -> None:
+    """Try a recipe on a stand-in for a model, and ask the targets whether they can lower what it makes.
 
     Raises:
-        PassError, LoweringError: what a quantizer or a lowering refuses.
+        PassError, LoweringError: what a quantizer or a target refuses.
     """
     graph = stand_in(known, passes)
-    for lower in lowerings:
-        with suppress(OSError), TemporaryDirectory() as folder:  # a full disk matters when there is a program
-            lower(graph, Path(folder))
+    for target in targets:
+        if (refusal := target.can(graph)) is not None:
+            raise refusal
+
+
+def require_files(passes: Sequence[Pass]) -> None:
+    """Read the adapters and rotations that a recipe names, and refuse what is wrong with them."""
+    for step in passes:
+        given, adapter = (getattr(step, name, None) for name in ("given", "adapter"))
+        if isinstance(given, (str, Path)):
+            load_rotations(given)
+        if adapter is not None:
+            load_adapter(adapter)
 
 
 def stand_in(known: Outline, passes: Sequence[Pass]) -> fx.GraphModule:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rolora_passes.errors import LoweringError, one_line
-from rolora_passes.extras import require
+from rolora_passes.errors import LoweringError
+from rolora_passes.export.target import Encode, Target, make_target
 from rolora_passes.loading.models import load_tokenizer, tokenizer_files
-
-Encode = Callable[[str], list[int]]
-"""A text's tokens, without what begins or ends it; none, if the runtime fails on it."""
 
 # What people write every day, on which ids must agree; and what a runtime's tokenizer may not know.
 _COMMON = (
@@ -35,7 +33,7 @@ _RARE = (
 )
 
 
-def require_tokenizer(source: str, targets: Sequence[str], tokenizer: Any = None) -> list[str]:
+def require_tokenizer(source: str, targets: Sequence[Target | str], tokenizer: Any = None) -> list[str]:
     """Refuse a model whose tokenizer a runtime cannot load, or with which it gives other tokens.
 
     It takes no weights: this can be said before they are loaded. Returns what users should know, such as
@@ -67,7 +65,7 @@ def save_tokenizer(source: str, tokenizer: Any, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def require_same_tokens(folder: Path, tokenizer: Any, targets: Sequence[str]) -> list[str]:
+def require_same_tokens(folder: Path, tokenizer: Any, targets: Sequence[Target | str]) -> list[str]:
     """Compare the tokenizer in a folder, as each target's runtime loads it, with the model's own.
 
     Everyday texts must have the same tokens, and special tokens must be found in a text. What else differs is
@@ -77,26 +75,29 @@ def require_same_tokens(folder: Path, tokenizer: Any, targets: Sequence[str]) ->
         LoweringError: the runtime cannot load it, or differs.
     """
     notes = []
-    for target in targets:
-        encode = _RUNTIMES[target](folder)
+    for target in map(make_target, targets):
+        encoder = target.encode(folder)
+        if encoder is None:
+            continue
+        encode = partial(_tokens, encoder)
         for text in _COMMON:
             if (found := encode(text)) != (expected := _own(tokenizer, text)):
                 raise LoweringError(
-                    f"expected the tokens of the model's own tokenizer from that of {target}'s "
+                    f"expected the tokens of the model's own tokenizer from that of {target.name}'s "
                     "runtime, found "
                     f"{found[:12]} for {text!r}, not {expected[:12]}: the program would read other words"
                 )
         for token, number in _special(tokenizer).items():
             if number not in encode(f"a{token}"):
                 raise LoweringError(
-                    f"expected the tokenizer of {target}'s runtime to know the special token "
+                    f"expected the tokenizer of {target.name}'s runtime to know the special token "
                     f"{token} ({number}), found "
                     f"{encode(token)[:12]}: is it missing from tokenizer.json's added_tokens?"
                 )
         rare = [*_RARE, *(f"{token}words" for token in _special(tokenizer)), *_chat(tokenizer)]
         if wrong := [text for text in rare if encode(text) != _own(tokenizer, text)]:
             notes.append(
-                f"the tokenizer of {target}'s runtime gives other tokens than transformers' on "
+                f"the tokenizer of {target.name}'s runtime gives other tokens than transformers' on "
                 f"{len(wrong)} of "
                 f"{len(rare)} rarer texts, such as {wrong[0]!r:.80}"
             )
@@ -124,44 +125,8 @@ def _own(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _executorch(folder: Path) -> Encode:
-    runtime = require("pytorch_tokenizers", "executorch").CppHFTokenizer()
+def _tokens(encode: Encode, text: str) -> list[int]:
     try:
-        runtime.load(str(folder / "tokenizer.json"))
-    except Exception as error:  # as many as there are ways to fail
-        raise LoweringError(
-            f"ExecuTorch's tokenizer cannot load the model's tokenizer.json: {one_line(error)}; the "
-            "target onnx may"
-        ) from error
-    return lambda text: _tokens(lambda: runtime.encode(text, 0, 0))
-
-
-def _onnx(folder: Path) -> Encode:
-    """onnxruntime-genai's tokenizer, which asks for a configuration that says of which model it is."""
-    genai = require("onnxruntime_genai", "onnx")
-    with tempfile.TemporaryDirectory() as other:
-        for path in folder.iterdir():
-            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
-                shutil.copyfile(path, Path(other) / path.name)
-        (Path(other) / "genai_config.json").write_text(_GENAI, "utf-8")
-        try:
-            runtime = genai.Tokenizer(other)
-        except Exception as error:
-            raise LoweringError(
-                f"onnxruntime-genai cannot load the model's tokenizer: {one_line(error)}; the "
-                "target executorch may"
-            ) from error
-    runtime.update_options(add_special_tokens="false")
-    return lambda text: _tokens(lambda: runtime.encode(text))
-
-
-def _tokens(encode: Callable[[], Sequence[int]]) -> list[int]:
-    try:
-        return [int(i) for i in encode()]
+        return [int(token) for token in encode(text)]
     except RuntimeError:  # a text with something that is not in the vocabulary, for some
         return []
-
-
-_GENAI = """{"model": {"type": "decoder", "context_length": 16, "eos_token_id": 0, "vocab_size": 1,
-"decoder": {}}, "search": {"max_length": 16}}"""
-_RUNTIMES: dict[str, Callable[[Path], Encode]] = {"executorch": _executorch, "onnx": _onnx}

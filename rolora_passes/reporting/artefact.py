@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rolora_passes.evaluation.scorers import read_manifest
+from rolora_passes.export.folder import read_manifest
 
 # What differs between any two runs, and says nothing about what was made.
 _COSTS = {"seconds", "verify_seconds", "cpu_seconds", "peak_mb", "error"}

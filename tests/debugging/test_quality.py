@@ -22,7 +22,7 @@ from rolora_passes import AddLoRA, QuantizeWeights, apply_passes, history
 from rolora_passes.debugging.quality import NOTED, REFUSED, require_likeness
 from rolora_passes.errors import QualityError
 from rolora_passes.evaluation.parity import Loss, measure_loss, sample_text
-from rolora_passes.export.compile import Made
+from rolora_passes.export.order import Made
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import copy_graph, parameters, set_tensor
 from rolora_passes.passes.manager import Applied

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rolora_passes.errors import DataError, EvaluationError, GraphFormatError, RunError
 from rolora_passes.evaluation import (
-    ExecutorchScorer,
     GraphScorer,
+    ProgramScorer,
     Scorer,
     divergence,
     open_scorer,
@@ -171,7 +171,7 @@ def compiled(checkpoint: Path) -> Path:
 def test_a_program_equals_its_graph(checkpoint: Path, compiled: Path) -> None:
     program, tokenizer = open_scorer(compiled)
     graph, _ = open_scorer(checkpoint)
-    assert isinstance(program, ExecutorchScorer) and isinstance(graph, GraphScorer)
+    assert isinstance(program, ProgramScorer) and isinstance(graph, GraphScorer)
     assert program.max_length == 32 and program.vocabulary == graph.vocabulary == 97
     assert tokenizer("a\nb").input_ids == open_scorer(checkpoint)[1]("a\nb").input_ids
     tokens = stream(64)
@@ -185,7 +185,7 @@ def test_a_program_equals_its_graph(checkpoint: Path, compiled: Path) -> None:
 
 def test_a_programs_cache_serves_the_next_window(compiled: Path, checkpoint: Path) -> None:
     """Whatever was asked before, and from whatever position."""
-    program, graph = ExecutorchScorer(compiled), open_scorer(checkpoint)[0]
+    program, graph = ProgramScorer(compiled), open_scorer(checkpoint)[0]
     tokens = stream(20)[None]
     other = tokens.clone()
     other[:, 12:] = stream(8, seed=1)
@@ -211,7 +211,7 @@ def test_a_program_of_all_positions(compiled: Path, checkpoint: Path, tmp_path: 
     graph = open_scorer(checkpoint)[0]
     (tmp_path / "manifest.json").write_text((compiled / "manifest.json").read_text())
     to_executorch(graph.graph, tmp_path / "model.pte", max_length=32, last_token=False)
-    program, tokens = ExecutorchScorer(tmp_path), stream(20)[None]
+    program, tokens = ProgramScorer(tmp_path), stream(20)[None]
     for start in (9, 0, 19):
         torch.testing.assert_close(
             program.logits(tokens, start), graph.logits(tokens, start), atol=1e-4, rtol=0
@@ -219,7 +219,7 @@ def test_a_program_of_all_positions(compiled: Path, checkpoint: Path, tmp_path: 
 
 
 def test_a_program_that_fails_is_named(compiled: Path, tmp_path: Path) -> None:
-    program = ExecutorchScorer(compiled)
+    program = ProgramScorer(compiled)
 
     def fail(*_: Tensor) -> Tensor:
         raise RuntimeError("method->execute() failed")
@@ -240,7 +240,7 @@ def test_a_program_that_fails_is_named(compiled: Path, tmp_path: Path) -> None:
         if content is not None:
             (tmp_path / name).write_text(content)
         with pytest.raises(RunError, match=message):
-            ExecutorchScorer(tmp_path)
+            ProgramScorer(tmp_path)
 
 
 # What can be opened.

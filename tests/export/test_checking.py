@@ -3,6 +3,7 @@ distance."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,13 @@ def test_a_wrong_program_is_not_left(
     """The lowering sees another graph than the check."""
     graph = tiny_llama(layers=1, **FORMS[form])
     module = "executorch" if target == "executorch" else "onnx"
-    fuse = __import__(f"rolora_passes.export.{module}", fromlist=["x"]).fuse_heads
+    fuse = import_module(f"rolora_passes.export.{module}.lower").fuse_heads
 
     def wrong(prepared: fx.GraphModule) -> None:
         change(prepared, *PLANTED[planted])
         fuse(prepared)
 
-    monkeypatch.setattr(f"rolora_passes.export.{module}.fuse_heads", wrong)
+    monkeypatch.setattr(f"rolora_passes.export.{module}.lower.fuse_heads", wrong)
     with pytest.raises(
         LoweringError, match=r"does not compute what its graph does: after .* logits differ by"
     ):

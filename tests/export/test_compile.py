@@ -12,7 +12,7 @@ from tiny_checkpoint import save_byte_checkpoint
 
 from rolora_passes.cli import main
 from rolora_passes.errors import EvaluationError, LoweringError
-from rolora_passes.evaluation import ExecutorchScorer, OnnxScorer, open_scorer
+from rolora_passes.evaluation import ProgramScorer, open_scorer
 from rolora_passes.export import compile_model
 from rolora_passes.reporting.artefact import artefact_text
 
@@ -79,9 +79,10 @@ def test_text_from_either_runtime(
 
 
 def test_a_scorer_for_each_target(twin: Path) -> None:
-    assert isinstance(open_scorer(twin)[0], ExecutorchScorer)
+    first = open_scorer(twin)[0]
+    assert isinstance(first, ProgramScorer) and first.target.name == "executorch"
     scorer, _ = open_scorer(twin, target="onnx")
-    assert isinstance(scorer, OnnxScorer)
+    assert isinstance(scorer, ProgramScorer) and scorer.target.name == "onnx"
     assert scorer.max_length == 96
     tokens = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(0))
     whole = scorer.logits(tokens)

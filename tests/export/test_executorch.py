@@ -89,7 +89,7 @@ def test_plain_program_equals_its_graph(sizes: dict[str, object], tmp_path: Path
 @pytest.mark.parametrize("longest", [None, 512, 4])
 def test_calls_of_any_length(longest: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole prompts and parts of them, up to all the caches hold, by either kind of attention."""
-    monkeypatch.setattr("rolora_passes.export.executorch.xnnpack_attention._LONGEST", longest)
+    monkeypatch.setattr("rolora_passes.export.executorch.xnnpack.attention._LONGEST", longest)
     graph = tiny_llama()
     lower(graph, tmp_path / "model.pte", fast_prefill=longest is not None)
     forward = load_pte(tmp_path / "model.pte")

@@ -15,8 +15,8 @@ from tiny_llama import tiny_llama
 from torch import Tensor, fx
 
 from rolora_passes import FoldConstants, InsertHadamard, QuantizeKVCache, apply_passes
-from rolora_passes.export.executorch import xnnpack_graph
 from rolora_passes.export.executorch.lower import to_executorch
+from rolora_passes.export.executorch.xnnpack import delegate as xnnpack_graph
 from rolora_passes.graphs.graph import copy_graph, is_op, parameters, run, set_tensor
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.verify import relative_error

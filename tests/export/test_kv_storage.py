@@ -77,7 +77,7 @@ def test_with_quantized_linears(weights: int, table: int, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("longest", [None, 4])
 def test_calls_of_any_length(longest: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rolora_passes.export.executorch.xnnpack_attention._LONGEST", longest)
+    monkeypatch.setattr("rolora_passes.export.executorch.xnnpack.attention._LONGEST", longest)
     graph = rounded()
     to_executorch(graph, tmp_path / "model.pte", max_length=32, fast_prefill=longest is not None)
     forward = load_pte(tmp_path / "model.pte")

@@ -24,7 +24,7 @@ from rolora_passes import (
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.executorch.lower import to_executorch
 from rolora_passes.export.executorch.runner import load_pte
-from rolora_passes.export.executorch.xnnpack_graph import pack_nibbles
+from rolora_passes.export.executorch.xnnpack.delegate import pack_nibbles
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import parameters
 from rolora_passes.graphs.verify import relative_error

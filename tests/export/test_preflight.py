@@ -19,20 +19,19 @@ from test_quantize_weights import wide
 
 from rolora_passes import apply_passes
 from rolora_passes.errors import LoweringError, PassError, RoloraError
-from rolora_passes.export import to_executorch
 from rolora_passes.export.compile import compile_model
-from rolora_passes.export.onnx.lower import write_onnx
 from rolora_passes.export.preflight import Outline, outline, require_kernels, require_memory
+from rolora_passes.export.target import make_target
 from rolora_passes.graphs.graph import site_names
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import is_head
 from rolora_passes.passes.registry import make_pass
 
 Run = Callable[..., tuple[int, str, str]]
-TARGETS: dict[str, Callable[..., Any]] = {
-    "executorch": lambda g, f, n: to_executorch(g, f / "model.pte", max_length=n),
-    "ort": lambda g, f, n: write_onnx(g, f, "ort", max_length=n),
-    "portable": lambda g, f, n: write_onnx(g, f, "portable", max_length=n),
+TARGETS = {
+    "executorch": make_target("executorch"),
+    "ort": make_target("onnx"),
+    "portable": make_target("onnx", flavor="portable"),
 }
 W4, A8 = {"quantize-weights": {}}, {"quantize-activations": {}}
 NF = {"quantize-weights": {"grid": "nf"}}
@@ -124,15 +123,15 @@ def refusal(attempt: Callable[[], Any]) -> RoloraError | None:
 @pytest.mark.parametrize(("name", "target"), PAIRS)
 def test_preflight_and_lowering_agree(name: str, target: str, known: Outline, tmp_path: Path) -> None:
     specs, refused = RECIPES[name]
-    passes, lower = [make_pass(spec) for spec in specs], TARGETS[target]
+    passes, lowering = [make_pass(spec) for spec in specs], TARGETS[target]
     expected = target in refused.split()
-    before = refusal(lambda: require_kernels(known, passes, [lambda g, f: lower(g, f, 16)]))
+    before = refusal(lambda: require_kernels(known, passes, [lowering]))
     assert (before is not None) == expected, before
 
     def whole() -> None:
         data = tokens_for(wide(), 2, 16)
         graph = apply_passes(wide(), [*passes, make_pass("fold-constants")], calibration=data, verify=False)
-        lower(graph, tmp_path, 16)
+        lowering.lower(graph, tmp_path, max_length=16)
 
     after = refusal(whole)
     assert (after is not None) == expected, after
@@ -289,6 +288,6 @@ def test_memory_for_a_context(known: Outline, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_target_that_the_outline_does_not_show_is_left_to_the_pass(known: Outline, tmp_path: Path) -> None:
     experts = make_pass({"quantize-weights": {"bits": 3, "targets": "experts"}})
-    require_kernels(known, [experts], [lambda g, f: write_onnx(g, f, "ort", max_length=16)])
+    require_kernels(known, [experts], [TARGETS["ort"]])
     with pytest.raises(PassError, match="no linear matches 'experts'"):
         apply_passes(wide(), [experts])

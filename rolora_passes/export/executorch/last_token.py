@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from rolora_passes.export.executorch.xnnpack_emitter import op_key
-from rolora_passes.export.executorch.xnnpack_ops import EMITTERS
+from rolora_passes.export.executorch.xnnpack.emitter import op_key
+from rolora_passes.export.executorch.xnnpack.ops import EMITTERS
 from rolora_passes.graphs.graph import is_op, upstream
 from rolora_passes.graphs.static_shapes import Shape, constant_nodes, drop_unused, infer_shapes
 

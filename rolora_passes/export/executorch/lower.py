@@ -6,20 +6,20 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from rolora_passes.decoding.kv_cache import add_kv_cache
 from rolora_passes.decoding.ready import ready
 from rolora_passes.decoding.state import require_state
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.checking import Checked, Reference, check_decoder, rows
+from rolora_passes.export.clock import Clock
 from rolora_passes.export.executorch.embeddings import fuse_embeddings
 from rolora_passes.export.executorch.rotary import expand_rotary
 from rolora_passes.export.executorch.runner import load_pte
@@ -50,7 +50,7 @@ class LoweringReport:
     cache_bytes: int
     """What the caches of keys and values take in memory, for each method that is loaded."""
     seconds: dict[str, float]
-    """CPU seconds by stage."""
+    """CPU seconds by step."""
     checks: list[Checked] = field(default_factory=list)
     """How every method compared with its graph."""
 
@@ -63,19 +63,6 @@ class LoweringReport:
             f"{sum(self.operators.values())} instructions outside: {outside}",
             *rows(self.checks),
         ]
-
-
-@dataclass
-class _Stages:
-    """CPU seconds spent in each named stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.process_time()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.process_time() - start, 3)
 
 
 def to_executorch(
@@ -99,51 +86,81 @@ def to_executorch(
         max_length: tokens the caches hold. Taken from the graph if it has caches already.
         last_token: return the logits of the last token alone, [1, 1, V], as the runner needs; otherwise
             of all tokens, [1, S, V].
-        fast_prefill: let calls that start at position 0 attend in XNNPACK, over their own keys and values
-            instead of the caches. A third more prefill speed, for a second delegate in every layer and
-            longer lowering.
-        methods: other graphs, which the program has beside `forward` under these names: one base with one
-            adapter or another. What they have in common with it is in the file once; each has caches of its
-            own. The heads' projections are then not joined, for those with a branch cannot be.
-        check: run what was written, a prompt and decoded tokens, and leave it only if every method gives its
-            graph's logits; it takes seconds.
+        fast_prefill: let calls that start at position 0 attend in XNNPACK, over their own keys and values: a
+            third more prefill speed, for a second delegate in every layer and longer lowering.
+        methods: other graphs, beside `forward`, by name: one base with one adapter or another. What they
+            share is in the file once; each has its own caches, and the heads' projections are not joined.
+        check: run what was written, and leave it only if every method gives its graph's logits.
 
     Raises:
         MissingExtraError: ExecuTorch is not installed.
-        LoweringError: a graph is in float64, attends as no kernel does, mixes positions without a cache,
-            or quantizes as no kernel or cache holds it; a method's name is no identifier, or taken; the
-            program does not compute what its graph does.
+        LoweringError: a graph that no kernel or cache can hold, a method's name that is no identifier or
+            is taken, or a program that does not compute what its graph does.
         VerificationError: folding changed the function.
     """
     _require_executorch()
     require_methods(methods or {})
-    graphs = {"forward": graph, **(methods or {})}
-    stages, lowered, lengths, count = _Stages(), dict[str, fx.GraphModule](), dict[str, tuple[int, int]](), 0
-    caches: dict[str, dict[str, Tensor]] = {}
-    for name, each in graphs.items():
-        with stages.stage("prepare"):
-            graphs[name] = _ready(each)
-            prepared = _prepare(graphs[name], max_length, last_token, fused=len(graphs) == 1)
-        with stages.stage("delegate"):
-            lowered[name], delegates = _delegate(prepared, fast_prefill)
-        lengths[name] = cast("tuple[int, int]", info(prepared).cached)
-        caches[name] = {b: get_tensor(prepared, b) for b in written(prepared.graph)}
-        count += delegates
-    length, call = (min(each) for each in zip(*lengths.values(), strict=True))
-    if any(held != length for held, _ in lengths.values()):
-        found = {name: held for name, (held, _) in lengths.items()}
-        raise LoweringError(f"expected methods whose caches hold equally many tokens, found {found}")
-    metadata = _metadata(caches["forward"], info(graph).config, length, call)
-    program = _program(lowered, call, metadata, stages)
-    path, held = Path(path), max(sum(t.nbytes for t in each.values()) for each in caches.values())
-    with writing(path) as temporary:
-        with stages.stage("write"), temporary.open("wb") as file:
+    graphs, clock = {"forward": graph, **(methods or {})}, Clock(time.process_time)
+    made = {
+        name: _method(each, max_length, last_token, fast_prefill, len(graphs) == 1, clock)
+        for name, each in graphs.items()
+    }
+    length, call = _require_one_length(made), min(method.call for method in made.values())
+    metadata = _metadata(made["forward"].caches, info(graph).config, length, call)
+    program = _program({name: method.lowered for name, method in made.items()}, call, metadata, clock)
+    held = max(sum(method.caches.values()) for method in made.values())
+    count = sum(method.delegates for method in made.values())
+    graphs = {name: method.ready for name, method in made.items()}
+    with writing(Path(path)) as temporary:
+        with clock.step("write"), temporary.open("wb") as file:
             program.write_to_file(file)
         operators, size = _operators(program), temporary.stat().st_size
-        del program, lowered, caches, prepared  # what the runtime loads takes their place
-        with stages.stage("check"):
+        del program, made  # what the runtime loads takes their place
+        with clock.step("check"):
             checks = [_check(temporary, name, each, length) for name, each in graphs.items() if check]
-    return LoweringReport(path, size, count, operators, held, stages.seconds, checks)
+    return LoweringReport(Path(path), size, count, operators, held, clock.seconds, checks)
+
+
+@dataclass(frozen=True)
+class _Method:
+    """One of a program's graphs.
+
+    Attributes:
+        ready: as `ready` made it, to check the program against.
+        lowered: with caches and delegates.
+        length, call: how many tokens the caches hold, and a call may have.
+        caches: their bytes, by name.
+    """
+
+    ready: fx.GraphModule
+    lowered: fx.GraphModule
+    delegates: int
+    length: int
+    call: int
+    caches: dict[str, int]
+
+
+def _method(
+    graph: fx.GraphModule, max_length: int, last_token: bool, fast_prefill: bool, fused: bool, clock: Clock
+) -> _Method:
+    from rolora_passes.export.executorch.xnnpack.partition import delegate_to_xnnpack
+
+    with clock.step("prepare"):
+        given = _ready(graph)
+        prepared = _prepare(given, max_length, last_token, fused)
+    with clock.step("delegate"):
+        lowered, delegates = delegate_to_xnnpack(prepared, CACHED, fast_prefill)
+    caches = {name: get_tensor(prepared, name).nbytes for name in written(prepared.graph)}
+    length, call = cast("tuple[int, int]", info(prepared).cached)
+    return _Method(given, lowered, delegates, length, call, caches)
+
+
+def _require_one_length(methods: Mapping[str, _Method]) -> int:
+    """The tokens that all caches hold; methods that differ in it are refused."""
+    found = {name: method.length for name, method in methods.items()}
+    if len({*found.values()}) > 1:
+        raise LoweringError(f"expected methods whose caches hold equally many tokens, found {found}")
+    return min(found.values())
 
 
 def _ready(graph: fx.GraphModule) -> fx.GraphModule:
@@ -175,12 +192,6 @@ def require_methods(names: Iterable[str]) -> None:
             )
 
 
-def _delegate(graph: fx.GraphModule, fast_prefill: bool) -> tuple[fx.GraphModule, int]:
-    from rolora_passes.export.executorch.xnnpack import delegate_to_xnnpack
-
-    return delegate_to_xnnpack(graph, CACHED, fast_prefill)
-
-
 def _prepare(graph: fx.GraphModule, max_length: int, last_token: bool, fused: bool) -> fx.GraphModule:
     """A copy with caches, in the operators and the grouping that suit the kernels."""
     from rolora_passes.export.executorch.last_token import keep_last_token
@@ -208,7 +219,7 @@ def _require_executorch() -> None:
 
 
 def _program(
-    graphs: Mapping[str, fx.GraphModule], length: int, metadata: dict[str, Any], stages: _Stages
+    graphs: Mapping[str, fx.GraphModule], length: int, metadata: dict[str, Any], clock: Clock
 ) -> Any:
     """The serialised program of graphs, by method, whose delegates are made."""
     from executorch import exir
@@ -217,15 +228,15 @@ def _program(
 
     example = (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     dynamic = ({1: torch.export.Dim("length", min=1, max=length)}, None)
-    with stages.stage("export"), torch.no_grad():
+    with clock.step("export"), torch.no_grad():
         exported = {
             name: torch.export.export(graph, example, dynamic_shapes=dynamic, strict=False)
             for name, graph in graphs.items()
         }
-    with stages.stage("edge"):
+    with clock.step("edge"):
         config = exir.EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
         edge = exir.to_edge(exported, compile_config=config, constant_methods=metadata)
-    with stages.stage("program"):
+    with clock.step("program"):
         backend = exir.ExecutorchBackendConfig(
             extract_delegate_segments=True,
             memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),

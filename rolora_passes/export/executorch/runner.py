@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora_passes.errors import RunError
+from rolora_passes.errors import LoweringError, RunError, one_line
+from rolora_passes.export.target import Encode
 from rolora_passes.extras import require
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -131,6 +132,24 @@ def load_pte(pte: str | os.PathLike[str], method: str = "forward") -> Forward:
         return torch.cat(found, 1) if found[0].shape[1] > 1 else found[-1]
 
     return forward
+
+
+def encoder(folder: Path) -> Encode:
+    """The runner's tokenizer, with the `tokenizer.json` of a folder.
+
+    Raises:
+        LoweringError: it cannot load that.
+        MissingExtraError: ExecuTorch is not installed.
+    """
+    runtime = require("pytorch_tokenizers", "executorch").CppHFTokenizer()
+    try:
+        runtime.load(str(folder / "tokenizer.json"))
+    except Exception as error:  # as many as there are ways to fail
+        raise LoweringError(
+            f"ExecuTorch's tokenizer cannot load the model's tokenizer.json: {one_line(error)}; "
+            "another target's may"
+        ) from error
+    return lambda text: runtime.encode(text, 0, 0)
 
 
 def _load_kernels() -> Any:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
-from rolora_passes.export.onnx.emitter import Emitter, Node, Result
+from rolora_passes.export.onnx.emitter import OnnxEmitter, Result
+from rolora_passes.export.onnx.prepared import Node
 from rolora_passes.graphs.graph import argument
 from rolora_passes.numerics.affine import EPSILON, limits
 
 _FLOAT = torch.float32
 
 
-def fake_quantize(e: Emitter, node: Node) -> Result:
+def fake_quantize(e: OnnxEmitter, node: Node) -> Result:
     """The grid of every token or group from its own range, then `_round_trip`; see `affine.fake_quantize`."""
     x, bits, group, symmetric, clip = (
         argument(node, n) for n in ("x", "bits", "group_size", "symmetric", "clip")
@@ -32,7 +33,7 @@ def fake_quantize(e: Emitter, node: Node) -> Result:
 
 
 def _qparams(
-    e: Emitter, low: ir.Value, high: ir.Value, bits: int, symmetric: bool
+    e: OnnxEmitter, low: ir.Value, high: ir.Value, bits: int, symmetric: bool
 ) -> tuple[ir.Value, ir.Value | None]:
     first, last = limits(bits, symmetric)
     range_ = e.op("Max", e.op("Neg", low), high) if symmetric else e.op("Sub", high, low)
@@ -45,7 +46,7 @@ def _qparams(
 
 
 def _round_trip(
-    e: Emitter, x: ir.Value, scale: ir.Value, zero: ir.Value | None, bits: int, symmetric: bool
+    e: OnnxEmitter, x: ir.Value, scale: ir.Value, zero: ir.Value | None, bits: int, symmetric: bool
 ) -> ir.Value:
     steps = e.op("Round", e.op("Mul", x, e.op("Reciprocal", scale)))
     if zero is None:
@@ -54,11 +55,11 @@ def _round_trip(
     return e.op("Mul", e.op("Sub", shifted, zero), scale)
 
 
-def _clamp(e: Emitter, x: ir.Value, bits: int, symmetric: bool) -> ir.Value:
+def _clamp(e: OnnxEmitter, x: ir.Value, bits: int, symmetric: bool) -> ir.Value:
     return e.op("Clip", x, *(e.numbers(float(n), _FLOAT) for n in limits(bits, symmetric)))
 
 
-def fake_quantize_static(e: Emitter, node: Node) -> Result:
+def fake_quantize_static(e: OnnxEmitter, node: Node) -> Result:
     x, scale, zero, bits, symmetric = (argument(node, n) for n in ("x", "scale", "zero", "bits", "symmetric"))
     shift = None if symmetric else e.op("Cast", e.value(zero), to=ir.DataType.FLOAT)
     return _round_trip(e, e.value(x), e.value(scale), shift, bits, symmetric)

@@ -6,29 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import fx
-
-from rolora_passes.export.onnx.emitter import Emitter
+from rolora_passes.export.onnx.emitter import OnnxEmitter
 from rolora_passes.graphs.graph import argument, is_op
 from rolora_passes.graphs.info import info
 
 LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
 
 
-def write_genai_config(
-    graph: fx.GraphModule, e: Emitter, folder: Path, layers: int, max_length: int, share_buffer: bool
-) -> None:
+def write_genai_config(e: OnnxEmitter, folder: Path, layers: int, share_buffer: bool) -> None:
     """Write `genai_config.json`, unless layers differ in their heads, which it has no words for."""
     shapes = {
         (e.shape(argument(n, "query"))[2], e.shape(argument(n, "key"))[2:])
-        for n in graph.graph.nodes
+        for n in e.graph.module.graph.nodes
         if is_op(n, "attention")
     }
     if len(shapes) > 1:
         e.note("no genai_config.json: layers differ in their heads, which it cannot say")
         return
     ((heads, (kv_heads, width)),) = shapes
-    config = info(graph).config
+    config = info(e.graph.module).config
     names = [value.name for value in e.inputs.inputs if not str(value.name).startswith("past")]
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **session_entries(e)},
@@ -58,16 +54,16 @@ def write_genai_config(
         "eos_token_id": ends,
         "pad_token_id": pad if pad is not None else ends[0] if isinstance(ends, list) and ends else ends,
         "vocab_size": config.get("vocab_size"),
-        "context_length": max_length,
+        "context_length": e.graph.max_length,
         "decoder": decoder,
     }
-    search = {"max_length": max_length, "do_sample": False, "past_present_share_buffer": share_buffer}
+    search = {"max_length": e.graph.max_length, "do_sample": False, "past_present_share_buffer": share_buffer}
     known = {key: value for key, value in model.items() if value is not None}
     (folder / "genai_config.json").write_text(
         json.dumps({"model": known, "search": search}, indent=1), "utf-8"
     )
 
 
-def session_entries(e: Emitter) -> dict[str, str]:
+def session_entries(e: OnnxEmitter) -> dict[str, str]:
     """How ONNX Runtime is to multiply where it makes its own kernels of dequantized weights."""
     return {LEVEL_ENTRY: str(max(e.levels))} if e.levels else {}

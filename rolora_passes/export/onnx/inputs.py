@@ -13,8 +13,8 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from rolora_passes.export.onnx.emitter import Emitter
-from rolora_passes.export.onnx.lower import INPUTS
+from rolora_passes.export.onnx.runner import INPUTS
+from rolora_passes.export.onnx.writer import Writer
 from rolora_passes.graphs.graph import is_op
 
 _END = torch.iinfo(torch.int64).max
@@ -33,8 +33,8 @@ class Inputs:
     positions: ir.Value
     last: ir.Value
 
-    def __init__(self, e: Emitter, names: list[str], cached: bool) -> None:
-        self.e, self.cached = e, cached
+    def __init__(self, e: Writer, names: list[str], cached: bool, max_length: int) -> None:
+        self.e, self.cached, self.max_length = e, cached, max_length
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.given = {
@@ -44,6 +44,11 @@ class Inputs:
         }
         total = "total_length" if cached else "length"
         self.mask = self._input("attention_mask", ir.DataType.INT64, ["batch", total])
+
+    def value(self, name: str) -> ir.Value:
+        """What stands for an input of the graph."""
+        own = {"tokens": lambda: self.tokens, "positions": lambda: self.positions}
+        return own[name]() if name in own else self.given[name]
 
     def cache(self, heads: int, width: int, *kept: fx.Node) -> tuple[ir.Value, ir.Value]:
         """The past keys and values of one more attention, [B, heads, past, width] each.
@@ -122,7 +127,7 @@ class CompactInputs(Inputs):
     def positions(self) -> ir.Value:  # type: ignore[override]
         past = self.e.op("Sub", self._tokens_in(self.mask), self._tokens_in(self.new_mask))
         places = self.e.op("Add", past, self.columns(self.count))
-        highest = self.e.numbers(self.e.settings.max_length - 1, torch.int64)
+        highest = self.e.numbers(self.max_length - 1, torch.int64)
         return self.e.op("Min", places, highest)  # what pads a row may lie behind the tables
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,30 +11,36 @@ import onnx_ir as ir
 from torch import fx
 
 from rolora_passes.errors import LoweringError
-from rolora_passes.export.onnx.emitter import MICROSOFT, Emitter, Heads, Lowering, Node, Result
+from rolora_passes.export.onnx.emitter import Heads, Kernels, Lowering, Match, OnnxEmitter, Result
 from rolora_passes.export.onnx.inputs import CompactInputs
-from rolora_passes.export.onnx.norms import folded_norm, norm_affine, norm_form
-from rolora_passes.export.onnx.ops import STANDARD, float_linear
-from rolora_passes.export.onnx.rotary import Rotary, rotary_embedding, rotary_tables
+from rolora_passes.export.onnx.norms import norm_affine, norm_form, norm_giving, norm_pattern
+from rolora_passes.export.onnx.prepared import Node, Prepared
+from rolora_passes.export.onnx.rotary import Rotary, rotary_embedding, rotary_reads, rotary_tables
+from rolora_passes.export.onnx.standard import STANDARD, float_linear
 from rolora_passes.export.onnx.weights import (
+    READS,
     Quantized,
     blocks,
     kernel_groups,
     kernel_input,
     quantized_weight,
 )
+from rolora_passes.export.onnx.writer import MICROSOFT
 from rolora_passes.graphs.graph import argument, is_op
 
 
-def _linear(e: Emitter, node: Node) -> Result:
-    bias, weight = argument(node, "bias"), quantized_weight(e, node.args[1])
+def _linear(e: OnnxEmitter, node: Node) -> Result:
+    bias, weight = argument(node, "bias"), quantized_weight(e.graph, node.args[1])
     if weight is None:
         return float_linear(e, node)
-    x, level = kernel_input(e, node)
+    x, level = kernel_input(e.graph, node)
+    e.levels.add(level)
     return _matmul_nbits(e, e.value(x), weight, None if bias is None else e.value(bias), level)
 
 
-def _matmul_nbits(e: Emitter, x: ir.Value, weight: Quantized, bias: ir.Value | None, level: int) -> ir.Value:
+def _matmul_nbits(
+    e: OnnxEmitter, x: ir.Value, weight: Quantized, bias: ir.Value | None, level: int
+) -> ir.Value:
     block, repeat = kernel_groups(weight)
     packed, scale, zero = blocks(weight, block, repeat)
     rows, width = weight.integers.shape
@@ -52,8 +59,8 @@ def _matmul_nbits(e: Emitter, x: ir.Value, weight: Quantized, bias: ir.Value | N
     return e.op("MatMulNBits", x, *inputs, domain=MICROSOFT, **sizes, accuracy_level=level)
 
 
-def _embedding(e: Emitter, node: Node) -> Result:
-    weight = quantized_weight(e, node.args[0])
+def _embedding(e: OnnxEmitter, node: Node) -> Result:
+    weight = quantized_weight(e.graph, node.args[0])
     if weight is None:
         return STANDARD["embedding"](e, node)
     width = int(weight.integers.shape[1])
@@ -72,20 +79,27 @@ def _embedding(e: Emitter, node: Node) -> Result:
     )  # fmt: skip
 
 
-def _rms_norm(e: Emitter, node: Node) -> Result:
+def _rms_norm(e: OnnxEmitter, node: Node) -> Result:
     gain, _ = norm_affine(e, node)
     return e.op("SimplifiedLayerNormalization", e.value(node.args[0]), gain, **norm_form(node), stash_type=1)
 
 
-def _add(e: Emitter, node: Node) -> Result:
-    """A residual sum with the norm that reads it, in one kernel."""
-    norm = next((u for u in node.users if is_op(u, "rms_norm", "layer_norm")), None)
-    operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in e.constants]
-    alike = len(operands) == 2 and all(e.shapes[a] == e.shapes[node] for a in operands)
-    same_tokens = (norm in e.narrowed) == (node in e.narrowed)
-    fused = alike and same_tokens and e.rank(node) == 3 and not folded_norm(e, node)
-    if norm is None or norm_form(norm)["axis"] != -1 or not fused:
-        return STANDARD["add"](e, node)
+def _skip_norm_pattern(graph: Prepared, node: Node, lowerings: Mapping[str, Lowering]) -> Match | None:
+    """A residual sum with the first norm that reads it: s = x + y, norm(s), as one kernel gives both."""
+    norm = norm_giving(graph, node)
+    if norm is None or norm_form(norm)["axis"] != -1 or not is_op(add := norm.args[0], "add"):
+        return None
+    operands = [a for a in add.args[:2] if isinstance(a, fx.Node) and a not in graph.constants]
+    alike = len(operands) == 2 and all(graph.shapes[a] == graph.shapes[add] for a in operands)
+    same_tokens = (norm in graph.narrowed) == (add in graph.narrowed)
+    first = next(u for u in add.users if is_op(u, "rms_norm", "layer_norm"))
+    if norm is not first or not alike or not same_tokens or graph.rank(add) != 3 or norm_giving(graph, add):
+        return None
+    return Match(add, (add, node), tuple(operands), lambda e: _skip_norm(e, norm, operands))
+
+
+def _skip_norm(e: OnnxEmitter, norm: Node, operands: list[fx.Node]) -> tuple[ir.Value, ir.Value]:
+    """The sum, and its norm with gain and bias."""
     gain, bias = norm_affine(e, norm)
     kind, affine = "SkipSimplifiedLayerNormalization", [gain]
     if is_op(norm, "layer_norm"):
@@ -93,8 +107,7 @@ def _add(e: Emitter, node: Node) -> Result:
     values = [e.value(a) for a in operands]
     found = e.ops(kind, *values, *affine, domain=MICROSOFT, outputs=4, epsilon=norm_form(norm)["epsilon"])
     found[1].name = found[2].name = ""  # mean and deviation are for training; unnamed, they are left out
-    e.results[norm] = found[0]
-    return found[3]
+    return found[3], found[0]
 
 
 # Attention
@@ -110,29 +123,33 @@ class _Range:
     rotary: tuple[fx.Node, fx.Node, bool] | None
 
 
-def _unrotated(e: Emitter, node: Node) -> _Range:
+def _unrotated(graph: Prepared, node: Node) -> _Range:
     """Where the heads of a value come from, looking through slices of heads and one rotary embedding."""
-    source, start, end = _heads_of(e, node)
+    source, start, end = _heads_of(graph, node)
     if not is_op(source, "rotary_embedding"):
         return _Range(source, start, end, None)
     tables = tuple(argument(source, n) for n in ("cos", "sin", "interleaved"))
-    inner, first, _ = _heads_of(e, argument(source, "x"))
+    inner, first, _ = _heads_of(graph, argument(source, "x"))
     return _Range(inner, first + start, first + end, tables)
 
 
-def _heads_of(e: Emitter, node: Any) -> tuple[fx.Node, int, int]:
-    count = int(e.shape(node)[2])
+def _heads_of(graph: Prepared, node: Any) -> tuple[fx.Node, int, int]:
+    count = int(graph.shape(node)[2])
     if is_op(node, "slice") and argument(node, "dim") == 2:
         start = argument(node, "start") or 0
         return argument(node, "self"), start, start + count
     return node, 0, count
 
 
-def _attention(e: Emitter, node: Node) -> Result:
+def _attention(e: OnnxEmitter, node: Node) -> Result:
     query, key, value, scale, causal, window, softcap = (
         argument(node, n) for n in ("query", "key", "value", "scale", "causal", "window", "softcap")
     )
-    heads, kv_heads, width = int(e.shape(query)[2]), int(e.shape(key)[2]), int(e.shape(query)[3])
+    heads, kv_heads, width = (
+        int(e.shape(query)[2]),
+        int(e.shape(key)[2]),
+        int(e.shape(query)[3]),
+    )
     if not causal or e.shape(value)[3] != width:
         raise LoweringError(
             "expected causal attention with keys and values of one width, as GroupQueryAttention is, found "
@@ -145,7 +162,8 @@ def _attention(e: Emitter, node: Node) -> Result:
         )
     inputs = e.inputs
     assert isinstance(inputs, CompactInputs)
-    parts, rotary = _queries_keys_values(e, query, key, value)
+    parts, rotary = _queries_keys_values(e.graph, node)
+    given = _inputs(e, parts, width)
     tables: list[ir.Value] = []
     if rotary is not None:
         tables = list(rotary_tables(e, *rotary))
@@ -154,7 +172,7 @@ def _attention(e: Emitter, node: Node) -> Result:
     options |= {"rotary_interleaved": int(rotary[2])} if rotary is not None else {}
     options |= {"softcap": softcap} if softcap is not None else {}
     found = e.ops(
-        "GroupQueryAttention", *parts, *past, inputs.last_positions, inputs.total, *tables,
+        "GroupQueryAttention", *given, *past, inputs.last_positions, inputs.total, *tables,
         domain=MICROSOFT, outputs=3, num_heads=heads, kv_num_heads=kv_heads, scale=scale,
         do_rotary=int(rotary is not None), **options,
     )  # fmt: skip
@@ -162,45 +180,55 @@ def _attention(e: Emitter, node: Node) -> Result:
     return Heads(found[0], heads, width)
 
 
-def _queries_keys_values(
-    e: Emitter, query: fx.Node, key: fx.Node, value: fx.Node
-) -> tuple[list[ir.Value | None], Rotary | None]:
-    """The first three inputs of the kernel, and the rotary embedding left to it.
-
-    Where all three are neighbouring heads of one projection it is given whole.
-    """
-    q, k, v = (_unrotated(e, n) for n in (query, key, value))
-    width = int(e.shape(query)[3])
+def _queries_keys_values(graph: Prepared, node: Node) -> tuple[list[_Range], Rotary | None]:
+    """Where the first three inputs of the kernel come from, and the rotary embedding left to it."""
+    query, key, value = (argument(node, n) for n in ("query", "key", "value"))
+    q, k, v = (_unrotated(graph, n) for n in (query, key, value))
     rotary = q.rotary
-    if rotary is None or k.rotary != rotary or v.rotary is not None or not _kernel_rotates(e, rotary, width):
-        rotary = None
-        q, k, v = (_Range(*_heads_of(e, n), None) for n in (query, key, value))
+    alike = rotary is not None and k.rotary == rotary and v.rotary is None
+    if rotary is not None and alike and _kernel_rotates(graph, rotary, int(graph.shape(query)[3])):
+        return [q, k, v], rotary
+    return [_Range(*_heads_of(graph, n), None) for n in (query, key, value)], None
+
+
+def _attention_reads(graph: Prepared, node: Node) -> list[Node]:
+    return [part.source for part in _queries_keys_values(graph, node)[0]]
+
+
+def _inputs(e: OnnxEmitter, parts: list[_Range], width: int) -> list[ir.Value | None]:
+    """The first three inputs; where all are neighbouring heads of one projection it is given whole."""
+    q, k, v = parts
     ends = (0, q.end, k.end, v.end)
     together = q.source is k.source is v.source and (q.start, k.start, v.start) == ends[:3]
     if together and ends[3] == e.shape(q.source)[2]:
-        return [e.flat(q.source), None, None], rotary
-    return [_flat_heads(e, part, width) for part in (q, k, v)], rotary
+        return [e.flat(q.source), None, None]
+    return [_flat_heads(e, part, width) for part in parts]
 
 
-def _flat_heads(e: Emitter, part: _Range, width: int) -> ir.Value:
+def _flat_heads(e: OnnxEmitter, part: _Range, width: int) -> ir.Value:
     whole = e.flat(part.source)
     if (part.start, part.end) == (0, e.shape(part.source)[2]):
         return whole
     return e.slice(whole, 2, part.start * width, part.end * width)
 
 
-def _kernel_rotates(e: Emitter, rotary: Rotary, width: int) -> bool:
+def _kernel_rotates(graph: Prepared, rotary: Rotary, width: int) -> bool:
     """Whether the kernel has this rotary embedding: from a table, over channels it can load."""
-    tabled, half = rotary[0] in e.tables and rotary[1] in e.tables, e.shape(rotary[0])[-1] // 2
+    tabled, half = rotary[0] in graph.tables and rotary[1] in graph.tables, graph.shape(rotary[0])[-1] // 2
     return bool(tabled and half % 8 == 0 and half <= width // 16 * 8)
 
 
-def _silu(e: Emitter, node: Node) -> Result:
+def _silu(e: OnnxEmitter, node: Node) -> Result:
     return e.op("QuickGelu", e.value(node.args[0]), domain=MICROSOFT, alpha=1.0)
 
 
-ORT: dict[str, Lowering] = {
-    **STANDARD,
-    "linear": _linear, "embedding": _embedding, "add": _add, "rms_norm": _rms_norm,
-    "attention": _attention, "rotary_embedding": partial(rotary_embedding, domain=MICROSOFT), "silu": _silu,
-}  # fmt: skip
+ORT = Kernels(
+    lowerings={
+        **STANDARD,
+        "linear": _linear, "embedding": _embedding, "rms_norm": _rms_norm, "attention": _attention,
+        "rotary_embedding": partial(rotary_embedding, domain=MICROSOFT), "silu": _silu,
+    },
+    inputs=CompactInputs,
+    patterns=(_skip_norm_pattern, norm_pattern),
+    reads={**READS, "attention": _attention_reads, "rotary_embedding": rotary_reads},
+)  # fmt: skip

@@ -9,25 +9,27 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import LoweringError
-from rolora_passes.export.onnx.emitter import Emitter, Heads, Lowering, Node, Result
+from rolora_passes.export.onnx.emitter import Heads, Kernels, OnnxEmitter, Result
 from rolora_passes.export.onnx.inputs import MaskedInputs
-from rolora_passes.export.onnx.norms import norm_affine, norm_form
-from rolora_passes.export.onnx.ops import STANDARD, float_linear
-from rolora_passes.export.onnx.rotary import rotary_embedding
-from rolora_passes.export.onnx.weights import Quantized, kernel_input, pack_signed, quantized_weight
+from rolora_passes.export.onnx.norms import norm_affine, norm_form, norm_pattern
+from rolora_passes.export.onnx.prepared import Node
+from rolora_passes.export.onnx.rotary import rotary_embedding, rotary_reads
+from rolora_passes.export.onnx.standard import STANDARD, float_linear
+from rolora_passes.export.onnx.weights import READS, Quantized, kernel_input, pack_signed, quantized_weight
 from rolora_passes.graphs.graph import argument
 
 
-def _linear(e: Emitter, node: Node) -> Result:
-    bias, weight = argument(node, "bias"), quantized_weight(e, node.args[1])
+def _linear(e: OnnxEmitter, node: Node) -> Result:
+    bias, weight = argument(node, "bias"), quantized_weight(e.graph, node.args[1])
     if weight is None:
         return float_linear(e, node)
-    x, _ = kernel_input(e, node)
+    x, level = kernel_input(e.graph, node)
+    e.levels.add(level)
     product = e.op("MatMul", e.value(x), _dequantized(e, weight))
     return product if bias is None else e.op("Add", product, e.value(bias))
 
 
-def _dequantized(e: Emitter, weight: Quantized) -> ir.Value:
+def _dequantized(e: OnnxEmitter, weight: Quantized) -> ir.Value:
     """The weight as [in, out], in the layout that runtimes fuse into one product with int4 weights."""
     width, group = int(weight.integers.shape[1]), weight.group_size
     inputs = [_stored(e, weight.name, weight.integers.T, weight.bits)]
@@ -40,16 +42,16 @@ def _dequantized(e: Emitter, weight: Quantized) -> ir.Value:
     return e.op("DequantizeLinear", *inputs, **blocked)
 
 
-def _stored(e: Emitter, name: str, integers: torch.Tensor, bits: int) -> ir.Value:
+def _stored(e: OnnxEmitter, name: str, integers: torch.Tensor, bits: int) -> ir.Value:
     """int8 as INT4 where they fit."""
     if bits > 4:
         return e.store.add(name, integers.contiguous())
     return e.store.add(name, pack_signed(integers), ir.DataType.INT4, list(integers.shape))
 
 
-def _embedding(e: Emitter, node: Node) -> Result:
+def _embedding(e: OnnxEmitter, node: Node) -> Result:
     """Rows of int8, dequantized after they are looked up (no runtime looks up int4)."""
-    weight = quantized_weight(e, node.args[0])
+    weight = quantized_weight(e.graph, node.args[0])
     if weight is None:
         return STANDARD["embedding"](e, node)
     tokens, rank = e.value(node.args[1]), e.rank(node)
@@ -67,7 +69,7 @@ def _embedding(e: Emitter, node: Node) -> Result:
     return e.reshape(_scaled_rows(e, split), *kept, count * group)
 
 
-def _scaled_rows(e: Emitter, parts: dict[str, ir.Value]) -> ir.Value:
+def _scaled_rows(e: OnnxEmitter, parts: dict[str, ir.Value]) -> ir.Value:
     rows, zero = (
         e.op("Cast", parts[name], to=ir.DataType.FLOAT) if name in parts else None
         for name in ("rows", "row_zero")
@@ -76,12 +78,12 @@ def _scaled_rows(e: Emitter, parts: dict[str, ir.Value]) -> ir.Value:
     return e.op("Mul", shifted, parts["row_scale"])
 
 
-def _rms_norm(e: Emitter, node: Node) -> Result:
+def _rms_norm(e: OnnxEmitter, node: Node) -> Result:
     gain, _ = norm_affine(e, node)
     return e.op("RMSNormalization", e.value(node.args[0]), gain, **norm_form(node))
 
 
-def _attention(e: Emitter, node: Node) -> Result:
+def _attention(e: OnnxEmitter, node: Node) -> Result:
     query, key, value = (argument(node, n) for n in ("query", "key", "value"))
     heads, kv_heads = int(e.shape(query)[2]), int(e.shape(key)[2])
     widths = int(e.shape(key)[3]), int(e.shape(value)[3])
@@ -103,11 +105,14 @@ def _attention(e: Emitter, node: Node) -> Result:
     return Heads(outputs[0], heads, widths[1])
 
 
-def _mask(e: Emitter, node: Node, key: fx.Node) -> tuple[ir.Value | None, bool]:
+def _mask(e: OnnxEmitter, node: Node, key: fx.Node) -> tuple[ir.Value | None, bool]:
     """What attention without a cache may see: keys that are tokens, and none behind a causal query."""
     assert isinstance(e.inputs, MaskedInputs)
     masked, causal = e.shape(key)[1] == "length", bool(argument(node, "causal"))
-    window, itself = argument(node, "window"), e.shape(argument(node, "query"))[1] == e.shape(key)[1]
+    window, itself = (
+        argument(node, "window"),
+        e.shape(argument(node, "query"))[1] == e.shape(key)[1],
+    )
     if masked and itself and (causal or window is not None):
         return e.inputs.visible(window, causal), False
     if window is not None:
@@ -117,8 +122,13 @@ def _mask(e: Emitter, node: Node, key: fx.Node) -> tuple[ir.Value | None, bool]:
     return (e.inputs.seen_keys(e.flat(argument(node, "query"))) if masked else None), causal
 
 
-PORTABLE: dict[str, Lowering] = {
-    **STANDARD,
-    "linear": _linear, "embedding": _embedding, "rms_norm": _rms_norm,
-    "attention": _attention, "rotary_embedding": rotary_embedding,
-}  # fmt: skip
+PORTABLE = Kernels(
+    lowerings={
+        **STANDARD,
+        "linear": _linear, "embedding": _embedding, "rms_norm": _rms_norm,
+        "attention": _attention, "rotary_embedding": rotary_embedding,
+    },
+    inputs=MaskedInputs,
+    patterns=(norm_pattern,),
+    reads={**READS, "rotary_embedding": rotary_reads},
+)  # fmt: skip

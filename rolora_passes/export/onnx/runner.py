@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora_passes.errors import RunError, one_line
-from rolora_passes.export.onnx.lower import INPUTS, MODEL
+from rolora_passes.errors import LoweringError, RunError, one_line
+from rolora_passes.export.target import Encode
 from rolora_passes.extras import require
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+INPUTS = {"tokens": "input_ids", "decoder_tokens": "decoder_input_ids"}
+"""What a graph's inputs are called."""
 
 
 def generate(
@@ -60,6 +66,35 @@ def _parameters(genai: Any, model: Any, length: int, temperature: float) -> Any:
     sampled = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     parameters.set_search_options(max_length=length, **sampled)
     return parameters
+
+
+# onnxruntime-genai's tokenizer asks for a configuration that says of which model it is.
+_GENAI = """{"model": {"type": "decoder", "context_length": 16, "eos_token_id": 0, "vocab_size": 1,
+"decoder": {}}, "search": {"max_length": 16}}"""
+
+
+def encoder(folder: Path) -> Encode:
+    """onnxruntime-genai's tokenizer, with the files of a folder.
+
+    Raises:
+        LoweringError: it cannot load them.
+        MissingExtraError: onnxruntime-genai is not installed.
+    """
+    genai = require("onnxruntime_genai", "onnx")
+    with tempfile.TemporaryDirectory() as other:
+        for path in folder.iterdir():
+            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
+                shutil.copyfile(path, Path(other) / path.name)
+        (Path(other) / "genai_config.json").write_text(_GENAI, "utf-8")
+        try:
+            runtime = genai.Tokenizer(other)
+        except Exception as error:
+            raise LoweringError(
+                f"onnxruntime-genai cannot load the model's tokenizer: {one_line(error)}; "
+                "another target's may"
+            ) from error
+    runtime.update_options(add_special_tokens="false")
+    return lambda text: runtime.encode(text)
 
 
 class OnnxProgram:

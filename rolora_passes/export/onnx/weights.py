@@ -9,8 +9,8 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from rolora_passes.errors import LoweringError
-from rolora_passes.export.onnx.emitter import Emitter, Node
-from rolora_passes.graphs.graph import KEPT, argument, get_tensor, is_op
+from rolora_passes.export.onnx.prepared import Node, Prepared, Reads
+from rolora_passes.graphs.graph import KEPT, argument, is_op
 
 KERNEL_BITS = (4, 8)
 _SMALLEST, _LARGEST = 16, 256  # groups that MatMulNBits has: powers of two between these
@@ -43,7 +43,7 @@ class Quantized:
         return next(width for width in KERNEL_BITS if self.bits <= width)
 
 
-def quantized_weight(e: Emitter, node: Node) -> Quantized | None:
+def quantized_weight(graph: Prepared, node: Node) -> Quantized | None:
     """The weight that a `rolora::dequantize` stands for; None for any other node.
 
     Raises:
@@ -56,7 +56,7 @@ def quantized_weight(e: Emitter, node: Node) -> Quantized | None:
         )
     if not is_op(node, "dequantize"):
         return None
-    tensors = [None if a is None else get_tensor(e.graph, a.target) for a in (*node.args, None)[:3]]
+    tensors = [None if a is None else graph.parameter(a) for a in (*node.args, None)[:3]]
     integers, scale, zero = tensors
     assert integers is not None and scale is not None
     return Quantized(str(node.args[0].target), integers, scale.float(), zero, argument(node, "bits"))
@@ -120,16 +120,31 @@ def pack_signed(integers: Tensor) -> Tensor:
     return (low & 15) | (high << 4)
 
 
-def kernel_input(e: Emitter, linear: Node) -> tuple[Node, int]:
+def kernel_input(graph: Prepared, linear: Node) -> tuple[Node, int]:
     """What a linear with quantized weights reads, and the accuracy level of its product.
 
     Level 4 is the kernel's own rounding of activations to 8 bits, in place of the graph's; 0 leaves them.
     """
-    x, level, rounded = linear.args[0], e.settings.accuracy_level, _in_8_bits(linear)
+    x, level, rounded = linear.args[0], graph.accuracy_level, _in_8_bits(linear)
     if level is None:
         level = 4 if rounded else 0
-    e.levels.add(level)
     return (x.args[0] if rounded and level == 4 else x), level
+
+
+def linear_reads(graph: Prepared, node: Node) -> list[Node]:
+    """The input and the bias; a weight on a grid goes into the product as it is stored."""
+    x, weight, bias = node.args[0], node.args[1], argument(node, "bias")
+    given = [kernel_input(graph, node)[0], bias] if is_op(weight, *KEPT) else [x, weight, bias]
+    return [n for n in given if n is not None]
+
+
+def embedding_reads(graph: Prepared, node: Node) -> list[Node]:
+    """The tokens; a table on a grid is looked up as it is stored."""
+    table, tokens = node.args[:2]
+    return [tokens] if is_op(table, *KEPT) else [table, tokens]
+
+
+READS: dict[str, Reads] = {"linear": linear_reads, "embedding": embedding_reads}
 
 
 def common_level(graph: fx.GraphModule, level: int | None) -> int | None:

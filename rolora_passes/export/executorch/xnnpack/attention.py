@@ -22,9 +22,9 @@ from torch import fx
 
 from rolora_passes.decoding.kv_cache import STEP
 from rolora_passes.decoding.kv_storage import cache_of
-from rolora_passes.export.executorch.xnnpack_emitter import Typed
-from rolora_passes.export.executorch.xnnpack_graph import Delegate
-from rolora_passes.export.executorch.xnnpack_signature import Signature, call_delegate
+from rolora_passes.export.executorch.xnnpack.delegate import Delegate
+from rolora_passes.export.executorch.xnnpack.emitter import Typed
+from rolora_passes.export.executorch.xnnpack.signature import Signature, call_delegate
 from rolora_passes.graphs.graph import get_tensor, set_tensor
 from rolora_passes.graphs.static_shapes import Shape
 

@@ -7,7 +7,7 @@ what stands between two attentions.
     Before:  update_cache, custom_sdpa, linear, add, rms_norm, linear, silu, .., rms_norm, linear, rotary, ..
     After:   update_cache, custom_sdpa, executorch_call_delegate, update_cache, custom_sdpa, ..
 
-What a call from position 0 computes instead of custom_sdpa is in `xnnpack_attention`.
+What a call from position 0 computes instead of custom_sdpa is in `attention`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import fx
 
-from rolora_passes.export.executorch.xnnpack_attention import attend_to_fresh
-from rolora_passes.export.executorch.xnnpack_emitter import Emitter, Typed, op_key
-from rolora_passes.export.executorch.xnnpack_ops import EMITTERS, supported
-from rolora_passes.export.executorch.xnnpack_signature import Signature, call_delegate
+from rolora_passes.export.executorch.xnnpack.attention import attend_to_fresh
+from rolora_passes.export.executorch.xnnpack.emitter import DelegateEmitter, Typed, op_key
+from rolora_passes.export.executorch.xnnpack.ops import EMITTERS, supported
+from rolora_passes.export.executorch.xnnpack.signature import Signature, call_delegate
 from rolora_passes.graphs.graph import copy_graph
 from rolora_passes.graphs.static_shapes import Shape, constant_nodes, infer_shapes, is_written
 
@@ -105,7 +105,7 @@ def _region(nodes: list[fx.Node], shapes: dict[fx.Node, Typed], constant: set[fx
 
 def _replace(module: fx.GraphModule, region: _Region, shapes: dict[fx.Node, Typed], number: int) -> None:
     """Emit one region as a delegate and call it in its place."""
-    emitter = Emitter(module, shapes)
+    emitter = DelegateEmitter(module, shapes)
     for node in region.inputs:
         emitter.values[node] = emitter.delegate.input(shapes[node][0])
     for node in region.nodes:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import fx
 
 from rolora_passes.errors import LoweringError
-from rolora_passes.export.executorch.xnnpack_emitter import Emitter
+from rolora_passes.export.executorch.xnnpack.emitter import DelegateEmitter
 from rolora_passes.graphs.graph import argument, is_op, op_name
 
 
-def linear(e: Emitter, node: fx.Node) -> int:
+def linear(e: DelegateEmitter, node: fx.Node) -> int:
     x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
     quantized = is_op(x, "fake_quantize")
     return e.delegate.linear(
@@ -17,7 +17,7 @@ def linear(e: Emitter, node: fx.Node) -> int:
     )
 
 
-def _weight(e: Emitter, node: fx.Node, quantized: bool) -> int:
+def _weight(e: DelegateEmitter, node: fx.Node, quantized: bool) -> int:
     """The constant of a linear's weight, in the narrowest form its kernel takes."""
     if is_op(node, "dequantize") and node.args[2] is None:
         stored, scale, bits = e.tensor(node.args[0]), e.tensor(node.args[1]), argument(node, "bits")
@@ -34,7 +34,7 @@ def _weight(e: Emitter, node: fx.Node, quantized: bool) -> int:
     return e.value(node)
 
 
-def _found(e: Emitter, node: fx.Node) -> str:
+def _found(e: DelegateEmitter, node: fx.Node) -> str:
     if not is_op(node, "dequantize"):
         return "weights in floating point" if node.op == "get_attr" else op_name(node)
     stored, scale = e.tensor(node.args[0]), e.tensor(node.args[1])
@@ -43,7 +43,7 @@ def _found(e: Emitter, node: fx.Node) -> str:
     return f"{argument(node, 'bits')} bits {kind}, {groups}"
 
 
-def fake_quantize(e: Emitter, node: fx.Node) -> int:
+def fake_quantize(e: DelegateEmitter, node: fx.Node) -> int:
     """Dynamic int8 for each token: the one quantizer of activations that XNNPACK has."""
     known = {name: argument(node, name) for name in ("bits", "group_size", "symmetric", "clip")}
     if known != {"bits": 8, "group_size": None, "symmetric": False, "clip": 1.0}:

@@ -14,9 +14,9 @@ import torch
 from executorch.backends.xnnpack.utils.xnnpack_constants import XNN_INVALID_VALUE_ID
 from torch import fx
 
-from rolora_passes.export.executorch.xnnpack_emitter import Emitter, Typed, op_key
-from rolora_passes.export.executorch.xnnpack_hadamard import hadamard, kronecker
-from rolora_passes.export.executorch.xnnpack_linear import fake_quantize, linear
+from rolora_passes.export.executorch.xnnpack.emitter import DelegateEmitter, Typed, op_key
+from rolora_passes.export.executorch.xnnpack.hadamard import hadamard, kronecker
+from rolora_passes.export.executorch.xnnpack.linear import fake_quantize, linear
 from rolora_passes.graphs.graph import argument, is_op
 from rolora_passes.graphs.static_shapes import Shape
 
@@ -35,12 +35,12 @@ def supported(node: fx.Node, shapes: dict[fx.Node, Typed], constant: set[fx.Node
     return check is None or check(node, shapes, constant)
 
 
-def _unary(kind: str) -> Callable[[Emitter, fx.Node], int]:
+def _unary(kind: str) -> Callable[[DelegateEmitter, fx.Node], int]:
     return lambda e, n: e.delegate.node(kind, e.shape(n), input_id=e.value(n.args[0]))
 
 
-def _binary(kind: str) -> Callable[[Emitter, fx.Node], int]:
-    def emit(e: Emitter, node: fx.Node) -> int:
+def _binary(kind: str) -> Callable[[DelegateEmitter, fx.Node], int]:
+    def emit(e: DelegateEmitter, node: fx.Node) -> int:
         left, right = e.value(node.args[0]), e.value(node.args[1])
         alpha = argument(node, "alpha", 1)
         if alpha != 1:
@@ -50,31 +50,31 @@ def _binary(kind: str) -> Callable[[Emitter, fx.Node], int]:
     return emit
 
 
-def multiply(e: Emitter, left: int, right: int, shape: Shape) -> int:
+def multiply(e: DelegateEmitter, left: int, right: int, shape: Shape) -> int:
     return e.delegate.node("Multiply", shape, input1_id=left, input2_id=right)
 
 
-def add(e: Emitter, left: int, right: int, shape: Shape) -> int:
+def add(e: DelegateEmitter, left: int, right: int, shape: Shape) -> int:
     return e.delegate.node("Add", shape, input1_id=left, input2_id=right)
 
 
-def _silu(e: Emitter, node: fx.Node) -> int:
+def _silu(e: DelegateEmitter, node: fx.Node) -> int:
     x = e.value(node.args[0])
     gate = e.delegate.node("Sigmoid", e.shape(node), input_id=x)
     return multiply(e, x, gate, e.shape(node))
 
 
-def _relu(e: Emitter, node: fx.Node) -> int:
+def _relu(e: DelegateEmitter, node: fx.Node) -> int:
     return e.delegate.node("Clamp", e.shape(node), minimum=0.0, input_id=e.value(node.args[0]))
 
 
-def _pow(e: Emitter, node: fx.Node) -> int:
+def _pow(e: DelegateEmitter, node: fx.Node) -> int:
     x, shape = e.value(node.args[0]), e.shape(node)
     square = e.delegate.node("Square", shape, input_id=x)
     return square if node.args[1] == 2 else multiply(e, square, x, shape)
 
 
-def _gelu(e: Emitter, node: fx.Node) -> int:
+def _gelu(e: DelegateEmitter, node: fx.Node) -> int:
     """XNNPACK's gelu is the exact one; tanh's is x / (1 + exp(-2 inner)) = x * sigmoid(2 inner)."""
     x, shape = e.value(node.args[0]), e.shape(node)
     if argument(node, "approximate") == "none":
@@ -85,7 +85,7 @@ def _gelu(e: Emitter, node: fx.Node) -> int:
     return multiply(e, x, e.delegate.node("Sigmoid", shape, input_id=inner), shape)
 
 
-def _mean(e: Emitter, x: int, epsilon: float | None = None) -> int:
+def _mean(e: DelegateEmitter, x: int, epsilon: float | None = None) -> int:
     """Mean over the last axis, [.., d] -> [.., 1], as a linear: the delegate has no mean of its own."""
     width = e.delegate.shapes[x][-1]
     assert width is not None
@@ -93,7 +93,7 @@ def _mean(e: Emitter, x: int, epsilon: float | None = None) -> int:
     return e.delegate.linear(x, weight, None if epsilon is None else e.value(epsilon))
 
 
-def _normalize(e: Emitter, x: int, node: fx.Node, epsilon: float) -> int:
+def _normalize(e: DelegateEmitter, x: int, node: fx.Node, epsilon: float) -> int:
     """x / sqrt(mean(x²) + eps), times the weight and plus the bias where the node has them."""
     shape = e.shape(node)
     power = _mean(e, e.delegate.node("Square", shape, input_id=x), epsilon)
@@ -104,23 +104,23 @@ def _normalize(e: Emitter, x: int, node: fx.Node, epsilon: float) -> int:
     return out if bias is None else add(e, out, e.value(bias), shape)
 
 
-def _rms_norm(e: Emitter, node: fx.Node) -> int:
+def _rms_norm(e: DelegateEmitter, node: fx.Node) -> int:
     epsilon = argument(node, "eps")
     epsilon = torch.finfo(torch.float32).eps if epsilon is None else epsilon
     return _normalize(e, e.value(node.args[0]), node, epsilon)
 
 
-def _layer_norm(e: Emitter, node: fx.Node) -> int:
+def _layer_norm(e: DelegateEmitter, node: fx.Node) -> int:
     x, shape = e.value(node.args[0]), e.shape(node)
     centred = e.delegate.node("Subtract", shape, input1_id=x, input2_id=_mean(e, x))
     return _normalize(e, centred, node, argument(node, "eps"))
 
 
-def _reshape(e: Emitter, node: fx.Node) -> int:
+def _reshape(e: DelegateEmitter, node: fx.Node) -> int:
     return e.delegate.reshape(e.value(node.args[0]), e.shape(node))
 
 
-def _permute(e: Emitter, node: fx.Node) -> int:
+def _permute(e: DelegateEmitter, node: fx.Node) -> int:
     rank = len(e.shape(node))
     if is_op(node, "transpose"):
         order = list(range(rank))
@@ -131,23 +131,23 @@ def _permute(e: Emitter, node: fx.Node) -> int:
     return e.delegate.permute(e.value(node.args[0]), order)
 
 
-def _matmul(e: Emitter, node: fx.Node) -> int:
+def _matmul(e: DelegateEmitter, node: fx.Node) -> int:
     return e.delegate.matmul(e.value(node.args[0]), e.value(node.args[1]), e.shape(node))
 
 
-def _cat(e: Emitter, node: fx.Node) -> int:
+def _cat(e: DelegateEmitter, node: fx.Node) -> int:
     parts = [e.value(p) for p in node.args[0]]  # type: ignore[union-attr]
     axis = int(argument(node, "dim")) % len(e.shape(node))
     return concatenate(e, parts, axis, e.shape(node))
 
 
-def concatenate(e: Emitter, parts: Sequence[int], axis: int, shape: Shape) -> int:
+def concatenate(e: DelegateEmitter, parts: Sequence[int], axis: int, shape: Shape) -> int:
     fields: dict[str, Any] = {f"input{i}_id": XNN_INVALID_VALUE_ID for i in range(1, 6)}
     fields.update({f"input{i}_id": part for i, part in enumerate(parts, 1)})
     return e.delegate.node(f"Concatenate{len(parts)}", shape, axis=axis, **fields)
 
 
-def _slice(e: Emitter, node: fx.Node) -> int:
+def _slice(e: DelegateEmitter, node: fx.Node) -> int:
     x, shape = e.value(node.args[0]), e.shape(node)
     dim = int(argument(node, "dim")) % len(shape)
     size = e.delegate.shapes[x][dim]
@@ -156,7 +156,7 @@ def _slice(e: Emitter, node: fx.Node) -> int:
     return narrow(e, x, dim, min(start, size) % max(size, 1) if start < 0 else start, shape)
 
 
-def narrow(e: Emitter, x: int, dim: int, start: int, shape: Shape) -> int:
+def narrow(e: DelegateEmitter, x: int, dim: int, start: int, shape: Shape) -> int:
     offsets = [start if d == dim else 0 for d in range(len(shape))]
     sizes = [0 if d is None else d for d in shape]
     return e.delegate.node(
@@ -164,7 +164,7 @@ def narrow(e: Emitter, x: int, dim: int, start: int, shape: Shape) -> int:
     )
 
 
-def _same(e: Emitter, node: fx.Node) -> int:
+def _same(e: DelegateEmitter, node: fx.Node) -> int:
     return e.value(node.args[0])
 
 
@@ -215,7 +215,7 @@ _CONDITIONS: dict[str, Callable[[fx.Node, dict[fx.Node, Typed], set[fx.Node]], b
     **{f"aten.{name}": _float_numbers for name in ("add", "sub", "mul", "div")},
 }
 
-EMITTERS: dict[str, Callable[[Emitter, fx.Node], int]] = {
+EMITTERS: dict[str, Callable[[DelegateEmitter, fx.Node], int]] = {
     "aten.linear": linear,
     "aten.rms_norm": _rms_norm,
     "aten.layer_norm": _layer_norm,

@@ -10,20 +10,20 @@ import math
 
 from torch import Tensor, fx
 
-from rolora_passes.export.executorch.xnnpack_emitter import Emitter
+from rolora_passes.export.executorch.xnnpack.emitter import DelegateEmitter
 from rolora_passes.graphs.graph import argument
 from rolora_passes.numerics.hadamard import few_factors
 
 
-def hadamard(e: Emitter, node: fx.Node) -> int:
+def hadamard(e: DelegateEmitter, node: fx.Node) -> int:
     return _transform(e, node, few_factors(int(argument(node, "order"))), int(argument(node, "inner")))
 
 
-def kronecker(e: Emitter, node: fx.Node) -> int:
+def kronecker(e: DelegateEmitter, node: fx.Node) -> int:
     return _transform(e, node, [e.tensor(factor) for factor in node.args[1]], 1)  # type: ignore[union-attr, arg-type]
 
 
-def _transform(e: Emitter, node: fx.Node, factors: list[Tensor], inner: int) -> int:
+def _transform(e: DelegateEmitter, node: fx.Node, factors: list[Tensor], inner: int) -> int:
     """Multiply a factor of an axis read as (outer, order, inner), by one matrix after another."""
     x, shape = e.value(node.args[0]), e.shape(node)
     dim = int(argument(node, "dim")) % len(shape)
@@ -34,7 +34,7 @@ def _transform(e: Emitter, node: fx.Node, factors: list[Tensor], inner: int) -> 
     return e.delegate.reshape(x, shape)
 
 
-def _multiply(e: Emitter, x: int, factor: Tensor, right: int) -> int:
+def _multiply(e: DelegateEmitter, x: int, factor: Tensor, right: int) -> int:
     """x read as (left, k, right), its middle axis times a k x k matrix."""
     d, k = e.delegate, len(factor)
     if right == 1:

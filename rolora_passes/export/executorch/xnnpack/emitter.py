@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError
-from rolora_passes.export.executorch.xnnpack_graph import Delegate
+from rolora_passes.export.executorch.xnnpack.delegate import Delegate
 from rolora_passes.graphs.evaluate import call
 from rolora_passes.graphs.graph import KEPT, get_tensor, is_op, op_name
 from rolora_passes.graphs.static_shapes import Shape
@@ -16,7 +16,7 @@ from rolora_passes.graphs.static_shapes import Shape
 Typed = tuple[Shape, torch.dtype]
 
 
-class Emitter:
+class DelegateEmitter:
     """The state of one delegate's emission: which value stands for which node."""
 
     def __init__(self, module: fx.GraphModule, shapes: dict[fx.Node, Typed]) -> None:

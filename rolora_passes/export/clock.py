@@ -1,0 +1,29 @@
+"""How long the steps of a piece of work take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Seconds by step, in the order of the steps; a step may be taken up again.
+
+    Args:
+        read: the time, in seconds.
+        tell: called with the name of each step as it begins.
+    """
+
+    def __init__(
+        self, read: Callable[[], float] = time.perf_counter, tell: Callable[[str], None] | None = None
+    ) -> None:
+        self.seconds: dict[str, float] = {}
+        self._read, self._tell = read, tell or (lambda name: None)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self._tell(name)
+        start = self._read()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + self._read() - start, 3)

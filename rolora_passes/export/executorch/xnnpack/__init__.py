@@ -1,0 +1,1 @@
+"""XNNPACK's delegates: which nodes one holds, and how it is written."""
