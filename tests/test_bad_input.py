@@ -515,7 +515,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "rolora_passes.cli",
+        "rolora_passes",
         "compile",
         "./none",
         "-o",

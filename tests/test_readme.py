@@ -19,8 +19,8 @@ from tiny_checkpoint import TEXT, save_byte_checkpoint
 
 from rolora_passes import AddLoRA, apply_passes
 from rolora_passes.adapters.exchange import save_adapter
-from rolora_passes.cli.main import COMMANDS as MODULES
-from rolora_passes.cli.main import _parser
+from rolora_passes.cli.main import commands as all_commands
+from rolora_passes.cli.main import parser
 from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs import capture
@@ -108,7 +108,7 @@ def check_programs(place: Path, names: dict[str, Any]) -> None:
 def test_every_command_is_shown() -> None:
     lines = [line for path in CODE for b in blocks(path) if b.language == "sh" for line in commands(b.text)]
     shown = {line.split()[1] for line in lines if line.startswith("rolora ")}
-    assert shown == SMALL.keys() == {module.__name__.rpartition(".")[2] for module in MODULES}
+    assert shown == SMALL.keys() == {*all_commands()}
     makefile = (ROOT / "Makefile").read_text()
     for line in lines:
         if line.startswith("make"):
@@ -117,8 +117,7 @@ def test_every_command_is_shown() -> None:
 
 
 def test_every_option_that_is_named_exists() -> None:
-    parser = _parser()
-    (group,) = (a for a in parser._actions if hasattr(a, "choices") and isinstance(a.choices, dict))
+    (group,) = (a for a in parser()._actions if isinstance(a.choices, dict))
     known = {option for one in group.choices.values() for option in one._option_string_actions}
     text = " ".join(path.read_text("utf-8") for path in PAGES if path.name != "benchmarks.md")
     outside = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)

@@ -29,18 +29,21 @@ Run = Callable[..., tuple[int, str, str]]
 SOURCES = {
     "passes": '''
         from dataclasses import dataclass
+        from typing import ClassVar
 
         from rolora_passes import Pass, Report
         from rolora_passes.graphs.graph import finish, linears, site_names
 
 
         @dataclass(frozen=True)
-        class CountLinears(Pass, name="acme-count"):
+        class CountLinears(Pass):
             """Count the linears of a graph.
 
             Options:
                 at_least: fail below.
             """
+
+            name: ClassVar[str] = "acme-count"
 
             at_least: int = 1
 

@@ -12,52 +12,58 @@ from typing import TYPE_CHECKING, Any
 
 from rolora_passes.cli.display import Display, console, pass_line, print_summary
 from rolora_passes.cli.options import (
-    assignment,
-    at_least,
+    MODEL,
     calibration_of,
+    pass_options,
     print_options,
     printing_of,
-    recipe_options,
+    recipe_option,
 )
+from rolora_passes.cli.parser import assignment, at_least
 from rolora_passes.export.target import TARGETS, Target, loadable_targets, make_target
 
 if TYPE_CHECKING:
     from rolora_passes.export.order import Made
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser("compile", help="model in, programs for stock runtimes and a report out")
-    parser.add_argument("model", help="model folder, hub name, or .gguf file")
-    parser.add_argument("--recipe", default="rotated-8da4w", help="recipe name or .yaml (%(default)s)")
-    parser.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
+ORDER = 10
+SUMMARY = "turn a model into programs for stock runtimes, with a report"
+EXAMPLES = (
+    "rolora compile MODEL --recipe rotated-8da4w -o COMPILED",
+    "rolora compile MODEL --recipe rotated-gptq-8da4w --calibration c4.jsonl --target onnx -o COMPILED",
+)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=MODEL)
+    recipe_option(parser, default="rotated-8da4w")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER", help="folder to write")
     parser.add_argument(
-        "--max-length", type=at_least(16, int), default=512, help="tokens of context (%(default)s)"
+        "--max-length",
+        type=at_least(16, int),
+        default=512,
+        metavar="TOKENS",
+        help="context that the programs hold",
     )
     parser.add_argument(
-        "--target",
-        action="append",
-        choices=list(TARGETS),
-        help="what to lower to; more than once for several (executorch)",
-    )
+        "--target", action="append", choices=list(TARGETS),
+        help="what to lower to; may be repeated (default: executorch)",
+    )  # fmt: skip
     parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        type=assignment,
-        metavar="NAME=FOLDER",
-        help="a PEFT adapter that is to be a method of the .pte, beside forward; more than once for several",
-    )
+        "--adapter", action="append", default=[], type=assignment, metavar="NAME=FOLDER",
+        help="add a PEFT adapter to the .pte as a method NAME beside forward; may be repeated",
+    )  # fmt: skip
     parser.add_argument(
-        "--accept-loss", action="store_true", help="go on where the quantized graph is far from the model"
-    )
-    parser.add_argument(
-        "--no-check",
+        "--accept-loss",
         action="store_true",
-        help="do not compare the model, the quantized graph and the programs on text",
+        help="write the programs even if the quantized graph is far from the model",
     )
-    recipe_options(parser)
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not compare model, quantized graph and programs on text"
+    )
+    pass_options(parser)
     print_options(parser)
-    parser.set_defaults(run=run, flags=[*_add_target_options(parser)])
+    parser.set_defaults(flags=[*_add_target_options(parser)])
 
 
 def run(options: argparse.Namespace) -> None:
@@ -127,8 +133,9 @@ def _add_target_options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, 
 def _described(cls: type[Target], field: dataclasses.Field[Any]) -> dict[str, Any]:
     """What argparse is to know of a target's option; one that is not given is not in the namespace."""
     default, choices = field.default, field.metadata.get("choices")
-    shown = "" if default in (None, False) else f" ({default})"
-    about = {"default": argparse.SUPPRESS, "help": f"of {cls.name}: {field.metadata.get('help', '')}{shown}"}
+    shown: Any = "none" if default is None else "off" if default is False else default
+    text = f"of {cls.name}: {field.metadata.get('help', '')} (default: {shown})"
+    about = {"default": argparse.SUPPRESS, "help": text}
     if isinstance(default, bool):
         return about | {"action": argparse.BooleanOptionalAction if default else "store_true"}
     one = choices[0] if choices else default

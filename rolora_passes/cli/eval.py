@@ -4,51 +4,77 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from rolora_passes.cli.display import Display, console, pass_line
+from rolora_passes.cli.display import Display, pass_line
 from rolora_passes.cli.options import (
-    at_least,
+    ANY,
+    TEXT,
     calibration_of,
+    pass_options,
     print_options,
     printing_of,
-    recipe_options,
+    recipe_option,
+    tokenizer_option,
 )
+from rolora_passes.cli.parser import at_least
 from rolora_passes.export.target import TARGETS
 
+ORDER = 50
+SUMMARY = "measure perplexity and task accuracy of a model, a saved graph or a compiled folder"
+EXAMPLES = (
+    "rolora eval MODEL --recipe rotated-8da4w --text wikitext2.txt --tasks piqa,arc_easy",
+    "rolora eval COMPILED --target onnx --text wikitext2.txt --windows 8",
+)
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser("eval", help="perplexity and task accuracies of a model or an artefact")
+
+def add(parser: argparse.ArgumentParser) -> None:
     at_least_1 = at_least(1, int)
-    parser.add_argument("model", help="model folder, hub name, .gguf, saved graph, or compiled folder")
-    parser.add_argument("--recipe", help="apply a recipe first, by name or .yaml")
+    parser.add_argument("model", help=ANY)
+    recipe_option(parser, "apply this first")
     parser.add_argument(
-        "--text",
-        action="append",
-        default=[],
-        help="perplexity of this: .txt, .jsonl, or hub:NAME/CONFIG:SPLIT",
+        "--text", action="append", default=[], help=f"measure perplexity on this; may be repeated: {TEXT}"
     )
     parser.add_argument(
-        "--window", type=at_least(2, int), default=2048, help="tokens of a window (%(default)s)"
+        "--window", type=at_least(2, int), default=2048, metavar="TOKENS", help="tokens in a window"
     )
-    parser.add_argument("--windows", type=at_least_1, metavar="N", help="the first N windows (all)")
     parser.add_argument(
-        "--tasks", type=lambda text: [t for t in text.split(",") if t], default=[], metavar="A,B",
-        help="lm-eval's names, commonsense, .yaml files, or .jsonl files of question, choices, answer",
+        "--windows", type=at_least_1, metavar="N", help="windows, from the start of each text (default: all)"
+    )
+    parser.add_argument(
+        "--tasks", type=_names, default=[], metavar="A,B",
+        help="lm-eval tasks by name, commonsense, .yaml files, or .jsonl files of question, choices, answer",
     )  # fmt: skip
-    parser.add_argument("--task-limit", type=at_least_1, metavar="N", help="the first N examples of a task")
-    parser.add_argument("--shots", type=at_least(0, int), help="examples shown first (each task's own)")
-    parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), help="(float32)")
     parser.add_argument(
-        "--target", choices=list(TARGETS), help="which program of a compiled folder (its first)"
+        "--task-limit", type=at_least_1, metavar="N", help="examples of each task (default: all)"
     )
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved graph, which has none")
+    parser.add_argument(
+        "--shots",
+        type=at_least(0, int),
+        metavar="N",
+        help="solved examples in each prompt (default: the task's)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "float64", "bfloat16", "float16"),
+        help="compute in this type (default: float32; a saved graph's own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target",
+        choices=list(TARGETS),
+        help="which program of a compiled folder (default: its first)",
+    )
+    tokenizer_option(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON")
-    recipe_options(parser)
+    pass_options(parser)
     print_options(parser)
-    parser.set_defaults(run=run)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+_names.words = "list"  # type: ignore[attr-defined]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -79,8 +105,6 @@ def run(options: argparse.Namespace) -> None:
         )
     if "calibration" in result:
         result["calibration"] |= {"text": Path(options.calibration).name, "seed": options.seed or 0}
-    elif options.calibration is not None:
-        console.print("no pass of the recipe looks at data: --calibration was not used")
     Console().print(results_table(result))
     if options.output is not None:
         save_results(result, options.output)

@@ -4,51 +4,77 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rolora_passes.cli.display import Display, console, pass_line
-from rolora_passes.cli.opening import is_compiled, stages
-from rolora_passes.cli.options import at_least, open_from, recipe_options
+from rolora_passes.cli.options import (
+    ANY,
+    TEXT,
+    applying,
+    opened_from,
+    pass_options,
+    recipe_option,
+    subject_from,
+    tokenizer_option,
+)
+from rolora_passes.cli.parser import at_least
 from rolora_passes.errors import EvaluationError
 
 if TYPE_CHECKING:
     from torch import fx
 
+ORDER = 70
+SUMMARY = "show the structure of a model, a saved graph or a compiled folder"
+EXAMPLES = (
+    "rolora inspect MODEL --recipe rotated-8da4w",
+    "rolora inspect MODEL --bases",
+    "rolora inspect MODEL --recipe quarot-rtn:W4A4KV4 --text wikitext2.txt --html report.html",
+)
 _VIEWERS = (".json", ".onnx")
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser(
-        "inspect", help="what a model, a saved graph or a compiled folder is made of"
-    )
-    parser.add_argument("model", help="model folder, hub name, .gguf, saved graph, or compiled folder")
-    parser.add_argument("--recipe", help="apply a recipe first, by name or .yaml")
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=ANY)
+    recipe_option(parser, "apply this first")
     parser.add_argument(
-        "--bases", action="store_true", help="which axes may rotate together, or what blocks them"
+        "--bases",
+        action="store_true",
+        help="also show which axes can rotate together, and what blocks the rest",
     )
-    parser.add_argument("--graph", action="store_true", help="the graph, a line a node")
-    parser.add_argument("--as-captured", action="store_true", help="before fuse-norm")
+    parser.add_argument("--graph", action="store_true", help="also show the graph, one line per node")
     parser.add_argument(
-        "--view", type=Path, metavar="FILE", help="write it for Model Explorer (.json) or Netron (.onnx)"
+        "--as-captured", action="store_true", help="show a model as captured, without fuse-norm"
     )
     parser.add_argument(
-        "--html",
+        "--view",
         type=Path,
         metavar="FILE",
-        help="with --recipe and --text: all that can be seen, as one page",
+        help="write the graph for Model Explorer (.json) or Netron (.onnx)",
     )
-    parser.add_argument("--text", help="with --recipe and --view: measure the SQNR of every value on this")
-    parser.add_argument("--window", type=at_least(2, int), help="its tokens (512; 128 with --html)")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved graph, which has none")
-    recipe_options(parser)
-    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a report as one HTML page; needs --recipe and --text"
+    )
+    parser.add_argument(
+        "--text",
+        help=f"with --view, colour values by their SQNR on this text; with --html, measure on it: {TEXT}",
+    )
+    parser.add_argument(
+        "--window",
+        type=at_least(2, int),
+        metavar="TOKENS",
+        help="how much of it (default: 512; with --html 128)",
+    )
+    tokenizer_option(parser)
+    pass_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     from rolora_passes.graphs.text import graph_text
     from rolora_passes.inspection.structure import structure_text
     from rolora_passes.inspection.summary import bases_text, summary
+    from rolora_passes.recipes.opening import is_compiled
 
     if options.view is not None and options.view.suffix not in _VIEWERS:
         raise EvaluationError(f"--view: expected a file ending in .json or .onnx, found {options.view}")
@@ -89,11 +115,14 @@ def _opened(options: argparse.Namespace, display: Display) -> tuple[fx.GraphModu
 
     if options.text is not None:
         return _measured(options, display)
-    *_, (_, graph) = stages(options, display)
-    plain = options.recipe is None and not facts(graph, ("norms fused", *FuseNorm.forbids))
-    return (
-        apply_passes(graph, [FuseNorm()], verify=False) if plain and not options.as_captured else graph
-    ), None
+    opened = opened_from(options, display)
+    graph = opened.graph
+    if opened.passes:
+        display.stage("passes")
+        graph = apply_passes(graph, opened.passes, **applying(options, opened))
+    elif not options.as_captured and not facts(graph, ("norms fused", *FuseNorm.forbids)):
+        graph = apply_passes(graph, [FuseNorm()], verify=False)
+    return graph, None
 
 
 def _measured(options: argparse.Namespace, display: Display) -> tuple[fx.GraphModule, dict[str, float]]:
@@ -102,18 +131,11 @@ def _measured(options: argparse.Namespace, display: Display) -> tuple[fx.GraphMo
     if options.recipe is None or options.view is None:
         raise EvaluationError("--text is what SQNR is measured on: give --recipe and --view with it")
     options.window, options.windows = options.window or 512, 1
-    subject = open_from(options, display)
+    subject = subject_from(options, display)
     display.stage("passes")
-    known: dict[str, Any] = {
-        "calibration": subject.calibration,
-        "verify": not options.no_verify,
-        "on_pass": pass_line,
-    }
-    twin, graph = with_float_twin(subject.graph, subject.passes, **known)
+    twin, graph = with_float_twin(subject.graph, subject.passes, **applying(options, subject))
     display.stage("tracking")
-    trace = track_errors(
-        graph, twin, subject.tokens, lambda done, total: display.count("values", done, total)
-    )
+    trace = track_errors(graph, twin, subject.tokens, partial(display.count, "values"))
     return graph, {node.name: node.sqnr for node in trace.nodes if math.isfinite(node.sqnr)}
 
 
@@ -151,7 +173,7 @@ def _write_html(options: argparse.Namespace) -> None:
         "seed": options.seed,
     }
     with Display() as display:
-        subject = open_from(options, display)
+        subject = subject_from(options, display)
         report_html(
             subject,
             options.html,

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from rolora_passes.cli.display import Display
-from rolora_passes.cli.options import calibration_of
+from rolora_passes.cli.options import calibration_of, recipe_option
 from rolora_passes.cli.training import tell, training_arguments, training_options
 
+ORDER = 20
+SUMMARY = "train a recipe's rotations, in one process or under torchrun"
+EXAMPLES = (
+    "rolora learn MODEL --recipe spinquant:W4A4KV4 --calibration c4.jsonl -o learned",
+    "torchrun -m rolora_passes learn MODEL --recipe learned:W4A4KV4 --calibration c4.jsonl -o learned",
+)
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser(
-        "learn", help="train a recipe's rotations; alone, or under torchrun -m rolora_passes learn …"
-    )
-    parser.add_argument("--recipe", required=True, help="spinquant:W4A4KV4, or a .yaml with learn-rotation")
+
+def add(parser: argparse.ArgumentParser) -> None:
+    recipe_option(parser, "with a learn-rotation, such as spinquant:W4A4KV4", required=True)
     training_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,38 +1,33 @@
-"""The command line: `rolora COMMAND`, one of `COMMANDS`."""
+"""`rolora COMMAND`: finds the commands, runs one, and turns errors into messages and exit statuses."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
-from rolora_passes.cli import (
-    ablate,
-    bisect,
-    compile,
-    diff,
-    eval,
-    inspect,
-    learn,
-    passes,
-    run,
-    sensitivity,
-    track,
-    tune,
-)
 from rolora_passes.cli.display import console
+from rolora_passes.cli.parser import add_command
 from rolora_passes.errors import QualityError, RoloraError, is_out_of_memory, one_line
 from rolora_passes.log import logging_to
 
-COMMANDS = (compile, learn, tune, run, eval, sensitivity, track, bisect, ablate, inspect, diff, passes)
+RENAMED = {
+    "track": ("diagnose", "errors"),
+    "bisect": ("diagnose", "bisect"),
+    "ablate": ("diagnose", "ablate"),
+    "sensitivity": ("diagnose", "sensitivity"),
+}
+"""Commands by the names they had until 0.2, which work until 0.3."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,10 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         3: the quantized graph is far from the model, and nothing was written; 130: interrupted.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    options = _parser().parse_args(arguments)
-    _hush()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = argparse.Namespace()
     try:
-        with _stopped_as_by_hand(), logging_to(options.log, sys.argv[1:] if arguments is None else arguments):
+        options = parser().parse_args(_renamed(given))
+        _hush()
+        with _stopped_as_by_hand(), logging_to(options.log, given):
             options.run(options)
     except BrokenPipeError:  # the reader has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,6 +61,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    whole = argparse.ArgumentParser(
+        "rolora", description="Passes over graphs of language models, to the phone"
+    )
+    choices = whole.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in commands().items():
+        one = add_command(choices, name, module.SUMMARY, module.EXAMPLES)
+        one.set_defaults(run=module.run)
+        module.add(one)
+    return whole
+
+
+def commands() -> dict[str, ModuleType]:
+    """The modules of the commands by name, in the order of the list."""
+    package = __package__ or "rolora_passes.cli"
+    path = import_module(package).__path__
+    found = {m.name: import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules(path)}
+    known = [(name, module) for name, module in found.items() if hasattr(module, "ORDER")]
+    return dict(sorted(known, key=lambda entry: entry[1].ORDER))
+
+
+def _renamed(arguments: list[str]) -> list[str]:
+    """Arguments with today's name of the command, and a note if they have an older one."""
+    if not arguments or arguments[0] not in RENAMED:
+        return arguments
+    old, *rest = arguments
+    new = RENAMED[old]
+    console.print(f"rolora {old} is `rolora {' '.join(new)}` now; the old name goes in 0.3", soft_wrap=True)
+    return [*new, *rest]
+
+
 def _tell(error: str) -> None:
     console.print("[bold red]error:[/] ", end="")
     console.print(error, markup=False, soft_wrap=True)
@@ -76,7 +105,7 @@ def _stopped_as_by_hand() -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
+    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, stop)
@@ -87,7 +116,8 @@ def _stopped_as_by_hand() -> Iterator[None]:
 
 
 def _interrupted(options: argparse.Namespace) -> str:
-    """What is left of a run that was stopped: no results, which appear whole, but what is kept on the way."""
+    """What an interrupted run leaves behind: no results, which are written whole or not at all, but its logs
+    and finished parts."""
     kept = [(name, getattr(options, name, None)) for name in ("work", "log", "print_to")]
     places = [f"--{name.replace('_', '-')} {place}" for name, place in kept if place is not None]
     if not places:
@@ -96,23 +126,11 @@ def _interrupted(options: argparse.Namespace) -> str:
 
 
 def _hush() -> None:
-    """Leave what other libraries say about themselves out, unless Python is asked for warnings (`-W`)."""
+    """Silence the warnings of other libraries, unless Python was asked for warnings (`-W`)."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         for name in ("torchao", "torch.utils._pytree", "lm_eval"):
             logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "rolora", description="Passes over graphs of language models, to the phone"
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add(commands)
-    for one in commands.choices.values():
-        one.add_argument("--log", type=Path, metavar="FILE", help="write a log for a bug report")
-    return parser
 
 
 if __name__ == "__main__":

@@ -6,32 +6,36 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from rolora_passes.cli.options import at_least
+from rolora_passes.cli.parser import at_least
 from rolora_passes.errors import RunError
 from rolora_passes.export.folder import MANIFEST, find_target, read_manifest
 from rolora_passes.export.target import TARGETS
 
+ORDER = 40
+SUMMARY = "generate text with a compiled folder in its stock runtime"
+EXAMPLES = (
+    'rolora run COMPILED --prompt "What is the capital of France?"',
+    'rolora run COMPILED --target onnx --raw --prompt "Once upon a time" --temperature 0.8',
+)
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser("run", help="generate text from a compiled folder in its stock runtime")
-    parser.add_argument("folder", type=Path, help="what `rolora compile` wrote")
-    parser.add_argument("--prompt", required=True, help="the text to answer, or with --raw to continue")
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="a folder that `rolora compile` wrote")
     parser.add_argument(
-        "--max-new-tokens", type=at_least(1, int), default=64, help="stop after these (%(default)s)"
+        "--prompt", required=True, metavar="TEXT", help="what to answer; with --raw, what to continue"
     )
     parser.add_argument(
-        "--temperature",
-        type=at_least(0, float),
-        default=0.0,
-        help="0: the likeliest token every time; above: drawn, more freely as it grows (%(default)s)",
+        "--max-new-tokens", type=at_least(1, int), default=64, metavar="TOKENS", help="stop after this many"
     )
+    parser.add_argument(
+        "--temperature", type=at_least(0, float), default=0.0, metavar="T",
+        help="divides the logits before sampling; 0 takes the likeliest token every time",
+    )  # fmt: skip
     parser.add_argument(
         "--raw", action="store_true", help="do not wrap the prompt in the model's chat template"
     )
-    parser.add_argument("--target", choices=list(TARGETS), help="which program, if there are several")
-    parser.set_defaults(run=run)
+    parser.add_argument("--target", choices=list(TARGETS), help="which program (default: the first there is)")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -63,8 +67,8 @@ def _prompt(folder: Path, prompt: str, raw: bool) -> tuple[str, int, int]:
 
     That is the model's own chat template, which has its own beginning, or else the prompt as it is.
     """
-    from rolora_passes.evaluation.scorers import load_tokenizer
     from rolora_passes.loading.tokens import beginning, in_template
+    from rolora_passes.recipes.opening import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     begin = 0

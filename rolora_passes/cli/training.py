@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rolora_passes.cli.display import Display, console, pass_line
-from rolora_passes.cli.options import assignment, recipe_options
+from rolora_passes.cli.options import MODEL, pass_options
+from rolora_passes.cli.parser import assignment
 
 if TYPE_CHECKING:
     from rolora_passes.passes.manager import Record
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
 
 def training_options(parser: argparse.ArgumentParser) -> None:
     """A model, a folder, and changes to the pass that trains."""
-    parser.add_argument("model", help="model folder, hub name, or .gguf file")
-    parser.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER", help="folder to write")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", type=_assignment,
-        help="an option of the pass that trains, in place of the recipe's: steps=50",
+        help="change an option of the training pass, such as steps=50; may be repeated",
     )  # fmt: skip
-    recipe_options(parser)
+    pass_options(parser)
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -29,6 +30,9 @@ def _assignment(text: str) -> tuple[str, Any]:
 
     name, value = assignment(text)
     return name, yaml.safe_load(value)
+
+
+_assignment.words = "NAME=VALUE"  # type: ignore[attr-defined]
 
 
 def training_arguments(options: argparse.Namespace, display: Display) -> dict[str, Any]:

@@ -6,30 +6,33 @@ import argparse
 from typing import Any
 
 from rolora_passes.cli.display import Display
-from rolora_passes.cli.options import at_least, calibration_of
+from rolora_passes.cli.options import calibration_of, recipe_option
+from rolora_passes.cli.parser import at_least
 from rolora_passes.cli.training import tell, training_arguments, training_options
 
+ORDER = 30
+SUMMARY = "train a recipe's LoRA branches and write a PEFT adapter, in one process or under torchrun"
+EXAMPLES = ("rolora tune MODEL --recipe rolora:W4A4 --data alpaca.jsonl --epochs 3 --set batch=8 -o tuned",)
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser(
-        "tune", help="train a recipe's LoRA branches; alone, or under torchrun -m rolora_passes tune …"
+
+def add(parser: argparse.ArgumentParser) -> None:
+    recipe_option(parser, "with add-lora, and tune-lora or rilq", default="rolora:W4A4")
+    parser.add_argument(
+        "--data", metavar="FILE",
+        help="instructions to train on: .jsonl, Alpaca's or conversations (default: the calibration text)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--window",
+        type=at_least(2, int),
+        default=1024,
+        metavar="TOKENS",
+        help="tokens in a window of instructions",
     )
     parser.add_argument(
-        "--recipe",
-        default="rolora:W4A4",
-        help="rolora:W4A4, or a .yaml with add-lora and tune-lora (%(default)s)",
-    )
-    parser.add_argument(
-        "--data", help="instructions to train on, .jsonl in Alpaca's format; else the calibration text"
-    )
-    parser.add_argument(
-        "--window", type=at_least(2, int), default=1024, help="tokens of their windows (%(default)s)"
-    )
-    parser.add_argument(
-        "--epochs", type=at_least(0.0, float), help="over them, in place of the recipe's steps"
-    )
+        "--epochs", type=at_least(0.0, float), metavar="N",
+        help="passes over the data (default: as many steps as the recipe says)",
+    )  # fmt: skip
     training_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rolora_passes.debugging.bisect import PassLoss, SiteBisection, costliest
 from rolora_passes.debugging.counterfactuals import Counterfactuals
 from rolora_passes.debugging.tracking import ErrorTrace, NodeError
+from rolora_passes.evaluation.sensitivity import SiteLoss
 
 
 def trace_table(trace: ErrorTrace, top: int, below: float, word: Callable[[int], str]) -> Table:
@@ -56,7 +57,7 @@ def passes_table(losses: Sequence[PassLoss]) -> Table:
 
 def sites_table(found: SiteBisection) -> Table:
     """The sites that a divergence comes from, and what is different about them."""
-    advice = "\nno few sites explain it: see `rolora sensitivity`" if found.diffuse else ""
+    advice = "\nno few sites explain it: see `rolora diagnose sensitivity`" if found.diffuse else ""
     table = Table(
         title="Where halving leads" if found.diffuse else "The sites that lose most",
         caption=f"KL of all {found.sites} sites that differ {found.kl:.4f} nats a token\n"
@@ -82,6 +83,21 @@ def changes_table(found: Counterfactuals, title: str, top: int) -> Table:
     for change in found.changes[:top]:
         part = f"{change.kl / found.kl:+.1%}" if found.kl else ""
         table.add_row(escape(change.site), f"{change.kl:+.2e}", part, f"{change.nll:+.2e}")
+    return table
+
+
+def sensitivity_table(found: Sequence[SiteLoss], top: int) -> Table:
+    """The costliest sites, and what all of them cost together if losses add up."""
+    total = sum(site.kl for site in found)
+    table = Table(
+        title="Each site alone quantized",
+        caption=f"{len(found)} sites, one at a time; the sum of their KL is {total:.4f} nats a token",
+        title_justify="left",
+    )
+    _columns(table, "site", "KL", "part", "loss grows by")
+    for site in found[:top]:
+        part = f"{site.kl / total:.1%}" if total else ""
+        table.add_row(escape(site.name), f"{site.kl:.2e}", part, f"{site.nll:+.2e}")
     return table
 
 

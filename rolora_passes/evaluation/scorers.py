@@ -13,17 +13,12 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import DataError, EvaluationError, RunError, one_line
 from rolora_passes.export.folder import find_target, read_manifest
-from rolora_passes.extras import require
-from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.dtypes import convert
 from rolora_passes.graphs.graph import run
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import require_decoder
-from rolora_passes.graphs.serialize import load_graph
-from rolora_passes.loading.models import load_model
-from rolora_passes.passes.base import Calibration, Pass
-from rolora_passes.passes.manager import Record, apply_passes, check_order, require_calibration
-from rolora_passes.recipes import load_recipe
+from rolora_passes.passes.base import Calibration
+from rolora_passes.passes.manager import Record, apply_passes
+from rolora_passes.recipes.opening import is_compiled, load_tokenizer, open_source
 
 
 class Scorer(ABC):
@@ -129,14 +124,9 @@ def open_scorer(
     """A scorer for whatever is there, and its tokenizer.
 
     Args:
-        source: a model folder, hub name or `.gguf` file, which is captured; a saved graph (`.safetensors`);
-            or a folder that `rolora compile` wrote.
-        recipe: passes to apply to a model or graph first, by name or file.
-        calibration: makes, with the tokenizer, what passes that look at data are given.
-        seed: for the passes of the recipe that draw at random; None leaves them their own.
-        tokenizer: where the tokenizer is; a saved graph has none of its own.
-        dtype: the precision a model or graph computes in; None is float32 for a model, and what it was
-            saved in for a graph.
+        source: as `open_source` takes it, or a folder that `rolora compile` wrote.
+        recipe: passes to apply to a model or graph first.
+        calibration, seed, tokenizer, dtype: as `open_source` takes them.
         target: which program of a compiled folder; None is the first it has.
         verify: check the exact passes of the recipe.
         ready: called with the model as it was loaded and its tokenizer, before any pass runs: the place to
@@ -146,75 +136,33 @@ def open_scorer(
 
     Raises:
         EvaluationError: a recipe or precision for a compiled folder, a target for another; no tokenizer.
-        Also what `load_model`, `load_graph`, `load_recipe`, `capture` and `apply_passes` raise.
+        Also what `open_source` and `apply_passes` raise.
     """
-    path, stage = Path(source).expanduser(), on_stage or (lambda name: None)
-    passes = load_passes(recipe, seed)
-    if (path / "manifest.json").is_file():
+    stage = on_stage or (lambda name: None)
+    if is_compiled(source):
         if recipe is not None or dtype is not None:
             option = "--recipe" if recipe is not None else "--dtype"
             raise EvaluationError(f"{source} is compiled, and evaluated as it is: leave {option} out")
         stage("loading")
-        scorer, words = ProgramScorer(path, target), load_tokenizer(tokenizer or path)
+        scorer, words = ProgramScorer(Path(source).expanduser(), target), load_tokenizer(tokenizer or source)
         if ready:
             ready(scorer, words)
         return scorer, words
     if target is not None:
         raise EvaluationError(f"{source} is not compiled, so it has no program: leave --target out")
-    if calibration is None:
-        require_calibration(passes, None)
-    graph, words = _open_graph(str(source), path, passes, tokenizer, dtype, stage)
-    if ready:
-        ready(GraphScorer(graph), words)
-    if passes:
-        stage("passes")
-        given = calibration(words) if calibration and any(p.needs_calibration for p in passes) else None
-        graph = apply_passes(graph, passes, verify=verify, calibration=given, on_pass=on_pass, **printing)
-    return GraphScorer(graph), words
-
-
-def load_passes(recipe: str | Path | None, seed: int | None) -> list[Pass]:
-    """The passes of a recipe; none without one."""
-    if recipe is None:
-        return []
-    return load_recipe(recipe) if seed is None else load_recipe(recipe, seed)
-
-
-def _open_graph(
-    source: str,
-    path: Path,
-    passes: list[Pass],
-    tokenizer: str | Path | None,
-    dtype: torch.dtype | None,
-    stage: Callable[[str], None],
-) -> tuple[fx.GraphModule, Any]:
-    if path.suffix == ".pte":
+    if Path(source).suffix == ".pte":
         raise EvaluationError(f"expected the folder that `rolora compile` wrote, found a program, {source}")
-    if path.suffix == ".safetensors":
-        if tokenizer is None:
-            raise EvaluationError(f"a saved graph has no tokenizer: give --tokenizer FOLDER with {source}")
-        stage("loading")
-        words, graph = load_tokenizer(tokenizer), load_graph(path)
-        return (graph if dtype is None else convert(graph, dtype)), words
-    check_order(passes, ["canonical"])
-    other = None if tokenizer is None else load_tokenizer(tokenizer)
-    stage("loading")
-    model, words = load_model(source, dtype or torch.float32)
-    stage("capturing")
-    return capture(model), other or words
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer in a folder.
-
-    Raises:
-        EvaluationError: there is none that transformers can load.
-    """
-    transformers = require("transformers", "transformers")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # whatever transformers raises
-        raise EvaluationError(f"cannot load a tokenizer from {folder}: {one_line(error)}") from error
+    opened = open_source(
+        source, recipe, seed=seed, calibration=calibration, tokenizer=tokenizer, dtype=dtype, on_stage=stage
+    )
+    graph = opened.graph
+    if ready:
+        ready(GraphScorer(graph), opened.tokenizer)
+    if opened.passes:
+        stage("passes")
+        known: Any = {"verify": verify, "calibration": opened.calibration, "on_pass": on_pass, **printing}
+        graph = apply_passes(graph, opened.passes, **known)
+    return GraphScorer(graph), opened.tokenizer
 
 
 def require_window(scorer: Scorer, window: int) -> None:

@@ -4,7 +4,7 @@ from rolora_passes.export.compile import compile_model
 from rolora_passes.export.executorch.lower import to_executorch
 from rolora_passes.export.executorch.runner import generate
 from rolora_passes.export.onnx.lower import to_onnx
-from rolora_passes.export.target import Target
+from rolora_passes.export.target import Target, make_target
 from rolora_passes.passes.add_kv_cache import AddKVCache
 
-__all__ = ["AddKVCache", "Target", "compile_model", "generate", "to_executorch", "to_onnx"]
+__all__ = ["AddKVCache", "Target", "compile_model", "generate", "make_target", "to_executorch", "to_onnx"]

@@ -90,6 +90,7 @@ def compile_model(
     Raises:
         LoweringError: what `Order` refuses, or what cannot be lowered.
         FileExistsError: `folder` is something else than a compiled folder.
+        MissingExtraError: what writes a target's programs is not installed.
         RoloraError: also what `load_model`, `load_recipe`, `capture`, `apply_passes` and `judge` raise.
     """
     chosen = _targets(targets, fast_prefill, flavor, accuracy_level)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import fx
@@ -33,7 +33,7 @@ _INITS = ("zero", "gaussian", "svd", "loftq")
 
 
 @dataclass(frozen=True)
-class AddLoRA(Pass, name="add-lora"):
+class AddLoRA(Pass):
     """Add y += (alpha / rank) · B A x to linears.
 
     Before:                       After:
@@ -68,6 +68,8 @@ class AddLoRA(Pass, name="add-lora"):
             no quantizer reads, or an adapter that is not of this base, not of this basis, or more than is
             said above.
     """
+
+    name: ClassVar[str] = "add-lora"
 
     targets: str | tuple[str, ...] = "all-linear"
     rank: int = 16

@@ -45,7 +45,7 @@ class Pass:
     """Base of all passes. Subclasses set the class attributes and implement `run`.
 
     Class attributes:
-        name: in recipes, on the command line and in reports.
+        name: in recipes, on the command line and in reports; if none is set, `FuseNorm` is `fuse-norm`.
         kind: "exact" keeps the function up to rounding, and is verified; "lossy" puts values on a grid;
             "trained" changes the function by learning, or adds what was learned. A property where options
             decide.
@@ -53,18 +53,18 @@ class Pass:
         ensures, removes: facts that hold after, if the pass found a site, and that no longer do.
     """
 
+    name: ClassVar[str]
     kind: ClassVar[Kind] = "exact"
     requires: ClassVar[tuple[str, ...]] = ("canonical",)
     ensures: ClassVar[tuple[str, ...]] = ()
     forbids: ClassVar[tuple[str, ...]] = ()
     removes: ClassVar[tuple[str, ...]] = ()
 
-    name: ClassVar[str]
-
-    def __init_subclass__(cls, name: str | None = None, **more: Any) -> None:
-        """`FuseNorm` is `fuse-norm` in recipes and on the command line, if it is given no other `name`."""
-        super().__init_subclass__(**more)
-        cls.name = name or re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in vars(cls):
+            words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__)
+            cls.name = words.lower()
 
     @property
     def exact(self) -> bool:

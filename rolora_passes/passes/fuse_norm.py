@@ -55,9 +55,12 @@ class FuseNorm(Pass):
     names the operator that blocks it: gains of very different sizes make a weight hard to quantize, which is
     worth it only for a rotation.
 
-    A table that is both embedding and head takes a gain on one side only. `tied="untie"` gives the
-    head its own table; `tied="keep"` puts a d x d linear, diag(gain), before the head instead, which
-    rotates with the rest and saves the second V x d table (RMS norms only).
+    A table that is both embedding and head takes a gain on one side only.
+
+    Options:
+        tied: what to do with such a table: "untie" gives the head its own; "keep" puts a d x d linear,
+            diag(gain), before the head instead, which rotates with the rest and saves the second V x d table
+            (RMS norms only).
     """
 
     ensures: ClassVar[tuple[str, ...]] = ("norms fused",)

@@ -21,7 +21,7 @@ from rolora_passes.quantize.quantizers import quantize_weight, require_float32, 
 
 
 @dataclass(frozen=True)
-class LoftQ(Pass, name="loftq"):
+class LoftQ(Pass):
     """Find Q and s·B A with Q + s·B A near W, Q on a grid: quantize what the branch leaves, then decompose
     the rest.
 
@@ -50,6 +50,7 @@ class LoftQ(Pass, name="loftq"):
             an input, a method or width that there is no table of.
     """
 
+    name: ClassVar[str] = "loftq"
     kind: ClassVar[Kind] = "lossy"
     ensures: ClassVar[tuple[str, ...]] = ("weights quantized",)
 

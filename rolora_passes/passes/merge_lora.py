@@ -30,7 +30,7 @@ from rolora_passes.quantize.quantizers import encode_weight, quantize_weight
 
 
 @dataclass(frozen=True)
-class MergeLoRA(Pass, name="merge-lora"):
+class MergeLoRA(Pass):
     """Replace every low-rank branch by an expression on the weight.
 
     Before:                                               After:
@@ -46,6 +46,7 @@ class MergeLoRA(Pass, name="merge-lora"):
             users do to have one weight, and it loses part of what the branch gave.
     """
 
+    name: ClassVar[str] = "merge-lora"
     forbids: ClassVar[tuple[str, ...]] = ("activations quantized",)
 
     requantize: bool = False

@@ -28,7 +28,7 @@ def _wrong(name: str, found: object) -> str | None:
     if found.name != name:
         return (
             f"which calls itself {found.name!r}, the name that recipes would have: register it as that, or "
-            f"derive it with `class {found.__name__}(Pass, name={name!r})`"
+            f"set `name: ClassVar[str] = {name!r}` in it"
         )
     return None
 

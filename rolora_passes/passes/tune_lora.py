@@ -19,7 +19,7 @@ from rolora_passes.passes.training import Training
 
 
 @dataclass(frozen=True)
-class TuneLoRA(Training, name="tune-lora"):
+class TuneLoRA(Training):
     """Train A and B of every branch, on text or on instructions
     (`rolora_passes.loading.instructions.instruction_windows`).
 
@@ -39,6 +39,7 @@ class TuneLoRA(Training, name="tune-lora"):
         PassError: no branches; what every pass that trains raises.
     """
 
+    name: ClassVar[str] = "tune-lora"
     kind: ClassVar[Kind] = "trained"
     forbids: ClassVar[tuple[str, ...]] = ("activations quantized", "cache quantized")
 

@@ -17,17 +17,16 @@ from rolora_passes.errors import PassError
 from rolora_passes.extras import require
 from rolora_passes.files import writing_folder
 from rolora_passes.graphs.bases.rotations import save_rotations
-from rolora_passes.graphs.capture import capture
 from rolora_passes.learning import processes
-from rolora_passes.loading.models import load_model, load_tokenizer
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Calibration, Pass
 from rolora_passes.passes.learn_rotation import LearnRotation
-from rolora_passes.passes.manager import Record, apply_passes, check_order, history, steps
+from rolora_passes.passes.manager import Record, apply_passes, history, steps
 from rolora_passes.passes.registry import make_pass
 from rolora_passes.passes.training import Training
 from rolora_passes.passes.tune_lora import TuneLoRA
 from rolora_passes.recipes import dump_recipe, load_recipe, settled
+from rolora_passes.recipes.opening import open_source
 from rolora_passes.version import versions
 
 
@@ -140,7 +139,6 @@ class _Training:
         self.verify, self.on_stage, self.on_pass = verify, on_stage, on_pass
         self.passes = _changed(load_recipe(recipe, seed), kind, recipe, changes or {})
         self.end = next(i for i, step in enumerate(self.passes) if isinstance(step, kind))
-        check_order(self.passes, ["canonical"])
         _require_replaceable(self.folder)
         _pyplot()
         processes.join()
@@ -157,20 +155,20 @@ class _Training:
         epochs: float | None = None,
     ) -> fx.GraphModule:
         """Load, capture, and apply the passes up to the training, which reads `data`."""
-        self.on_stage("loading")
-        tokenizer = load_tokenizer(self.source)
-        own = data(tokenizer)  # a text that is missing or too short is found before the model is loaded
-        known: Calibration | None = own if calibration is None else calibration(tokenizer)
-        model, _ = load_model(self.source)
-        self.on_stage("capturing")
-        graph = capture(model)
+
+        def make(tokenizer: Any) -> Calibration:
+            self.data = data(tokenizer)
+            return self.data if calibration is None else calibration(tokenizer)
+
+        opened = open_source(self.source, self.passes, calibration=make, on_stage=self.on_stage)
+        graph, known = opened.graph, opened.calibration
         self.on_stage("passes")
         for applied in steps(graph, self.passes[: self.end], verify=self.verify, calibration=known):
             graph, known = applied.graph, applied.calibration
             if self.on_pass:
                 self.on_pass(applied.record)
         assert known is not None
-        self.data = dataclasses.replace(own, reference=known.reference)
+        self.data = dataclasses.replace(self.data, reference=known.reference)
         if epochs is not None:
             self._train_for(epochs)
         how: Any = {"verify": self.verify, "calibration": self.data, "on_pass": self.on_pass}

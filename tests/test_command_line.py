@@ -1,0 +1,195 @@
+"""The commands as a whole: found without a table, explained alike, with examples that are right."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_checkpoint import TEXT, save_checkpoint
+
+from rolora_passes.cli import main
+from rolora_passes.cli.main import RENAMED, commands, parser
+from rolora_passes.cli.parser import Help
+from rolora_passes.cli.passes import explained
+from rolora_passes.passes.registry import PASSES, make_pass, pass_class
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    (choices,) = (a for a in parser()._actions if isinstance(a.choices, dict))
+    return dict(choices.choices)  # type: ignore[arg-type]
+
+
+def options(one: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in one._actions:
+        if action.help != argparse.SUPPRESS and action.dest != "help":
+            yield action
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_option_says_its_default_or_that_it_is_required(name: str) -> None:
+    one = parsers()[name]
+    shown = Help("rolora")
+    for action in options(one):
+        words = shown._get_help_string(action)
+        assert action.help and len(action.help) > 3, f"{name} {action.dest} has no help"
+        assert "default: " in words or "required" in words, f"{name} {action.dest}: {words}"
+        assert "default: none" not in words or action.default in (None, []), f"{name} {action.dest}: {words}"
+    assert "examples:\n" in one.format_help()
+
+
+def test_defaults_that_are_shown_are_those_of_the_parser() -> None:
+    text = " ".join(parsers()["eval"].format_help().split())
+    assert "--window TOKENS tokens in a window (integer >= 2; default: 2048)" in text
+    assert "--no-verify skip the check of exact passes (default: off)" in text
+    assert "-o FOLDER, --output FOLDER folder to write (path; required)" in " ".join(
+        parsers()["compile"].format_help().split()
+    )
+    assert "default: 0.0)" in " ".join(parsers()["run"].format_help().split())
+
+
+@pytest.mark.parametrize(
+    "example", [example for module in commands().values() for example in module.EXAMPLES]
+)
+def test_examples_are_commands(example: str) -> None:
+    words = shlex.split(example)
+    assert words[0] == "rolora" or words[:3] == ["torchrun", "-m", "rolora_passes"]
+    found = parser().parse_args(words[1 if words[0] == "rolora" else 3 :])
+    assert callable(found.run)
+
+
+def test_a_command_is_a_module_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rolora_passes.cli
+
+    (tmp_path / "greet.py").write_text(
+        "ORDER, SUMMARY, EXAMPLES = 55, 'say a word', ('rolora greet hello',)\n"
+        "def add(parser): parser.add_argument('word', help='what to say')\n"
+        "def run(options): print(options.word)\n"
+    )
+    monkeypatch.setattr(rolora_passes.cli, "__path__", [*rolora_passes.cli.__path__, str(tmp_path)])
+    names = [*commands()]
+    assert names.index("eval") < names.index("greet") < names.index("diagnose")
+    assert main(["greet", "hello"]) == 0
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_old_names_work_and_say_the_new_one(old: str, rolora: Run, tmp_path: Path) -> None:
+    arguments = (tmp_path, "--recipe", "8da4w", "--text", tmp_path / "none.txt")
+    status, _, said = rolora(old, *arguments)
+    assert status == 2 and "DataError" in said
+    note = f"rolora {old} is `rolora {' '.join(RENAMED[old])}` now; the old name goes in 0.3\n"
+    assert said.startswith(note)
+    assert rolora(*RENAMED[old], *arguments) == (2, "", said.removeprefix(note))
+
+
+def test_old_options_work() -> None:
+    given = ["M", "--recipe", "R", "--text", "T"]
+    found = parser().parse_args(["diagnose", "bisect", *given, "--most", "2"])
+    assert found.top == 2
+    assert parser().parse_args(["diagnose", "ablate", *given, "--leave", "hadamards"]).drop == "hadamards"
+    assert parser().parse_args(["diagnose", "ablate", *given]).drop is None
+
+
+def test_options_of_another_diagnosis_are_refused(rolora: Run) -> None:
+    given = ("M", "--recipe", "R", "--text", "T")
+    for what, option, own in (
+        ("errors", ("--drop", "hadamards"), "ablate"),
+        ("sensitivity", ("--below", "3"), "errors"),
+        ("ablate", ("--good", "G"), "bisect"),
+    ):
+        status, _, said = rolora("diagnose", what, *given, *option)
+        assert status == 2 and f"{option[0]} with `rolora diagnose {own}` only: leave it out" in said
+    status, _, said = rolora("diagnose", "errors", "M", "--text", "T")
+    assert status == 2 and "expected either --recipe, or --good" in said
+
+
+# Passes.
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_option_of_a_pass_is_explained(name: str) -> None:
+    cls = pass_class(name)
+    known = explained(cls)
+    assert known.keys() == {field.name for field in dataclasses.fields(cls)}
+    assert all(len(about.meaning) > 3 for about in known.values())
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_shows_how_it_is_used(name: str, rolora: Run, tmp_path: Path) -> None:
+    status, printed, said = rolora("passes", name)
+    assert status == 0, said
+    cls = pass_class(name)
+    assert printed.startswith(f"{name}, {cls.kind}: ")
+    lines = printed.splitlines()
+    entry = yaml.safe_load(lines[lines.index("    passes:") + 1])
+    call = printed.rpartition("apply_passes(graph, [")[2].removesuffix("])\n")
+    names: dict[str, object] = {}
+    exec(lines[lines.index("In Python:") + 1].strip(), names)
+    assert make_pass(entry[0]) == eval(call, names) == cls()
+    commands = [line.split() for line in lines if line.startswith("    rolora ")]
+    assert commands and all(parser().parse_args(words[1:]).model == "MODEL" for words in commands)
+    for field in dataclasses.fields(cls):
+        (row,) = (line for line in lines if line.startswith(f"{field.name} "))
+        assert field.default == () or str(field.default) in row
+
+
+def test_passes_and_recipes_are_one_table(rolora: Run) -> None:
+    printed = rolora("passes")[1]
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in printed.splitlines() if line[0] != " "}
+    assert rows.keys() >= PASSES.keys() | {"name", "8da4w", "quarot:W4A4KV4"}
+    assert rows["rotate"].startswith("exact Change the basis of the residual stream")
+    assert rows["rilq"].startswith("trained ") and rows["quantize-weights"].startswith("lossy ")
+    assert rows["float"] == "recipe fuse-norm, fold-constants"
+
+
+# Small faults.
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+def test_a_place_for_graphs_that_cannot_be_written_is_refused(tmp_path: Path, rolora: Run) -> None:
+    (tmp_path / "file").write_text("in the way")
+    given = ("./none", "--recipe", "8da4w", "--print-to", tmp_path / "file" / "graphs")
+    for command in (
+        ("compile", *given, "-o", tmp_path / "out"),
+        ("eval", *given, "--text", tmp_path / "file"),
+    ):
+        status, _, said = rolora(*command)
+        assert status == 2 and "NotADirectoryError" in said, said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", "MODEL", "--recipe", "8da4w"),
+        ("diff", "MODEL", "--recipe", "8da4w"),
+        ("diagnose", "errors", "MODEL", "--recipe", "8da4w", "--text", "TEXT", "--window", "32"),
+        ("diagnose", "sensitivity", "MODEL", "--recipe", "gptq:W4A8", "--text", "TEXT", "--window", "32"),
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_calibration_that_no_pass_looks_at_is_said_so(
+    command: tuple[str, ...], checkpoint: Path, tmp_path: Path, rolora: Run
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    places = {"MODEL": str(checkpoint), "TEXT": str(tmp_path / "text.txt")}
+    status, _, said = rolora(*[places.get(word, word) for word in command], "--calibration", places["TEXT"])
+    assert status == 0 and said.count("--calibration was not used") == 1, said
+
+
+def test_ctrl_c_while_commands_are_loaded(monkeypatch: pytest.MonkeyPatch, rolora: Run) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["rolora_passes.cli.main"], "parser", stop)
+    assert rolora("passes") == (130, "", "interrupted; nothing was written\n")
