@@ -134,7 +134,8 @@ def _described(cls: type[Target], field: dataclasses.Field[Any]) -> dict[str, An
     """What argparse is to know of a target's option; one that is not given is not in the namespace."""
     default, choices = field.default, field.metadata.get("choices")
     shown: Any = "none" if default is None else "off" if default is False else default
-    text = f"of {cls.name}: {field.metadata.get('help', '')} (default: {shown})"
+    text = f"of {cls.name}: {field.metadata.get('help', '')}"
+    text += "" if "(default: " in text else f" (default: {shown})"
     about = {"default": argparse.SUPPRESS, "help": text}
     if isinstance(default, bool):
         return about | {"action": argparse.BooleanOptionalAction if default else "store_true"}

@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -51,15 +52,16 @@ def _everything() -> Table:
     for name in PASSES:
         table.add_row(name, *_about(name))
         for clash in PASSES.clashes(name):
-            table.add_row("", "", clash)
+            table.add_row("", "", escape(clash))
     table.add_section()
     for recipe in recipes().values():
         kind = "recipe, any setting" if ":" in recipe.example else "recipe"
         steps = ", ".join(step.name for step in load_recipe(recipe.example))
-        table.add_row(recipe.example, kind, f"{recipe.about} Passes: {steps}." if recipe.about else steps)
+        table.add_row(recipe.example, kind, escape(f"{recipe.about} Passes: {steps}."))
     table.add_section()
     for name in GRIDS:
-        table.add_row(name, "grid", _origin(GRIDS.origin(name)))
+        about = (inspect.getdoc(GRIDS[name]) or "undocumented").partition("\n\n")[0]
+        table.add_row(name, "grid", escape(about + _origin(GRIDS.origin(name))))
     return table
 
 
@@ -71,9 +73,9 @@ def _about(name: str) -> tuple[str, str]:
     try:
         cls = PASSES[name]
     except PluginError as error:
-        return "", f"cannot be used: {error}"
+        return "", escape(f"cannot be used: {error}")
     summary = " ".join(inspect.cleandoc(cls.__doc__ or "undocumented").partition("\n\n")[0].split())
-    return _kind(cls), summary + _origin(PASSES.origin(name))
+    return _kind(cls), escape(summary + _origin(PASSES.origin(name)))
 
 
 def _kind(cls: type[Pass]) -> str:

@@ -88,10 +88,9 @@ def compile_model(
         Of the others, see `Order`.
 
     Raises:
-        LoweringError: what `Order` refuses, or what cannot be lowered.
         FileExistsError: `folder` is something else than a compiled folder.
-        MissingExtraError: what writes a target's programs is not installed.
-        RoloraError: also what `load_model`, `load_recipe`, `capture`, `apply_passes` and `judge` raise.
+        RoloraError: what `Order`, `load_model`, `load_recipe`, `capture`, `apply_passes`, `judge` and the
+            lowerings raise.
     """
     chosen = _targets(targets, fast_prefill, flavor, accuracy_level)
     printing = {"verify": verify, "on_pass": on_pass, **(printing or {})}

@@ -66,7 +66,8 @@ class Echo(Target):
         return call
 
     def run(self, folder, prompt, max_new_tokens, temperature=0.0, on_text=None, begin=0):
-        shout = load_graph(folder / self.program)X = prompt.upper() if shout else prompt
+        shout = info(load_graph(folder / self.program)).config["shout"]
+        text = prompt.upper() if shout else prompt
         on_text(text)
         return text
 '''

@@ -37,7 +37,7 @@ class Onnx(Target):
     accuracy_level: Literal[0, 4] | None = field(
         default=None,
         metadata={
-            "help": "products with quantized weights: 4 is int8 activations (where the recipe has them)",
+            "help": "4 computes quantized linears in int8 (default: 4 if activations are quantized)",
             "choices": (0, 4),
         },
     )
