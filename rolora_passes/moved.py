@@ -175,6 +175,9 @@ def _moved_name(module: str, name: str) -> Any:
 def install() -> None:
     """Have old names found, after all others."""
     sys.meta_path.append(MovedModules())
-    for module in _NAMES:
-        found: Any = importlib.import_module(f"{_PACKAGE}.{module}")
-        found.__getattr__ = functools.partial(_moved_name, module)
+
+
+def old_names(module: dict[str, Any]) -> None:
+    """Have the names found that left a module, given its `globals()`."""
+    name = module["__name__"].removeprefix(f"{_PACKAGE}.")
+    module["__getattr__"] = functools.partial(_moved_name, name)

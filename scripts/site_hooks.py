@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
+import io
 import os
 import re
 import sys
@@ -28,25 +28,26 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def commands() -> str:
     """What `rolora COMMAND --help` prints, of every command."""
-    from rolora_passes.cli.main import _parser
+    from rolora_passes.cli.main import parser
 
     os.environ["COLUMNS"] = "100"
-    (group,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (group,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
     parts = [f"## {name}\n\n```text\n{one.format_help()}```" for name, one in sorted(group.choices.items())]
     return "\n\n".join(parts)
 
 
 def passes() -> str:
     """What `rolora passes NAME` prints, of every pass, under the name of its class."""
-    from rolora_passes.cli.passes import documents
-    from rolora_passes.passes.registry import PASSES, pass_class
+    from rich.console import Console
+
+    from rolora_passes.cli.passes import explain
+    from rolora_passes.passes.registry import PASSES
 
     parts = []
     for name in PASSES:
-        cls = pass_class(name)
-        options = ", ".join(f"{p.name}={p.default!r}" for p in inspect.signature(cls).parameters.values())
-        text = "\n\n".join(documents(cls))
-        parts.append(f"## {name}\n\n`{cls.__name__}({options})` is {cls.kind}.\n\n```text\n{text}\n```")
+        screen = Console(file=io.StringIO(), width=100, record=True)
+        explain(PASSES[name], screen)
+        parts.append(f"## {name}\n\n```text\n{screen.export_text()}```")
     return "\n\n".join(parts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +42,8 @@ def test_every_option_says_its_default_or_that_it_is_required(name: str) -> None
         words = shown._get_help_string(action)
         assert action.help and len(action.help) > 3, f"{name} {action.dest} has no help"
         assert "default: " in words or "required" in words, f"{name} {action.dest}: {words}"
-        assert "default: none" not in words or action.default in (None, []), f"{name} {action.dest}: {words}"
+        none = (None, [], argparse.SUPPRESS)
+        assert "default: none" not in words or action.default in none, f"{name} {action.dest}: {words}"
     assert "examples:\n" in one.format_help()
 
 
@@ -126,7 +128,8 @@ def test_a_pass_shows_how_it_is_used(name: str, rolora: Run, tmp_path: Path) -> 
     status, printed, said = rolora("passes", name)
     assert status == 0, said
     cls = PASSES[name]
-    assert printed.startswith(f"{name}, {cls.kind}: ")
+    kind = cls.kind if isinstance(cls.kind, str) else "by its options"
+    assert printed.startswith(f"{name}, {kind}: ")
     lines = printed.splitlines()
     entry = yaml.safe_load(lines[lines.index("    passes:") + 1])
     call = printed.rpartition("apply_passes(graph, [")[2].removesuffix("])\n")
@@ -147,6 +150,33 @@ def test_passes_and_recipes_are_one_table(rolora: Run) -> None:
     assert rows["rotate"].startswith("exact Change the basis of the residual stream")
     assert rows["rilq"].startswith("trained ") and rows["quantize-weights"].startswith("lossy ")
     assert rows["float"].startswith("recipe ")
+
+
+# Imports.
+
+
+def test_help_imports_no_torch() -> None:
+    """Torch takes seconds, in which nothing is shown and Ctrl-C would give a traceback."""
+    code = (
+        "import contextlib, sys, rolora_passes.cli\n"
+        "for words in (['--help'], ['diagnose', '--help'], ['inspect', '--help'], ['passes', '--help']):\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        rolora_passes.cli.main(words)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("usage: rolora") == 4, done.stderr
+
+
+def test_what_the_package_offers_is_imported_when_it_is_used() -> None:
+    code = (
+        "import sys, rolora_passes\n"
+        "assert 'torch' not in sys.modules and rolora_passes.__version__\n"
+        "from rolora_passes import FuseNorm, apply_passes\n"
+        "assert {'Rotate', 'Pass', 'history'} < {*rolora_passes.__all__} <= {*dir(rolora_passes)}\n"
+        "assert not hasattr(rolora_passes, 'Nothing') and not hasattr(rolora_passes, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # Small faults.
@@ -188,7 +218,7 @@ def test_calibration_that_no_pass_looks_at_is_said_so(
 
 
 def test_ctrl_c_while_commands_are_loaded(monkeypatch: pytest.MonkeyPatch, rolora: Run) -> None:
-    def stop() -> None:
+    def stop(only: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["rolora_passes.cli.main"], "parser", stop)

@@ -48,7 +48,7 @@ def test_a_model(checkpoint: Path, saved: Path, rolora: Run) -> None:
     assert str(checkpoint.parent) not in printed
     _, printed, _ = rolora("inspect", checkpoint, "--as-captured", "--bases", "--graph")
     assert structure_text(load_graph(saved)) in printed
-    assert "Axes that may change basis together" in printed and "= linear(" in printed
+    assert "Axes that can change basis together" in printed and "= linear(" in printed
 
 
 def test_a_recipe(saved: Path, rolora: Run) -> None:

@@ -1,4 +1,4 @@
-"""`rolora compile`: a model in, a folder that a stock runtime serves out."""
+"""`rolora compile`: turns a model into a folder that stock runtimes can serve."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rolora_passes.cli.options import (
     recipe_option,
 )
 from rolora_passes.cli.parser import assignment, at_least
-from rolora_passes.export.target import TARGETS, Target, loadable_targets, make_target
 
 if TYPE_CHECKING:
     from rolora_passes.export.order import Made
+    from rolora_passes.export.target import Target
 
 
 ORDER = 10
@@ -35,6 +35,8 @@ EXAMPLES = (
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    from rolora_passes.export.target import TARGETS
+
     parser.add_argument("model", help=MODEL)
     recipe_option(parser, default="rotated-8da4w")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER", help="folder to write")
@@ -120,6 +122,8 @@ def _add_target_options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, 
 
     Yields: the target, the option's name, and its flag.
     """
+    from rolora_passes.export.target import loadable_targets
+
     for cls in loadable_targets():
         for field in dataclasses.fields(cls):
             plain = field.name.replace("_", "-")
@@ -147,6 +151,7 @@ def _targets(options: argparse.Namespace) -> list[Target]:
     """The targets that are asked for, with their options; those of others are refused: they would do
     nothing."""
     from rolora_passes.errors import LoweringError
+    from rolora_passes.export.target import make_target
 
     given: dict[str, dict[str, Any]] = {name: {} for name in options.target or ["executorch"]}
     for target, name, flag in options.flags:

@@ -1,4 +1,4 @@
-"""`rolora diff`: what is different between two graphs, or what every pass of a recipe does to one."""
+"""`rolora diff`: how two graphs differ, or what every pass of a recipe changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line shows: progress while work goes on, and what was compiled."""
+"""What the command line prints: progress, and a summary of what was compiled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class Display:
-    """The stage, and a bar for what is counted, on standard error while work goes on."""
+    """The current stage and progress bars, on standard error."""
 
     def __init__(self) -> None:
         columns = (
@@ -58,7 +58,7 @@ class Display:
         self._progress.stop()
 
     def stage(self, name: str) -> None:
-        """What is being done now; the bars of the stage before go."""
+        """Begin a stage; the bars of the last one disappear."""
         _log.info("%s", name)
         for bar in self._bars.values():
             self._progress.remove_task(bar)
@@ -66,7 +66,7 @@ class Display:
         self._progress.reset(self._stage, description=f"{name} …")
 
     def count(self, name: str, done: int, total: int) -> None:
-        """How much of something is done; what stands behind a comma in its name may change."""
+        """Update a bar. Bars are told apart by their name up to a comma; the rest may change."""
         what = name.partition(",")[0]
         if what not in self._bars:
             self._bars[what] = self._progress.add_task(name, count="")
@@ -84,7 +84,7 @@ def pass_line(record: Record) -> None:
 
 
 def _gptq_line(stages: list[dict[str, Any]], peak_mb: float) -> None:
-    """Where GPTQ's time went, and where it changed the outputs most."""
+    """Where GPTQ spent its time, and which outputs it changed the most."""
     resumed = [stage for stage in stages if stage["resumed"]]
     forward = sum(stage["forward"] for stage in stages)
     solve = sum(stage["solve"] for stage in stages if not stage["resumed"])
@@ -93,12 +93,12 @@ def _gptq_line(stages: list[dict[str, Any]], peak_mb: float) -> None:
     earlier = f"{len(resumed)} of {len(stages)} stages from an earlier run, " if resumed else ""
     console.print(
         f"  {'':22} {earlier}{forward:.0f} s of forward passes and Hessians, {solve:.0f} s of rounding, "
-        f"peak {peak_mb:.0f} MB; outputs change most at {worst}, by {lost[worst] ** 0.5:.1%}"
+        f"peak {peak_mb:.0f} MB; outputs change the most at {worst}, by {lost[worst] ** 0.5:.1%}"
     )
 
 
 def print_summary(compiled: Compiled) -> None:
-    """What was compiled, what it weighs, what every pass did, and how near the programs are to the model."""
+    """Sizes, what every pass did, and how close the programs are to the model."""
     table = Table(title=escape(str(compiled.folder)), show_header=False, title_justify="left")
     weights = compiled.weights
     bits_each = f"{weights.bits_per_weight:.2f} bits each with scales"
@@ -121,9 +121,9 @@ def print_summary(compiled: Compiled) -> None:
 
 def parity_table(rows: list[dict[str, Any]]) -> Table:
     """The rows of `evaluation.parity.compare_programs`."""
-    title = f"On {rows[0]['tokens']} tokens of text: KL in nats per token, agreement of the likeliest token"
+    title = f"On {rows[0]['tokens']} tokens of text: KL in nats per token, top-1 agreement"
     table = Table(title=title, title_justify="left")
-    names = ("", "KL to model", "top-1", "KL to graph", "top-1", "greedy tokens as the graph's")
+    names = ("", "KL to model", "top-1", "KL to graph", "top-1", "greedy tokens equal to the graph's")
     for name in names:
         table.add_column(name, justify="right" if name else "left")
     for row in rows:

@@ -1,4 +1,4 @@
-"""`rolora eval`: perplexity and task accuracies of a model or an artefact."""
+"""`rolora eval`: perplexity and task accuracy of a model, a saved graph or a compiled folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from rolora_passes.cli.options import (
     tokenizer_option,
 )
 from rolora_passes.cli.parser import at_least
-from rolora_passes.export.target import TARGETS
 
 ORDER = 50
 SUMMARY = "measure perplexity and task accuracy of a model, a saved graph or a compiled folder"
@@ -30,6 +29,8 @@ EXAMPLES = (
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    from rolora_passes.export.target import TARGETS
+
     at_least_1 = at_least(1, int)
     parser.add_argument("model", help=ANY)
     recipe_option(parser, "apply this first")

@@ -1,4 +1,4 @@
-"""`rolora inspect`: what a model, a saved graph or a compiled folder is made of."""
+"""`rolora inspect`: the structure of a model, a saved graph or a compiled folder."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ def _compiled(options: argparse.Namespace) -> None:
     if asked:
         raise EvaluationError(
             f"{options.model} is compiled and has no graph: leave --{asked[0].replace('_', '-')} out, "
-            "or give the model it was made of"
+            "or give the model that it was compiled from"
         )
     print(artefact_text(Path(options.model).expanduser()), end="")
 
 
 def _opened(options: argparse.Namespace, display: Display) -> tuple[fx.GraphModule, dict[str, float] | None]:
-    """What is to be shown, and the SQNR of its values by node where there is a text to measure it on."""
+    """The graph to show, and the SQNR of its values by node if there is a text to measure it on."""
     from rolora_passes.graphs.facts import facts
     from rolora_passes.passes.fuse_norm import FuseNorm
     from rolora_passes.passes.manager import apply_passes
@@ -140,7 +140,7 @@ def _measured(options: argparse.Namespace, display: Display) -> tuple[fx.GraphMo
 
 
 def _write_view(graph: fx.GraphModule, path: Path, sqnr: dict[str, float] | None) -> None:
-    """Write for a viewer, and say how to open what was written."""
+    """Write a graph for a viewer, and say how to open it."""
     if path.suffix == ".onnx":
         from rolora_passes.reporting.netron import write_netron
 
@@ -155,15 +155,19 @@ def _write_view(graph: fx.GraphModule, path: Path, sqnr: dict[str, float] | None
 
 
 def _write_html(options: argparse.Namespace) -> None:
-    """Write the page, and say where it is."""
+    """Write the report, and say where it is."""
     from rolora_passes.reporting.page import plotting_library
     from rolora_passes.reporting.report import report_html
 
     if options.recipe is None or options.text is None:
-        raise EvaluationError("--html shows what a recipe does on a text: give --recipe and --text with it")
+        raise EvaluationError(
+            "--html shows the effects of a recipe on a text: give --recipe and --text with it"
+        )
     beside = [name for name in ("bases", "graph", "as_captured", "view") if getattr(options, name)]
     if beside:
-        raise EvaluationError(f"--html is all that is written: leave --{beside[0].replace('_', '-')} out")
+        raise EvaluationError(
+            f"--html writes nothing but the report: leave --{beside[0].replace('_', '-')} out"
+        )
     plotting_library()  # refused before the model is loaded
     options.window, options.windows = options.window or 128, 1
     about = {

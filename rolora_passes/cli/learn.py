@@ -1,4 +1,4 @@
-"""`rolora learn`: rotations trained under a recipe's quantizers."""
+"""`rolora learn`: trains rotations under a recipe's quantizers."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = argparse.Namespace()
     try:
-        options = parser().parse_args(_renamed(given))
+        words = _renamed(given)
+        options = parser(words[0] if words else None).parse_args(words)
         _hush()
         with _stopped_as_by_hand(), logging_to(options.log, given):
             options.run(options)
@@ -61,8 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        only: declare the options of this command alone; `compile` has those of targets, which import torch.
+    """
     whole = argparse.ArgumentParser(
         "rolora", description="Passes over graphs of language models, to the phone"
     )
@@ -70,7 +75,8 @@ def parser() -> argparse.ArgumentParser:
     for name, module in commands().items():
         one = add_command(choices, name, module.SUMMARY, module.EXAMPLES)
         one.set_defaults(run=module.run)
-        module.add(one)
+        if only is None or name == only:
+            module.add(one)
     return whole
 
 

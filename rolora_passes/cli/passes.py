@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     elif options.name.partition(":")[0] in recipes():
         print(dump_recipe(load_recipe(options.name)), end="")
     else:
-        _explain(PASSES[options.name])
+        explain(PASSES[options.name], Console())
 
 
 def _everything() -> Table:
@@ -86,16 +86,16 @@ def _origin(package: str | None) -> str:
     return f" [{package}]" if package else ""
 
 
-def _explain(cls: type[Pass]) -> None:
+def explain(cls: type[Pass], screen: Console) -> None:
     """Print what a pass does, its options, and how to use it."""
     from rolora_passes.recipes import load_recipe, recipes
 
-    screen, name = Console(), cls.name
+    name = cls.name
     text = inspect.cleandoc(cls.__doc__ or "")
     body, _, rest = re.sub(r"^Options.*?:\n", "\0", text, count=1, flags=re.MULTILINE).partition("\0")
     raises = re.search(r"^Raises:\n.*", rest or body, flags=re.MULTILINE | re.DOTALL)
     body = body.partition("\nRaises:\n")[0]
-    screen.print(f"{name}, {cls.kind}: {body.rstrip()}\n", markup=False, highlight=False)
+    screen.print(f"{name}, {_kind(cls)}: {body.rstrip()}\n", markup=False, highlight=False)
     fields = dataclasses.fields(cls)
     if fields:
         screen.print(_options(cls, explained(cls)))
@@ -165,7 +165,8 @@ def _options(cls: type[Pass], known: Mapping[str, Explained]) -> Table:
     for field in dataclasses.fields(cls):
         about = known.get(field.name, Explained(""))
         default = field.default if field.default is not dataclasses.MISSING else "required"
-        table.add_row(field.name, type_words(hints[field.name]), str(default), about.unit, about.meaning)
+        words = type_words(hints[field.name]), str(default), about.unit, about.meaning
+        table.add_row(field.name, *map(escape, words))
     return table
 
 

@@ -1,4 +1,4 @@
-"""`rolora run`: text from a compiled folder in its stock runtime."""
+"""`rolora run`: generates text with a compiled folder in its stock runtime."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 
 from rolora_passes.cli.parser import at_least
 from rolora_passes.errors import RunError
-from rolora_passes.export.folder import MANIFEST, find_target, read_manifest
-from rolora_passes.export.target import TARGETS
 
 ORDER = 40
 SUMMARY = "generate text with a compiled folder in its stock runtime"
@@ -21,6 +19,8 @@ EXAMPLES = (
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    from rolora_passes.export.target import TARGETS
+
     parser.add_argument("folder", type=Path, help="a folder that `rolora compile` wrote")
     parser.add_argument(
         "--prompt", required=True, metavar="TEXT", help="what to answer; with --raw, what to continue"
@@ -39,6 +39,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from rolora_passes.export.folder import MANIFEST, find_target, read_manifest
+
     folder = options.folder
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
@@ -49,10 +51,10 @@ def run(options: argparse.Namespace) -> None:
     room = read_manifest(folder)["max_length"] - count
     if room < 1:
         raise RunError(
-            f"the prompt has {count} tokens, and the program holds {room + count}, with what it answers: "
-            "give a shorter one, or compile with a larger --max-length"
+            f"the prompt has {count} tokens, and the program holds {room + count} with the answer: "
+            "give a shorter prompt, or compile with a larger --max-length"
         )
-    descriptor = os.dup(sys.stdout.fileno())  # a runner may print too, and is put aside
+    descriptor = os.dup(sys.stdout.fileno())  # a runner may print too, and is sent elsewhere
     screen = os.fdopen(descriptor, "w", encoding=sys.stdout.encoding)
 
     def show(text: str) -> None:
@@ -63,9 +65,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _prompt(folder: Path, prompt: str, raw: bool) -> tuple[str, int, int]:
-    """A prompt as the program reads it, how many tokens the tokenizer begins it with, and how many it has.
+    """(the prompt as the program reads it, special tokens that the tokenizer adds before it, all its tokens).
 
-    That is the model's own chat template, which has its own beginning, or else the prompt as it is.
+    The prompt is wrapped in the model's chat template, which has its own special tokens, or left as it is.
     """
     from rolora_passes.loading.tokens import beginning, in_template
     from rolora_passes.recipes.opening import load_tokenizer

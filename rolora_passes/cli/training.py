@@ -1,4 +1,4 @@
-"""What `rolora learn` and `rolora tune` share: options of the pass that trains, and what is said after it."""
+"""What `rolora learn` and `rolora tune` share: options of the training pass, and the closing message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def training_options(parser: argparse.ArgumentParser) -> None:
-    """A model, a folder, and changes to the pass that trains."""
+    """The model, the folder to write, and changes to the training pass."""
     parser.add_argument("model", help=MODEL)
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER", help="folder to write")
     parser.add_argument(
@@ -36,7 +36,7 @@ _assignment.words = "NAME=VALUE"  # type: ignore[attr-defined]
 
 
 def training_arguments(options: argparse.Namespace, display: Display) -> dict[str, Any]:
-    """The arguments by name that every training takes, from `training_options`."""
+    """The arguments of `learn_rotations` and `tune_adapter` that `training_options` sets."""
     from rolora_passes.learning import processes
 
     return {
@@ -49,7 +49,7 @@ def training_arguments(options: argparse.Namespace, display: Display) -> dict[st
 
 
 def tell(record: Record, folder: Path, trained: str, more: str) -> None:
-    """Say what was trained, what it cost, and what to do with it; of several processes the first does."""
+    """Say what was trained, at what cost, and what to do next; only the first process does."""
     from rolora_passes.learning import processes
     from rolora_passes.recipes import load_recipe
 

@@ -1,4 +1,4 @@
-"""`rolora tune`: a recipe's low-rank branches trained, and written as an adapter that PEFT reads."""
+"""`rolora tune`: trains a recipe's LoRA branches and writes them as a PEFT adapter."""
 
 from __future__ import annotations
 

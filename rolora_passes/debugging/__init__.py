@@ -1,4 +1,4 @@
-"""Finding where a recipe loses accuracy: errors tracked through a graph, bisection, what-ifs, reproducers."""
+"""Finding where a recipe loses accuracy: error tracking, bisection, ablation; and reproducers of failures."""
 
 from rolora_passes.debugging.tracking import ErrorTrace, NodeError, TokenError, track_errors
 from rolora_passes.debugging.twins import float_twin_recipe, with_float_twin

@@ -1,4 +1,4 @@
-"""Which pass and which site lose the most: a recipe pass by pass, and what two graphs differ in by halves."""
+"""Which pass and which sites lose the most: measuring a recipe pass by pass, and bisecting over sites."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.passes.base import Calibration, Pass
 from rolora_passes.passes.manager import Applied, Record, apply_passes, steps
 
-_LEFT = 0.1  # bisection ends when what is left causes less than this part of the divergence
-_NONE = 1e-6  # nats a token: rounding
-# Nats a token that rounding may move predictions by, over the depth of a model that runs in its own type.
+_LEFT = 0.1  # bisection ends when the remaining sites cause less than this share of the divergence
+_NONE = 1e-6  # nats per token: rounding
+# Divergence that rounding alone may cause over the depth of a model computing in this type, nats per token.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
 
 
@@ -32,8 +32,8 @@ class PassLoss:
         name: of the pass; `kind` is "exact", "lossy" or "trained".
         kl: divergence of the predictions from the graph before the recipe, nats per token.
         step: divergence from the graph before this pass.
-        nll: what the next token's mean negative log-likelihood has grown by since before the recipe, nats.
-        fault: of an exact pass that changed the function: by how much, and the first value that differs.
+        nll: growth of the next token's mean negative log-likelihood since before the recipe, nats.
+        fault: for an exact pass that changed the function: by how much, and the first value that differs.
     """
 
     name: str
@@ -54,8 +54,8 @@ class SiteFault:
 
     Attributes:
         site: the module of a linear, or the name of another value and its layer.
-        kl: divergence from the good graph with this site alone taken from the bad one, nats per token.
-        differs: what is different about it.
+        kl: divergence of the good graph with only this site taken from the bad one, nats per token.
+        differs: what differs there.
     """
 
     site: str
@@ -69,14 +69,14 @@ class SiteFault:
 
 @dataclass(frozen=True)
 class SiteBisection:
-    """Where two graphs part.
+    """Where two graphs diverge.
 
     Attributes:
         kl: divergence of the bad graph from the good one, nats per token.
         faults: the sites found, the costliest first.
-        left: the divergence that is left with the good graph's definitions of these sites.
+        left: the divergence that remains once these sites are taken from the good graph.
         sites: how many sites differ.
-        evaluations: forward passes over the tokens that it took.
+        evaluations: forward passes over the tokens that were needed.
     """
 
     kl: float
@@ -87,7 +87,7 @@ class SiteBisection:
 
     @property
     def diffuse(self) -> bool:
-        """Whether no few sites explain the divergence: most of it is left."""
+        """Whether no small set of sites explains the divergence: most of it remains."""
         return self.kl > _NONE and not self.left < self.kl / 2
 
     def row(self) -> dict[str, Any]:
@@ -107,14 +107,14 @@ def bisect_recipe(
     on_pass: Callable[[Record], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[PassLoss], SiteBisection | None]:
-    """Bisect a recipe over its passes, then what it quantizes over its sites, against its float twin.
+    """Measure a recipe pass by pass, then bisect its quantized sites against its float twin.
 
     Args:
         graph, passes, tokens, calibration, on_pass: as `bisect_passes` takes them.
         most, on_progress: as `bisect_sites` takes them.
         on_stage: called with what is being done.
 
-    Returns: the passes' losses; and the sites, or None where an exact pass is at fault, or none is lossy.
+    Returns: the passes' losses; and the sites, or None if an exact pass is at fault or no pass is lossy.
     """
     on_stage("passes")
     known: dict[str, Any] = {
@@ -144,17 +144,17 @@ def bisect_passes(
     calibration: Calibration | None = None,
     on_pass: Callable[[Record], None] | None = None,
 ) -> tuple[list[PassLoss], fx.GraphModule]:
-    """Apply a recipe pass by pass, and measure what every pass changes.
+    """Apply a recipe pass by pass and measure what each pass changes.
 
-    An exact pass that fails its verification is not stopped at: it is reported, and the recipe goes on.
+    An exact pass that fails verification is reported, and the recipe goes on.
 
     Args:
         graph: before the recipe.
-        tokens: int64 [N, S] of real text; the logits of all of them are held, three times.
-        origin: the predictions that `kl` and `nll` are counted from; None for those of `graph`.
+        tokens: int64 [N, S] of real text; three copies of their logits are held in memory.
+        origin: the predictions that `kl` and `nll` are relative to; None for those of `graph`.
         calibration, on_pass: as `apply_passes` takes them.
 
-    Returns: a loss for every pass, and the graph they made.
+    Returns: a loss for every pass, and the final graph.
     """
 
     def made() -> Iterator[Applied]:
@@ -173,7 +173,7 @@ def measure_passes(
     *,
     origin: list[Tensor] | None = None,
 ) -> tuple[list[PassLoss], fx.GraphModule]:
-    """Measure what every pass changed, of graphs as they come.
+    """Measure what each pass changed, as the graphs arrive.
 
     Args:
         graph, tokens, origin: as `bisect_passes` takes them.
@@ -205,9 +205,9 @@ def _fault(applied: Applied, before: fx.GraphModule) -> str | None:
 
 
 def costliest(losses: Sequence[PassLoss]) -> PassLoss | None:
-    """The first exact pass that changed the function, else the pass that the divergence grew most by.
+    """The first exact pass that changed the function, or else the pass after which divergence grew the most.
 
-    Not the one with the largest `step`: what is off already moves easily, and need not get worse by it.
+    The largest `step` is no measure: predictions that are already off move easily without getting worse.
     """
     faulty = [loss for loss in losses if loss.fault]
     growth = [
@@ -225,19 +225,19 @@ def bisect_sites(
     most: int = 3,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SiteBisection:
-    """Find the sites that make a graph worse than another of the same model in the same basis.
+    """Find the sites that make a graph worse than another graph of the same model in the same basis.
 
-    Halves of the sites that differ are put into the good graph, and the half that does more harm is halved
-    again: log2(n) evaluations for a site that stands out, at most twice that otherwise. What is found is left
-    out and the search goes on, until a tenth of the divergence is left, or what is found is less than a tenth
-    of it: then no few sites are to blame. Sites that only do harm together (two errors that would cancel) are
-    not found by this.
+    Half of the differing sites are put into the good graph, and the half that does more harm is split again:
+    log2(n) evaluations for a site that stands out, at most twice that otherwise. A site that was found is set
+    aside and the search goes on, until a tenth of the divergence remains, or until a site causes less than a
+    tenth of the rest, which means that no small set of sites is to blame. Sites that only do harm together
+    (errors that would cancel alone) are not found.
 
     Args:
-        good, bad: such as a float twin and its quantized graph, or two runs of one recipe.
+        good, bad: for example a float twin and its quantized graph, or two runs of one recipe.
         tokens: int64 [N, S] of real text.
-        most: sites to find at most.
-        on_progress: called with the evaluations done, and of how many at most.
+        most: the largest number of sites to find.
+        on_progress: called with the evaluations done and an upper bound on them.
     """
     splice, losses = Splice(good, bad), Losses(good, tokens)
     remaining, faults = list(splice.sites), list[SiteFault]()
@@ -261,19 +261,19 @@ def bisect_sites(
         remaining = [other for other in remaining if other != site]
         left = loss(remaining)
         if faults[-1].kl < _LEFT * left:
-            break  # what is left is everywhere: more halving would only name more of it
+            break  # the rest is spread out: more bisection would only name more of it
     faults.sort(key=lambda fault: -fault.kl)
     return SiteBisection(total, faults, left, len(splice.sites), losses.evaluations)
 
 
 def _heaviest(sites: list[str], whole: float, loss: Callable[[list[str]], float]) -> str:
-    """The site that halving leads to, where all of them together lose `whole`."""
+    """The site that bisection leads to; all sites together lose `whole`."""
     while len(sites) > 1:
         halves = sites[: len(sites) // 2], sites[len(sites) // 2 :]
         first = loss(halves[0])
         if first >= whole / 2:
             sites, whole = halves[0], first
-        elif first <= _LEFT * whole:  # then it is the other half's, and need not be measured
+        elif first <= _LEFT * whole:  # the loss is in the other half, which need not be measured
             sites = halves[1]
         else:
             second = loss(halves[1])
@@ -282,7 +282,7 @@ def _heaviest(sites: list[str], whole: float, loss: Callable[[list[str]], float]
 
 
 def _order(value: float) -> float:
-    """A key to find the largest by, in which what is not a number is larger than any."""
+    """A sort key that puts NaN above every number."""
     return math.inf if math.isnan(value) else value
 
 

@@ -1,4 +1,4 @@
-"""What if one site were left in floating point, or one Hadamard were left out: the others as they are."""
+"""Ablation: one site back in floating point, or one online Hadamard removed, everything else unchanged."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rolora_passes.passes.insert_hadamard import InsertHadamard
 
 @dataclass(frozen=True)
 class Change:
-    """What one change does to a quantized graph.
+    """The effect of one change on a quantized graph.
 
     Attributes:
         site: where.
-        kl: what the divergence from the float twin changes by, nats per token; negative is better.
-        nll: what the next token's mean negative log-likelihood changes by, nats.
+        kl: change of the divergence from the float twin, nats per token; negative is better.
+        nll: change of the next token's mean negative log-likelihood, nats.
     """
 
     site: str
@@ -34,8 +34,8 @@ class Counterfactuals:
     """One change at a time.
 
     Attributes:
-        kl, nll: of the quantized graph as it is, from its float twin: nats per token.
-        changes: the one that matters most first.
+        kl, nll: of the unchanged quantized graph against its float twin, nats per token.
+        changes: those with the largest effect first.
     """
 
     kl: float
@@ -53,15 +53,15 @@ def sites_in_float(
     tokens: Tensor,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Counterfactuals:
-    """Leave each site in floating point alone: its weight, what it reads, and for attention the cache.
+    """Put one site at a time back in floating point: its weight and its input, or an attention's cache.
 
-    This mirrors `evaluation.sensitivity`, which quantizes each site alone: where losses add up the two
-    agree, and where sites make up for each other, or spoil each other, they do not.
+    This is the converse of `evaluation.sensitivity`, which quantizes one site at a time. The two agree where
+    losses add up, and differ where the errors of sites compensate or amplify each other.
 
     Args:
-        twin, quantized: such as `with_float_twin` makes.
+        twin, quantized: as `with_float_twin` returns them.
         tokens: int64 [N, S] of real text.
-        on_progress: called with the sites done and of how many.
+        on_progress: called with the sites done and their number.
     """
     splice = Splice(quantized, twin)
     return _one_by_one(splice, list(splice.sites), twin, tokens, on_progress)
@@ -74,11 +74,11 @@ def without_hadamards(
     tokens: Tensor,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Counterfactuals:
-    """Leave out each online Hadamard with its inverse: at a linear, or the two that cancel in an attention.
+    """Remove one online Hadamard at a time, with its inverse at a linear or its counterpart in attention.
 
     Args:
-        twin, quantized: such as `with_float_twin` makes.
-        bare: the quantized graph of the same recipe without online Hadamards, see `bare_recipe`.
+        twin, quantized: as `with_float_twin` returns them.
+        bare: the quantized graph of the same recipe without online Hadamards; see `bare_recipe`.
         tokens, on_progress: as `sites_in_float` takes them.
 
     Raises:
@@ -96,7 +96,7 @@ def without_hadamards(
 
 
 def _transforms(definition: str) -> int:
-    """Online transforms in a definition; those with factors that are parameters are `kronecker`."""
+    """The number of online transforms in a definition; those with trainable factors are `kronecker`."""
     return definition.count("hadamard(") + definition.count("kronecker(")
 
 

@@ -1,4 +1,4 @@
-"""What is different about a site of two graphs, in words."""
+"""How a site differs between two graphs, in words."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rolora_passes.debugging.splice import Splice
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import KEPT, is_op, upstream
 
-_QUANTIZED = 1.5  # a ratio of scales below this is another rounding, not a fault
+_QUANTIZED = 1.5  # a smaller ratio of scales comes from rounding and is no fault
 
 
 def what_differs(splice: Splice, name: str) -> list[str]:
     """How the second graph's definition of a shared value differs from the first's.
 
-    Operators that one of them lacks, scales that are off, and how far the weight is from the first's.
+    Operators that only one of them has, scales that are off, and how far the weights are apart.
     """
     texts = [splice.definition(side, name) for side in (0, 1)]
     found = _operators(*texts)
@@ -28,15 +28,15 @@ def what_differs(splice: Splice, name: str) -> list[str]:
 
 
 def _operators(first: str, second: str) -> list[str]:
-    """Operators that one definition has more often than the other; where some are missing, both in full."""
+    """Operators that one definition has more of than the other, and both definitions if any are missing."""
     ours, theirs = (Counter(re.findall(r"(\w+)\(", text)) for text in (first, second))
     lines = [f"missing: {name}" for name in (ours - theirs).elements()]
-    full = [f"it is {second}", f"for     {first}"] if lines else []  # quantizers alone need no more words
+    full = [f"bad:  {second}", f"good: {first}"] if lines else []  # added quantizers need no more words
     return lines + [f"additional: {name}" for name in (theirs - ours).elements()] + full
 
 
 def _scales(splice: Splice, name: str) -> list[str]:
-    """Where a scale of a quantized parameter is most off: its group, its row, and by how much."""
+    """The group and row whose scale is furthest off in each quantized parameter, and by how much."""
     lines = []
     before, after = (splice.tensors(side, name) for side in (0, 1))
     for key in before.keys() & after.keys():
@@ -49,14 +49,14 @@ def _scales(splice: Splice, name: str) -> list[str]:
         if not 1 / _QUANTIZED < factor < _QUANTIZED:
             lines.append(
                 f"{key}: group {group} of row {row}: scale is {factor:.3g}x the good graph's "
-                f"({float(b[row, group]):.3g} for {float(a[row, group]):.3g}); "
+                f"({float(b[row, group]):.3g} instead of {float(a[row, group]):.3g}); "
                 f"{int((a != b).sum())} of {a.numel()} scales differ"
             )
     return lines
 
 
 def _weight(splice: Splice, name: str) -> list[str]:
-    """How far a linear's weight is from the first graph's, and the rows and groups where it is worst."""
+    """How far a linear's weight is from the good graph's, and the row and group where it is furthest."""
     nodes = splice.shared[name]
     if not is_op(nodes[0], "linear") or not is_op(nodes[1], "linear"):
         return [f"{key}: {_change(*both)}" for key, both in _changed(splice, name).items()]
@@ -84,7 +84,7 @@ def _change(a: Tensor, b: Tensor) -> str:
 
 
 def _worst_block(a: Tensor, b: Tensor, groups: int) -> str:
-    """The row and group that is off most, beside the median one."""
+    """The row and group with the largest error, and the median error."""
     blocks = [w.unflatten(-1, (groups, -1)) for w in (a, b)]
     off = (blocks[1] - blocks[0]).norm(dim=-1) / blocks[0].norm(dim=-1).clamp_min(1e-300)
     row, group = divmod(int(off.nan_to_num(nan=1e300).argmax()), groups)
@@ -93,14 +93,14 @@ def _worst_block(a: Tensor, b: Tensor, groups: int) -> str:
 
 
 def _groups(node: Any, graph: fx.GraphModule) -> int:
-    """How many scales a row of a linear's weight has."""
+    """The number of scales per row of a linear's weight."""
     weight = node.args[1]
     scale = _value(graph, weight.args[1]) if is_op(weight, *KEPT) else None
     return 1 if scale is None else int(scale.shape[-1])
 
 
 def _value(graph: fx.GraphModule, node: Any) -> Tensor | None:
-    """A value that parameters alone decide; None if it depends on the input."""
+    """A value that depends on parameters only; None if it depends on the input."""
     if any(n.op == "placeholder" for n in upstream([node])):
         return None
     (value,) = compute(graph, [node])

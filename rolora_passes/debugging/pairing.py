@@ -1,4 +1,4 @@
-"""Which values of two graphs are the same value, and what a person calls them."""
+"""Which values of two graphs correspond, and what to call them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rolora_passes.graphs.graph import is_op, op_name, site_names
 
 @dataclass(frozen=True)
 class Pair:
-    """A value that two graphs have.
+    """A value that two graphs share.
 
     Attributes:
-        node, twin: in the graph, and in the one it is compared with.
+        node, twin: its node in the graph, and in the graph that is the reference.
         kind: "embedding", "linear", "attention", "add" (of two activations: residuals) or "logits".
         site: the module a linear's weight was in; None for the others.
-        layer: the number of its decoder layer, where the names of sites have one.
+        layer: the number of its decoder layer, if the names of sites have one.
     """
 
     node: fx.Node
@@ -29,11 +29,11 @@ class Pair:
 
 
 def pair_values(graph: fx.GraphModule, reference: fx.GraphModule) -> tuple[list[Pair], dict[str, str]]:
-    """The values worth comparing, in an order that both graphs compute them in; the logits are last.
+    """The values worth comparing, in an order in which both graphs compute them; the logits come last.
 
-    Passes keep the names of values they do not change, so names decide.
+    Values are paired by name: passes keep the names of values that they do not change.
 
-    Returns: the pairs, and the names of what the graph has and the reference has not, each with the reason.
+    Returns: the pairs, and the names of values that cannot be compared, each with the reason.
     """
     kinds, skipped = _kinds(graph), dict[str, str]()
     others = {node.name: place for place, node in enumerate(reference.graph.nodes)}
@@ -62,7 +62,7 @@ def sites_of(graph: fx.GraphModule) -> dict[str, str]:
 
 
 def layers_of(graph: fx.GraphModule, sites: dict[str, str]) -> dict[fx.Node, int]:
-    """The decoder layer of every value behind the first linear: a linear's own, else the latest it reads."""
+    """The decoder layer of every value after the first linear: its own, or else the latest that it reads."""
     layers: dict[fx.Node, int] = {}
     for node in graph.graph.nodes:
         site = sites.get(node.name)
@@ -83,13 +83,13 @@ def logits_of(graph: fx.GraphModule) -> fx.Node:
 
 
 def _kinds(graph: fx.GraphModule) -> dict[fx.Node, str]:
-    """Values worth comparing: elementwise ones follow from these, and would only cost time."""
+    """Values worth comparing; elementwise results follow from these and would only cost time."""
     linears, reached, kinds = site_names(graph), set[fx.Node](), dict[fx.Node, str]()
     for node in graph.graph.nodes:
         if node.op == "placeholder" or not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
         if node not in reached:
-            continue  # decided by parameters alone
+            continue  # it depends on parameters only
         if is_op(node, "embedding", "attention"):
             kinds[node] = op_name(node)
         elif node in linears:

@@ -1,4 +1,4 @@
-"""Whether a recipe left enough of a model to lower it; if not, what is to blame, and what would help."""
+"""Whether a recipe keeps enough of a model to lower it; if not, the cause and what may help."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from rolora_passes.passes.rotate import Rotate
 from rolora_passes.passes.tune_lora import TuneLoRA
 
 NOTED = 0.5
-"""The part of what a model says from which on its loss is worth a warning.
+"""The share of a model's information whose loss is worth a warning; see `evaluation.parity.Loss`.
 
 SmolLM2-135M loses 0.27 at rotated-8da4w and 0.35 at rtn:W4A16 (2.2 and 2.4 times the perplexity), 0.64 at
 quarot-rtn:W4A4KV4 (7 times), 2.1 at rtn:W4A4 (400 times). Small random models lost 0.02 to 0.45 at 8da4w
 with fused norms.
 """
 REFUSED = 1.0
-"""From here on a guess that never looks at the text is nearer to the model."""
-_TOKENS, _SITES = 64, 4  # to find what is to blame, and how many to name
+"""Beyond this, a guess that never reads the text is closer to the model."""
+_TOKENS, _SITES = 64, 4  # tokens to find the cause with, and sites to name
 
 
 def require_likeness(
@@ -40,28 +40,28 @@ def require_likeness(
     on_stage: Callable[[str], None] = lambda name: None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Loss:
-    """Measure what a recipe lost on some English text, apart from what adapters and tuning change on purpose.
+    """Measure what a recipe loses on some English text, apart from intended changes by adapters and tuning.
 
     Args:
-        accept: return it, however much it is.
-        on_stage, on_progress: called as what is to blame is looked for.
+        accept: return the loss however large it is.
+        on_stage, on_progress: called during the search for the cause.
 
     Raises:
-        QualityError: more than all of what the model says; names the pass and the sites that lose most.
+        QualityError: the loss is beyond `REFUSED`; names the pass and the sites that lose the most.
     """
     tokens = sample_text(made.captured, made.tokenizer)
     parts = [(measure_loss(part.captured, part.graph, tokens), part) for part in _between_adapters(made)]
     loss, made = max(parts, key=lambda measured: measured[0].part)
     if accept or loss.part < REFUSED:
         return loss
-    on_stage("finding what is to blame")
+    on_stage("finding the cause")
     blamed, found = _blame(made, tokens[:, :_TOKENS], on_progress)
     lines = [f"the quantized graph is far from the model: {loss}", *blamed, *_remedies(made, found)]
-    raise QualityError("\n  ".join([*lines, "or have it all the same: --accept-loss"]))
+    raise QualityError("\n  ".join([*lines, "or accept the loss: --accept-loss"]))
 
 
 def _between_adapters(made: Made) -> Iterator[Made]:
-    """A recipe in parts: a part begins with the graph that an adapter, or its training, has changed."""
+    """A recipe in parts; each begins with a graph that an adapter or its training has changed on purpose."""
     captured, steps = made.captured, list[Applied]()
     for applied in made.steps:
         if _is_meant(applied.step):
@@ -74,32 +74,30 @@ def _between_adapters(made: Made) -> Iterator[Made]:
 
 
 def _is_meant(step: Pass) -> bool:
-    """Whether a pass is there to change what the model says."""
+    """Whether a pass changes the model on purpose."""
     return isinstance(step, TuneLoRA) or (isinstance(step, AddLoRA) and not step.exact)
 
 
 def _blame(
     made: Made, tokens: Tensor, on_progress: Callable[[int, int], None] | None
 ) -> tuple[list[str], SiteBisection | None]:
-    """Lines that name the pass and the sites that lose most; and the sites, where they can be told."""
+    """Lines that name the pass and the sites that lose the most; and the sites, if they can be determined."""
     worst = costliest(measure_passes(made.captured, made.steps, tokens)[0])
     if worst is None:
         return [], None
-    lines = [f"{worst.name} loses most: KL is {worst.kl:.2f} nats per token after it"]
+    lines = [f"{worst.name} loses the most: KL is {worst.kl:.2f} nats per token after it"]
     if worst.fault:
         return [*lines, worst.fault], None
     try:
         found = _sites(made, tokens, on_progress)
-    except (
-        RoloraError
-    ) as error:  # there is no float twin, or it is not comparable: the pass is named, at least
-        return [*lines, f"which sites lose most is not known: {error}"], None
+    except RoloraError as error:  # no float twin, or none that can be compared; the pass is known at least
+        return [*lines, f"the sites that lose the most are not known: {error}"], None
     lines += [f"{f.site} alone: KL {f.kl:.2f} nats per token ({', '.join(f.differs)})" for f in found.faults]
     return lines, found
 
 
 def _sites(made: Made, tokens: Tensor, on_progress: Callable[[int, int], None] | None) -> SiteBisection:
-    """The sites that make the graph worse than what its exact passes alone make."""
+    """The sites that make the graph worse than its exact passes alone would."""
     first = next(i for i, applied in enumerate(made.steps) if not applied.step.exact)
     shared = made.steps[first - 1].graph if first else made.captured
     exact = [applied.step for applied in made.steps[first:] if applied.step.exact]
@@ -108,7 +106,7 @@ def _sites(made: Made, tokens: Tensor, on_progress: Callable[[int, int], None] |
 
 
 def _remedies(made: Made, blamed: SiteBisection | None) -> list[str]:
-    """What may lose less, of what the recipe does not do yet."""
+    """What may lose less and is not in the recipe yet."""
     passes: list[Pass] = [applied.step for applied in made.steps]
     weights: list[Any] = [step for step in passes if isinstance(step, QuantizeWeights)]
     known = set(site_names(made.graph).values())
@@ -124,5 +122,5 @@ def _remedies(made: Made, blamed: SiteBisection | None) -> list[str]:
             f"leave these sites in float, `{option}` of quantize-weights: KL is then {blamed.left:.2f}"
         )
     if not weights:
-        found.append("more bits, or leave the pass out of the recipe")
+        found.append("use more bits, or leave the pass out of the recipe")
     return ["what may help: " + "; ".join(found)] if found else []

@@ -1,4 +1,4 @@
-"""A folder that makes a failing pass fail again: the smallest graph that still does, and a script."""
+"""Reproducers: a script and the smallest graph on which a pass still fails."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def reproducer_in(folder: str | Path, tell: Callable[[str], None]) -> Callable[[
     """An `on_failure` for `apply_passes` that writes a reproducer to `folder`/reproducer.
 
     Args:
-        folder: made if it is not there.
-        tell: called with a line for the user: where it is, or why there is none. The pass's own error is
-            raised afterwards in either case.
+        folder: created if it does not exist.
+        tell: called with a line for the user: where the reproducer is, or why there is none. The pass's own
+            error is raised afterwards in both cases.
     """
 
     def write(failure: Failure) -> None:
         try:
             place, size = write_reproducer(failure, Path(folder) / "reproducer"), 0.0
             size = sum(file.stat().st_size for file in place.iterdir()) / 1e6
-            tell(f"{failure.step.name} failed; {place} makes it fail again ({size:.1f} MB, with weights)")
+            tell(f"{failure.step.name} failed; {place} reproduces it ({size:.1f} MB, with weights)")
         except (RoloraError, OSError) as error:
             tell(f"{failure.step.name} failed, and no reproducer could be written: {error}")
 
@@ -57,12 +57,12 @@ def reproducer_in(folder: str | Path, tell: Callable[[str], None]) -> Callable[[
 
 
 def write_reproducer(failure: Failure, folder: Path) -> Path:
-    """Write a folder: `reproduce.py`, `recipe.yaml` (the pass that failed, with its seed), the graph it was
-    given, its calibration tokens, and `failure.txt` (the traceback, versions, what part of the graph it is).
+    """Write a folder: `reproduce.py`, `recipe.yaml` (the pass that failed, with its seed), the graph that it
+    read, its calibration tokens, and `failure.txt` (the traceback, versions, and which part of the graph).
 
-    The graph has as few decoder layers, the first or the last ones, and as few windows of calibration as
-    it takes for the same error at the same line; if none of these fail, it is the whole graph. Weights,
-    the embedding and the head are always in it.
+    The graph has only as many of the first or last decoder layers, and as many windows of calibration, as are
+    needed for the same error at the same line; if no part fails, it is the whole graph. It always includes
+    weights, the embedding and the head.
 
     Raises:
         PassError: the pass has an option that a recipe cannot hold, such as tensors.
@@ -89,16 +89,16 @@ def write_reproducer(failure: Failure, folder: Path) -> Path:
 
 
 def _smallest(failure: Failure) -> tuple[Failure, str]:
-    """The failure with the smallest graph that still fails, and how it compares with the whole."""
+    """The failure on the smallest graph that still fails, and which part of the whole that is."""
     for graph, about in _cuts(failure.graph):
         for candidate in _with_less_data(replace(failure, graph=graph)):
             if _fails_again(candidate):
                 return candidate, about
-    return failure, "the whole graph: no part of it failed in the same way"
+    return failure, "the whole graph: no part of it fails in the same way"
 
 
 def _cuts(graph: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, str]]:
-    """Graphs with the first or the last 1, 2, 4, … decoder layers, and what they are in words."""
+    """Graphs with the first or last 1, 2, 4, … decoder layers, each with a description."""
     found = find_layers(graph)
     stream, kept = [*found.before[-1:], *(layer[-1] for layer in found.layers)], 1
     while kept < len(stream) - 1:
@@ -109,7 +109,7 @@ def _cuts(graph: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, str]]:
 
 
 def _bypassed(graph: fx.GraphModule, earlier: str, later: str) -> fx.GraphModule:
-    """A copy in which what reads a value of the residual stream reads an earlier one in its place."""
+    """A copy in which readers of one value of the residual stream read an earlier one instead."""
     result = copy_graph(graph)
     nodes = {node.name: node for node in result.graph.nodes}
     nodes[later].replace_all_uses_with(nodes[earlier])
@@ -117,7 +117,7 @@ def _bypassed(graph: fx.GraphModule, earlier: str, later: str) -> fx.GraphModule
 
 
 def _with_less_data(failure: Failure) -> Iterator[Failure]:
-    """The failure with one window of calibration, and with all; without what an earlier run has finished."""
+    """The failure with one calibration window, and with all; finished parts of an earlier run are unused."""
     data = failure.calibration
     if data is not None and len(data.tokens) > 1:
         yield replace(failure, calibration=replace(data, tokens=data.tokens[:1], work=None))

@@ -1,4 +1,4 @@
-"""Two graphs of one model and what lies between: some values computed as in one, some as in the other."""
+"""Mixtures of two graphs of one model: some values computed as in one graph, the rest as in the other."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from rolora_passes.graphs.operators import Trait, has
 class Splice:
     """The values that two graphs share by name, and which of them the two define differently.
 
-    A value's definition is its operator and all that it reads, down to other shared values: a linear's is its
-    weight with every operation on it, and the quantizers and Hadamards that its input goes through. Taking a
-    definition from the other graph thus takes parameters, scales, and inserted or missing nodes together.
-    The graphs must hold shared values in the same basis, as two runs of one recipe do.
+    A value's definition is its operator and everything that it reads, back to other shared values. For a
+    linear that is its weight with all operations on it, and the quantizers and Hadamards on its input. Taking
+    a definition from the other graph therefore takes parameters, scales and inserted nodes together. Shared
+    values must be in the same basis in both graphs, as they are after two runs of one recipe.
 
     Attributes:
         first, second: the graphs.
-        sites: what differs: a name a person knows (the linear's module, where there is one) for each value
-            that the two define differently, by the value's node name, in graph order.
+        sites: the values that the two define differently, in graph order: from the name of the node to a
+            readable name, which for a linear is its module.
     """
 
     def __init__(self, first: fx.GraphModule, second: fx.GraphModule) -> None:
@@ -44,7 +44,7 @@ class Splice:
         }
 
     def graph(self, from_second: Collection[str]) -> fx.GraphModule:
-        """The first graph, but for these values (node names), which are defined as in the second."""
+        """The first graph, with these values (node names) defined as in the second."""
         result, made = fx.GraphModule(torch.nn.Module(), fx.Graph()), dict[Any, fx.Node]()
 
         def copy(side: int, node: fx.Node) -> fx.Node:
@@ -65,7 +65,7 @@ class Splice:
         return result
 
     def definition(self, side: int, name: str) -> str:
-        """How a graph (0 or 1) defines a shared value: `linear(hadamard(mul_15, 40), down_proj.weight)`."""
+        """A shared value's definition in graph 0 or 1: `linear(hadamard(mul_15, 40), down_proj.weight)`."""
         return self._text(self.shared[name][side], top=True)
 
     def tensors(self, side: int, name: str) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ class Splice:
         return f"{op_name(node)}({', '.join(map(repr, shown))})"
 
     def _definitions(self, side: int, numbers: dict[tuple[str, str], int]) -> dict[str, int]:
-        """A number for the definition of every shared value; equal ones have equal numbers in both graphs."""
+        """A number for the definition of each shared value; equal definitions have equal numbers."""
         known: dict[fx.Node, str] = {}
         found: dict[str, int] = {}
         for node in (self.first, self.second)[side].graph.nodes:
@@ -105,10 +105,10 @@ class Splice:
 
 
 class Losses:
-    """How far graphs' predictions are from a good graph's, on tokens int64 [N, S].
+    """How far the predictions of graphs are from those of a good graph, on tokens int64 [N, S].
 
     Attributes:
-        evaluations: forward passes over all tokens so far, the good graph's own apart.
+        evaluations: forward passes over all tokens so far, not counting the good graph's.
     """
 
     def __init__(self, good: fx.GraphModule, tokens: Tensor) -> None:
@@ -117,18 +117,18 @@ class Losses:
         self.evaluations = 0
 
     def of(self, graph: fx.GraphModule) -> tuple[float, float]:
-        """(KL divergence in nats a token, growth of the mean negative log-likelihood of the next token)."""
+        """(KL divergence in nats per token, growth of the mean negative log-likelihood of the next token)."""
         self.evaluations += 1
         return divergence(predictions(graph, self._tokens), self._expected, self._tokens)
 
 
 def predictions(graph: fx.GraphModule, tokens: Tensor) -> list[Tensor]:
-    """Logits [S, V] for each window of tokens [N, S]."""
+    """Logits [S, V] of each window of tokens [N, S]."""
     return [run(graph, row[None])[0] for row in tokens]
 
 
 def divergence(found: list[Tensor], expected: list[Tensor], tokens: Tensor) -> tuple[float, float]:
-    """What `Losses.of` says, of logits."""
+    """What `Losses.of` returns, from logits."""
     sums = [compare_logits(*window) for window in zip(found, expected, tokens, strict=True)]
     windows, length = tokens.shape
     kl, nll = sum(s[0] for s in sums), sum(s[1] for s in sums)
@@ -136,14 +136,14 @@ def divergence(found: list[Tensor], expected: list[Tensor], tokens: Tensor) -> t
 
 
 class _Word(str):
-    """Text that stands for itself in a `repr`."""
+    """Text whose `repr` is the text itself."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 def _shared(first: fx.GraphModule, second: fx.GraphModule) -> dict[str, tuple[fx.Node, fx.Node]]:
-    """The values both graphs compute, in an order that suits both; their inputs and outputs too."""
+    """The values that both graphs compute, in an order possible in both, with their inputs and outputs."""
     constant = constants(first) | constants(second)
     place = {node.name: (i, node) for i, node in enumerate(second.graph.nodes) if node not in constant}
     shared, reached = dict[str, tuple[fx.Node, fx.Node]](), -1
@@ -161,7 +161,7 @@ def _shared(first: fx.GraphModule, second: fx.GraphModule) -> dict[str, tuple[fx
 
 
 def _equal_tensors(first: fx.GraphModule, second: fx.GraphModule) -> set[str]:
-    """Names of parameters that both graphs have and that are the same to the bit."""
+    """Names of parameters that are bit-identical in both graphs."""
     theirs = parameters(second)
     return {
         name
@@ -174,7 +174,7 @@ def _equal_tensors(first: fx.GraphModule, second: fx.GraphModule) -> set[str]:
 
 
 def _labels(graph: fx.GraphModule) -> dict[str, str]:
-    """What a person calls a graph's values, by node name."""
+    """Readable names of a graph's values, by node name."""
     sites = sites_of(graph)
     layers = layers_of(graph, sites)
     return {node.name: f"{node.name} of layer {number}" for node, number in layers.items()} | sites

@@ -1,4 +1,4 @@
-"""What debugging found, as tables for the terminal."""
+"""Diagnoses as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rolora_passes.evaluation.sensitivity import SiteLoss
 
 
 def trace_table(trace: ErrorTrace, top: int, below: float, word: Callable[[int], str]) -> Table:
-    """The values with the least SQNR, in graph order, and the first below a threshold.
+    """The values with the lowest SQNR, in graph order, and the first below a threshold.
 
     Args:
-        top: rows.
-        below: dB.
-        word: a token's text.
+        top: how many values to show.
+        below: the threshold, dB.
+        word: decodes a token id.
     """
     first = trace.first_below(below)
-    where = "no value is" if first is None else f"the first value is {escape(first.label)}, {_db(first)},"
+    where = "no value is" if first is None else f"{escape(first.label)} ({_db(first)}) is the first value"
     table = Table(
-        title=f"The {min(top, len(trace.nodes))} values furthest off of {len(trace.nodes)}, in order",
-        caption=f"{where} below {below:g} dB\npredictions: KL {trace.kl:.4f} nats a token, "
-        f"loss {trace.nll:+.4f}, likeliest token the same {trace.top1:.1%}",
+        title=f"The {min(top, len(trace.nodes))} lowest SQNRs of {len(trace.nodes)} values, in graph order",
+        caption=f"{where} below {below:g} dB\npredictions: KL {trace.kl:.4f} nats per token, "
+        f"loss {trace.nll:+.4f}, top-1 agreement {trace.top1:.1%}",
         title_justify="left",
     )
     _columns(table, "value", "SQNR", "error", "largest, of", "worst token (its error)")
@@ -41,10 +41,10 @@ def trace_table(trace: ErrorTrace, top: int, below: float, word: Callable[[int],
 
 
 def passes_table(losses: Sequence[PassLoss]) -> Table:
-    """A recipe pass by pass, the one that lost most marked."""
+    """A recipe pass by pass; the pass that loses the most is in bold."""
     worst = costliest(losses)
-    table = Table(title="The recipe, pass by pass: KL in nats a token", title_justify="left")
-    _columns(table, "pass", "kind", "of this pass", "since the start", "loss grew by")
+    table = Table(title="The recipe pass by pass, KL in nats per token", title_justify="left")
+    _columns(table, "pass", "kind", "of this pass", "since the start", "loss grows by")
     for loss in losses:
         kind = "WRONG" if loss.fault else loss.kind
         style = "bold" if loss is worst else ""
@@ -56,11 +56,11 @@ def passes_table(losses: Sequence[PassLoss]) -> Table:
 
 
 def sites_table(found: SiteBisection) -> Table:
-    """The sites that a divergence comes from, and what is different about them."""
-    advice = "\nno few sites explain it: see `rolora diagnose sensitivity`" if found.diffuse else ""
+    """The sites that a divergence comes from, and what differs there."""
+    advice = "\nno small set of sites explains it: see `rolora diagnose sensitivity`" if found.diffuse else ""
     table = Table(
-        title="Where halving leads" if found.diffuse else "The sites that lose most",
-        caption=f"KL of all {found.sites} sites that differ {found.kl:.4f} nats a token\n"
+        title="Where bisection leads" if found.diffuse else "The sites that lose the most",
+        caption=f"KL with all {found.sites} differing sites {found.kl:.4f} nats per token\n"
         f"without these {found.left:.4f} ({found.evaluations} evaluations){advice}",
         title_justify="left",
     )
@@ -72,10 +72,10 @@ def sites_table(found: SiteBisection) -> Table:
 
 
 def changes_table(found: Counterfactuals, title: str, top: int) -> Table:
-    """What one change at a time does, the one that matters most first."""
+    """The effect of one change at a time, the largest first."""
     table = Table(
         title=title,
-        caption=f"{len(found.changes)} changes, one at a time; as it is: KL {found.kl:.4f} nats a token, "
+        caption=f"{len(found.changes)} changes, one at a time; with none: KL {found.kl:.4f} nats per token, "
         f"loss {found.nll:+.4f}",
         title_justify="left",
     )
@@ -87,11 +87,11 @@ def changes_table(found: Counterfactuals, title: str, top: int) -> Table:
 
 
 def sensitivity_table(found: Sequence[SiteLoss], top: int) -> Table:
-    """The costliest sites, and what all of them cost together if losses add up."""
+    """The costliest sites, and the sum over all sites, which is the total if losses add up."""
     total = sum(site.kl for site in found)
     table = Table(
-        title="Each site alone quantized",
-        caption=f"{len(found)} sites, one at a time; the sum of their KL is {total:.4f} nats a token",
+        title="Each site quantized alone",
+        caption=f"{len(found)} sites, one at a time; their KL adds up to {total:.4f} nats per token",
         title_justify="left",
     )
     _columns(table, "site", "KL", "part", "loss grows by")

@@ -1,4 +1,4 @@
-"""Where a quantized graph departs from its float twin: the error of every linear, sum and attention."""
+"""Where a quantized graph departs from its float twin: the error of every linear, attention and sum."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rolora_passes.errors import GraphFormatError
 from rolora_passes.evaluation.sensitivity import compare_logits
 from rolora_passes.graphs.graph import values
 
-_WORST = 3  # tokens that are remembered of every value
+_WORST = 3  # tokens kept per value
 
 
 @dataclass(frozen=True)
 class TokenError:
-    """A token whose value is far off.
+    """A token at which a value is far off.
 
     Attributes:
-        window, position: where it stands in tokens [N, S].
+        window, position: its place in tokens [N, S].
         token: its id.
-        error: norm of the difference over the norm of the twin's value, at this token.
+        error: norm of the difference, relative to the norm of the twin's value, at this token.
     """
 
     window: int
@@ -37,15 +37,15 @@ class TokenError:
 
 @dataclass(frozen=True)
 class NodeError:
-    """How far a value of the quantized graph is from the same value of its twin.
+    """How far a value of the quantized graph is from the same value of the twin.
 
     Attributes:
         name: of the node, in both graphs.
         kind: "embedding", "linear", "attention", "add" (of two activations: residuals) or "logits".
-        site: the module a linear's weight was in, such as `model.layers.0.mlp.up_proj`; None for the others.
-        layer: the number of the decoder layer it belongs to, where the names of sites have one.
-        sqnr: signal to noise in dB, over all tokens; infinite if there is no noise.
-        relative: norm of the difference over the norm of the twin's value, over all tokens.
+        site: the module of a linear, such as `model.layers.0.mlp.up_proj`; None for other values.
+        layer: the number of its decoder layer, if the names of sites have one.
+        sqnr: signal-to-quantization-noise ratio over all tokens, dB; infinite if there is no noise.
+        relative: norm of the difference, relative to the norm of the twin's value, over all tokens.
         max_abs: the twin's largest magnitude.
         max_error: the largest difference.
         worst: the tokens with the largest error, the worst first.
@@ -63,12 +63,12 @@ class NodeError:
 
     @property
     def label(self) -> str:
-        """The site, or what the value is and where: `layer 3 attention (attention_3)`."""
+        """The site, or what the value is and where, such as `layer 3 attention (attention_3)`."""
         where = "" if self.layer is None else f"layer {self.layer} "
         return self.site or f"{where}{self.kind} ({self.name})"
 
     def row(self) -> dict[str, Any]:
-        """JSON; a figure that is not finite is None, and `relative` says whether that is no noise or NaN."""
+        """JSON; a figure that is not finite is None, and `relative` tells no noise from NaN."""
         return {k: _finite(v) for k, v in asdict(self).items()} | {"worst": [asdict(t) for t in self.worst]}
 
 
@@ -79,9 +79,9 @@ class ErrorTrace:
     Attributes:
         nodes: in graph order; the last is of kind "logits".
         kl: divergence of the predictions from the twin's, nats per token.
-        nll: what the mean negative log-likelihood of the next token grows by, nats.
-        top1: the part of the tokens whose likeliest next token is the twin's.
-        tokens: the shape (N, S) of what both graphs read.
+        nll: growth of the mean negative log-likelihood of the next token, nats.
+        top1: top-1 agreement with the twin, from 0 to 1.
+        tokens: the shape (N, S) of the tokens that both graphs read.
         skipped: values that cannot be compared, each with the reason.
         seconds: for both graphs and all figures.
     """
@@ -111,7 +111,7 @@ class ErrorTrace:
 
 @dataclass
 class _Sums:
-    """What is added up of one value, window by window: a number a token, never a copy of the value."""
+    """Running sums over one value, window by window; no copy of the value is kept."""
 
     noise: float = 0.0
     signal: float = 0.0
@@ -120,7 +120,7 @@ class _Sums:
     worst: list[TokenError] = field(default_factory=list)
 
     def add(self, found: Tensor, expected: Tensor, window: int, row: Tensor) -> None:
-        """Count a window's values, [S, channels] each, of tokens [S]."""
+        """Add one window's values, [S, channels] each, for its tokens [S]."""
         difference = found - expected
         noise, signal = (
             torch.linalg.vector_norm(x, dim=-1, dtype=_sum_type(x)) for x in (difference, expected)
@@ -152,19 +152,19 @@ def track_errors(
     tokens: Tensor,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ErrorTrace:
-    """Run a quantized graph and its float twin side by side, and measure how far they are apart.
+    """Run a quantized graph and its float twin side by side, and measure how far apart they are.
 
-    The two go in step, value by value, one window at a time, and a value is freed when its last user has run:
-    the memory beyond one forward pass is the other graph's live values. Errors are of what came out, with
-    everything before already wrong: a site's own share is what `evaluation.sensitivity` measures.
+    The two run in step, value by value, one window at a time, and each value is freed after its last use, so
+    the memory needed beyond one forward pass is the other graph's live values. Errors accumulate: a value's
+    error includes those of everything before it. `evaluation.sensitivity` measures a site's own share.
 
     Args:
-        graph, reference: such as `with_float_twin` makes; values of the same name are compared.
+        graph, reference: the quantized graph and its float twin; values of the same name are compared.
         tokens: int64 [N, S].
-        on_progress: called with the values compared and of how many, over all windows.
+        on_progress: called with the values compared and their number, over all windows.
 
     Raises:
-        GraphFormatError: the two graphs' logits differ in shape.
+        GraphFormatError: the logits of the two graphs differ in shape.
     """
     start = time.perf_counter()
     pairs, skipped = pair_values(graph, reference)
@@ -174,7 +174,7 @@ def track_errors(
         for number, (pair, *both) in enumerate(in_step(graph, reference, row[None], pairs)):
             found, expected = (_by_token(value, len(row)) for value in both)
             if found is None or expected is None or found.shape != expected.shape:
-                skipped[pair.node.name] = "its value has not one row a token, or another shape"
+                skipped[pair.node.name] = "it does not have one row per token, or its shape differs"
                 continue
             sums[pair.node].add(found, expected, window, row)
             if pair.kind == "logits":
@@ -198,7 +198,7 @@ def track_errors(
 def in_step(
     graph: fx.GraphModule, reference: fx.GraphModule, tokens: Tensor, pairs: list[Pair]
 ) -> Iterator[tuple[Pair, Any, Any]]:
-    """Every pair with its two values."""
+    """Each pair with its two values."""
     ours, theirs = values(graph, tokens), values(reference, tokens)
     for pair in pairs:
         found = next(value for node, value in ours if node is pair.node)
@@ -206,7 +206,7 @@ def in_step(
 
 
 def _by_token(value: Any, length: int) -> Tensor | None:
-    """A value of one window as [S, channels]; None if it is not in rows of tokens."""
+    """A window's value as [S, channels]; None if it does not have one row per token."""
     if isinstance(value, Tensor) and (value.shape[:2] == (1, length) or value.shape[0] == length):
         return value.reshape(length, -1)
     return None
@@ -217,7 +217,7 @@ def _error(pair: Pair, sums: _Sums) -> NodeError:
 
 
 def _sum_type(x: Tensor) -> torch.dtype:
-    """Norms are added up in float32 at least."""
+    """Norms are accumulated in float32 or better."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

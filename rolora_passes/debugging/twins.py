@@ -1,4 +1,4 @@
-"""A recipe with and without its quantizers: two graphs whose values of the same name are comparable."""
+"""A recipe with and without its quantizers: two graphs whose values of the same name can be compared."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rolora_passes.passes.manager import Record, apply_passes
 
 
 def float_twin_recipe(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass], list[Pass]]:
-    """(what a recipe does before its first lossy pass, its exact passes from there on, all from there on).
+    """(the passes before the first lossy one, the exact passes from there on, all passes from there on).
 
-    Training before that is no loss, and both have it; training after it makes up for rounding, and the twin,
-    which rounds nothing, has none.
+    Both graphs have the training that precedes the first lossy pass. Training after it compensates for
+    rounding, so the twin, which rounds nothing, goes without.
 
     Raises:
         PassError: no pass of the recipe is lossy.
@@ -38,15 +38,15 @@ def with_float_twin(
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """(the float twin, the quantized graph) of a recipe.
 
-    Both have the same rotations and transforms, for what comes before the first lossy pass is done once;
+    Both have the same rotations and transforms: the passes before the first lossy one are applied once, and
     tensors that no pass replaces are shared.
 
     Args:
         graph: before the recipe.
-        calibration, verify, on_pass: as `apply_passes` takes them. `on_pass` does not see the twin's own.
+        calibration, verify, on_pass: as `apply_passes` takes them; `on_pass` skips the twin's.
 
     Raises:
-        PassError: no pass of the recipe is lossy, or what `apply_passes` raises.
+        PassError: no pass of the recipe is lossy; also what `apply_passes` raises.
     """
     before, exact, rest = float_twin_recipe(passes)
     shared = apply_passes(graph, before, verify=verify, calibration=calibration, on_pass=on_pass)

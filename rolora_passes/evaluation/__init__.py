@@ -1,4 +1,4 @@
-"""How good a model still is: perplexity, divergence and task accuracies of graphs and of artefacts."""
+"""How good a model is: perplexity, divergence and task accuracy of graphs and of compiled programs."""
 
 from rolora_passes.evaluation.perplexity import Divergence, Perplexity, divergence, perplexity
 from rolora_passes.evaluation.scorers import GraphScorer, ProgramScorer, Scorer, open_scorer

@@ -1,4 +1,4 @@
-"""A scorer as one of lm-eval's language models. Imported only where lm-eval is known to be there."""
+"""A scorer as an lm-eval language model. Import this only where lm-eval is installed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _MAX_NEW_TOKENS = 256  # lm-eval's own
 
 
 class ScorerLM(TemplateLM):  # type: ignore[misc]
-    """Tokens, truncation and special tokens as lm-eval's `HFLM` has them.
+    """Handles tokens, truncation and special tokens as lm-eval's `HFLM` does.
 
-    Contexts are cut on the left to what the model holds. Requests that ask for the same logits (answers of
-    one token to one question) are computed once, and those of nearly one length together where the scorer
-    takes several rows.
+    Contexts are truncated on the left to the model's length. Requests that need the same logits (one-token
+    answers to one question) are computed once, and requests of similar length are batched if the scorer takes
+    several rows.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
         return self.eot_token_id if found is None else found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens of a text, with what the tokenizer adds by itself, unless the text begins with BOS."""
+        """Tokens of a text, with the tokenizer's special tokens unless the text already begins with BOS."""
         begin = self.tokenizer.bos_token
         if add_special_tokens is None:
             add_special_tokens = not (begin and string.startswith(begin))
@@ -74,7 +74,7 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
         return [found[number] for number in range(len(requests))]
 
     def _answers(self, requests: list[Any]) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """For the tokens of each context and continuation, in any order: its number, and `_score`."""
+        """(number, `_score`) of each context and continuation, in any order."""
         asked: dict[Window, list[int]] = {}
         for number, (context, continuation) in enumerate(requests):
             asked.setdefault(self._window(context, continuation), []).append(number)
@@ -83,7 +83,7 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
                 yield from ((number, _score(logits, requests[number][1])) for number in asked[window])
 
     def _window(self, context: list[int], continuation: list[int]) -> Window:
-        """What the logits of a continuation are computed from."""
+        """The tokens, and the position, from which a continuation's logits are computed."""
         count = len(continuation)
         if not 1 <= count <= self.max_length:
             raise EvaluationError(
@@ -94,9 +94,9 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
         return tuple(tokens), len(tokens) - count
 
     def _batches(self, windows: list[Window]) -> Iterator[list[Window]]:
-        """Windows by the call: the longest first, for memory to run out at once if it does.
+        """Windows in batches, the longest first, so that memory runs out early if it does at all.
 
-        A scorer of one row has them in their order, in which the next often begins as the last did.
+        A scorer that takes one row gets them in their own order, in which neighbours often share a prefix.
         """
         if not self.scorer.batch_tokens:
             yield from ([window] for window in windows)
@@ -111,7 +111,7 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
             yield batch
 
     def _logits(self, batch: list[Window]) -> list[Tensor]:
-        """Logits [len(tokens) - start, V] of each window; the model is causal: padding changes none."""
+        """Logits [len(tokens) - start, V] of each window; a causal model ignores padding on the right."""
         first, width = min(start for _, start in batch), max(len(tokens) for tokens, _ in batch)
         rows = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens, _ in batch])
         require_known(self.scorer, rows)
@@ -143,9 +143,9 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
-        """Greedy text up to a stop, which is left out."""
+        """Greedily generated text, up to but without the stop."""
         if settings.get("do_sample"):
-            raise EvaluationError(f"only greedy generation is evaluated, the task asks for {settings}")
+            raise EvaluationError(f"expected a task with greedy generation, found {settings}")
         until = settings.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         room = int(settings.get("max_gen_toks", settings.get("max_new_tokens", _MAX_NEW_TOKENS)))
@@ -174,7 +174,7 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
 
 
 def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """(log-probability of a continuation in nats, whether greedy decoding would give it)."""
+    """(log-probability of a continuation in nats, whether greedy decoding would produce it)."""
     targets = torch.tensor(continuation)
     picked = logits.log_softmax(-1).gather(-1, targets[:, None])
     return float(picked.sum()), bool((logits.argmax(-1) == targets).all())

@@ -1,10 +1,10 @@
-"""Perplexity of a text, and how far two models' predictions are apart.
+"""Perplexity of a text, and the divergence of two models' predictions.
 
 Perplexity is token level, by the protocol of GPTQ, QuaRot and SpinQuant: the token stream is cut into windows
-that do not overlap, the tail that fills no window is dropped, and every token of a window but the first is
-predicted from those before it in the window. It is exp of the mean over all predicted tokens. (Their code
-takes each window's mean, multiplies by its length and divides by the sum of lengths: the same mean.) Where a
-tokenizer begins a text with BOS, so does every window here; in their code only the first one does.
+that do not overlap, an incomplete last window is dropped, and every token of a window but the first is
+predicted from those before it in the window. Perplexity is exp of the mean loss over all predicted tokens.
+(Their code averages the windows' means weighted by length, which is the same.) If the tokenizer begins a text
+with BOS, every window here begins with it; in their code only the first one does.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Divergence:
-    """What `divergence` found: KL(a || b) in nats per token, and how often both have the same top token."""
+    """What `divergence` found: KL(a || b) in nats per token, and top-1 agreement from 0 to 1."""
 
     kl: float
     agreement: float
@@ -76,14 +76,14 @@ def perplexity(
     """Perplexity of a token stream int64 [n]; see this module for the protocol.
 
     Args:
-        window: tokens of a window.
-        limit: how many windows, from the beginning; None for all.
-        begin: what the tokenizer begins a text with, and the stream with it; every window begins so.
-        on_progress: called with the windows done and of how many.
+        window: tokens in a window.
+        limit: the number of windows, from the start; None for all.
+        begin: the special tokens that the stream begins with; every window begins with them.
+        on_progress: called with the windows done and their number.
 
     Raises:
-        DataError: less than one window of text, or tokens the model does not know.
-        EvaluationError: windows longer than the model holds, or logits that are not finite.
+        DataError: less than one window of text, or tokens outside the model's vocabulary.
+        EvaluationError: windows longer than the model's context, or logits that are not finite.
     """
     windows = split_windows(scorer, tokens, window, limit, begin)
     start, losses = time.perf_counter(), []
@@ -101,7 +101,7 @@ def perplexity(
 def split_windows(
     scorer: Scorer, tokens: Tensor, window: int, limit: int | None, begin: Sequence[int] = ()
 ) -> Tensor:
-    """The windows int64 [N, window] a scorer is asked about; see `data.cut_windows`.
+    """The windows int64 [N, window] to score; see `loading.data.cut_windows`.
 
     Raises:
         DataError, EvaluationError: see `perplexity`.
@@ -126,7 +126,7 @@ def split_windows(
 
 
 def divergence(a: Scorer, b: Scorer, windows: Tensor, on_progress: Progress | None = None) -> Divergence:
-    """KL(a || b) and top-1 agreement after every token of windows int64 [N, S]: a graph and its artefact."""
+    """KL(a || b) and top-1 agreement over all tokens of windows int64 [N, S]."""
     for scorer in (a, b):
         require_window(scorer, windows.shape[1])
         require_known(scorer, windows)
@@ -140,7 +140,7 @@ def divergence(a: Scorer, b: Scorer, windows: Tensor, on_progress: Progress | No
 
 
 def _loss(scorer: Scorer, row: Tensor) -> float:
-    """Mean negative log-likelihood of the tokens [S] of a window after the first."""
+    """Mean negative log-likelihood of a window's tokens [S], except the first."""
     total, targets = 0.0, row[1:]
     logits = scorer.logits(row[None, :-1])[0]
     for chunk, target in zip(_chunks(logits), targets.split(_ROWS), strict=True):
@@ -148,13 +148,13 @@ def _loss(scorer: Scorer, row: Tensor) -> float:
         total += float((chunk.logsumexp(-1) - picked).sum(dtype=torch.float64))
     if not math.isfinite(total):
         raise EvaluationError(
-            "expected finite logits, found NaN or infinite ones: the model, its recipe or its precision "
-            "(--dtype) is at fault"
+            "expected finite logits, found NaN or infinite ones: the cause is the model, its recipe or its "
+            "precision (--dtype)"
         )
     return total / len(targets)
 
 
 def _chunks(logits: Tensor) -> Iterator[Tensor]:
-    """Rows of logits [S, V] in float32 or better, some at a time: no second copy of all of them is made."""
+    """Rows of logits [S, V] in float32 or better, in chunks, so that no second copy of all is made."""
     for chunk in logits.split(_ROWS):
         yield chunk if chunk.dtype == torch.float64 else chunk.float()

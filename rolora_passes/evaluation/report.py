@@ -1,4 +1,4 @@
-"""An evaluation from beginning to end: what `rolora eval` does, shows and writes."""
+"""A whole evaluation: what `rolora eval` measures, shows and writes."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from rolora_passes.version import versions
 
 @dataclass(frozen=True)
 class Measures:
-    """What is to be measured.
+    """What to measure.
 
     Attributes:
         texts: sources for perplexity, as `load_text` takes them.
-        window, windows: tokens of a window, and how many of them; None for all.
+        window, windows: tokens in a window, and the number of windows; None for all.
         tasks, task_limit, shots: as `evaluate_tasks` takes them.
     """
 
@@ -55,13 +55,13 @@ def evaluate(
     calibration: Callable[[Any], Calibration] | None = None,
     **opening: Any,
 ) -> dict[str, Any]:
-    """Open a model, graph or compiled folder and measure it; the result is JSON.
+    """Open a model, graph or compiled folder and measure it; the result can be written as JSON.
 
-    Texts and tasks are loaded before the model is, and what of them fits it is checked before any pass runs.
+    Texts and tasks are loaded before the model, and checked against it before any pass runs.
 
     Args:
         source, calibration, opening: as `open_scorer` takes them.
-        seed: of the tasks (0 if None) and of the recipe's passes (their own if None).
+        seed: for the tasks (None means 0) and the recipe's passes (None keeps theirs).
     """
     if not measures.texts and not measures.tasks:
         raise EvaluationError("expected something to measure, found neither --text nor --tasks")
@@ -108,7 +108,7 @@ def evaluate(
 def _described(
     source: str | Path, scorer: Scorer, seed: int | None, opening: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What was evaluated, with what."""
+    """What was evaluated, and with which versions."""
     graph = scorer.graph if isinstance(scorer, GraphScorer) else None
     recipe = opening.get("recipe")
     return {
@@ -156,7 +156,7 @@ def _short(source: str) -> str:
 
 
 def results_table(result: Mapping[str, Any]) -> Table:
-    """What was measured, a line a figure, with its standard error."""
+    """A row for each figure, with its standard error."""
     recipe = f", {result['recipe']}" if result["recipe"] else ""
     caption = (
         "±: standard error. Perplexity is token level." if "perplexity" in result else "±: standard error."
@@ -192,6 +192,6 @@ def _number(value: float | None) -> str:
 
 
 def save_results(result: Mapping[str, Any], path: Path) -> None:
-    """Write a result as JSON; the file appears whole or not at all."""
+    """Write a result as JSON; the file is complete or not there."""
     with writing(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", "utf-8")

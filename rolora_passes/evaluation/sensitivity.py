@@ -1,4 +1,4 @@
-"""Which sites cost the most: each one quantized alone, and how far the predictions move."""
+"""Sensitivity: how far the predictions move when one site is quantized alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rolora_passes.graphs.info import history
 from rolora_passes.passes.base import Pass
 from rolora_passes.passes.manager import apply_passes
 
-_ROWS = 128  # positions whose distributions are compared at once
+_ROWS = 128  # positions compared at once
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SiteLoss:
     Attributes:
         name: of the linear.
         kl: divergence of the predictions from the unquantized graph's, nats per token.
-        nll: what the mean negative log-likelihood of the next token grows by, nats.
+        nll: growth of the mean negative log-likelihood of the next token, nats.
     """
 
     name: str
@@ -42,20 +42,20 @@ def sensitivity(
 ) -> list[SiteLoss]:
     """Rank the sites of a graph by the divergence that quantizing each one alone causes.
 
-    Losses add up roughly, so the first sites of the list are those to give more bits: a first
-    quantize-weights with these as targets and a second for the rest.
+    Losses add up roughly, so the first sites of the list are the ones to give more bits: with a first
+    quantize-weights that targets them and a second for the rest.
 
     Args:
-        graph: before quantization; whatever rotations and transforms the recipe has are done.
-        quantizers: passes with `targets`, tried on one site at a time. GPTQ is replaced by rounding to
-            nearest, as sites are compared, not repaired.
+        graph: before quantization, with the recipe's rotations and transforms applied.
+        quantizers: passes with `targets`, applied to one site at a time. Rounding to nearest replaces GPTQ:
+            sites are compared here, and GPTQ would compensate for differences.
         tokens: int64 [N, S] of real text.
-        on_progress: called with the sites done and of how many.
+        on_progress: called with the sites done and their number.
 
     Returns: one entry for each linear that a quantizer changes, the costliest first.
 
     Raises:
-        PassError: no quantizer, one that has no targets, or a graph that has none of their sites left.
+        PassError: no quantizer, a quantizer without targets, or a graph without sites left to quantize.
     """
     steps = [_for_sites(step) for step in quantizers]
     if not steps:
@@ -79,12 +79,12 @@ def sensitivity(
 
 
 def split_recipe(passes: Iterable[Pass]) -> tuple[list[Pass], list[Pass]]:
-    """(what a recipe does before it quantizes, its quantizers that can be tried site by site).
+    """(the passes before the first lossy one, the quantizers that can be applied to one site alone).
 
-    What it trains before is done; what it trains later, to make up for rounding, is not.
+    Training before the first lossy pass is kept; later training, which compensates for rounding, is not.
 
     Raises:
-        PassError: it has no such quantizer.
+        PassError: there is no such quantizer.
     """
     steps = list(passes)
     lossy = [i for i, step in enumerate(steps) if step.kind == "lossy"]
@@ -114,10 +114,10 @@ def _compare(graph: fx.GraphModule, expected: list[Tensor], tokens: Tensor) -> t
 
 
 def compare_logits(found: Tensor, expected: Tensor, row: Tensor) -> tuple[float, float, int]:
-    """How far a window's predictions have moved: sums over its tokens int64 [S], for logits [S, V].
+    """How far a window's predictions moved: sums over its tokens int64 [S], from logits [S, V].
 
-    Returns: KL divergence from `expected` in nats, growth of the next token's negative log-likelihood (of
-        S - 1 tokens), and how many of the likeliest tokens are the same.
+    Returns: KL divergence from `expected` in nats, growth of the next token's negative log-likelihood (over
+        S - 1 tokens), and the number of tokens at which both have the same top-1 prediction.
     """
     kl, nll, same = 0.0, 0.0, 0
     following = torch.cat([row[1:], row[:0]])

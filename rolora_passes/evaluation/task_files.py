@@ -1,4 +1,4 @@
-"""Task files in lm-eval's YAML, read as data: what would run Python is refused or kept from it."""
+"""lm-eval's YAML task files, read as data: whatever would run Python is refused or sandboxed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _DATA = "tag:yaml.org,2002:"
 
 
 def require_data(path: Path) -> None:
-    """Refuse a file that has lm-eval run Python: `!function module.name`, in it or in what it includes.
+    """Refuse a file that makes lm-eval run Python (`!function module.name`), itself or in files it includes.
 
     Raises:
-        EvaluationError: it does, or is not YAML.
+        EvaluationError: the file does so, or is not YAML.
     """
     files, seen = [path], set[Path]()
     while files:
@@ -65,7 +65,7 @@ def _included(node: yaml.Node) -> list[str]:
 
 
 def keep_templates_from_python() -> None:
-    """Give lm-eval's templates jinja's sandbox: without it, one could reach any function of Python's."""
+    """Run lm-eval's templates in jinja's sandbox; outside it, a template can call any Python function."""
     utils: Any = require("lm_eval.utils", "eval")
     own = utils.env
     if not isinstance(own, SandboxedEnvironment):

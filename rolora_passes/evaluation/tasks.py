@@ -1,8 +1,8 @@
-"""Task accuracies by lm-eval's own code and names, for anything that gives logits.
+"""Task accuracy, computed by lm-eval for anything that gives logits.
 
-Tasks are lm-eval's names, groups of ours (GROUPS), lm-eval's `.yaml` files, or `.jsonl` files of
-multiple-choice questions, one `{"question": "…", "choices": ["…", …], "answer": 0}` a line, which need no
-network.
+A task is a name known to lm-eval, a group of ours (GROUPS), a `.yaml` file in lm-eval's format, or a `.jsonl`
+file of multiple-choice questions, one `{"question": "…", "choices": ["…", …], "answer": 0}` per line, which
+needs no network.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COUNTS = ("examples", "of", "shots", "version")  # what a task's row holds besid
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks as they were asked for, and as lm-eval has them, with their data."""
+    """Tasks by the names they were given, and as lm-eval loaded them, with their data."""
 
     asked: tuple[str, ...]
     loaded: Any
@@ -58,15 +58,15 @@ def evaluate_tasks(
     shots: int | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a scorer on tasks; the result is JSON: `tasks` by name, `groups`, `means`, and the protocol.
+    """Evaluate a scorer on tasks; the result is JSON: `tasks` by name, `groups`, `means` and the protocol.
 
     Args:
-        tasks: names, `.yaml` or `.jsonl` files, see this module; or what `load_tasks` made of them.
-        limit: examples of each task, from the beginning; None for all.
-        seed: of everything lm-eval draws (the examples shown in few-shot tasks).
-        shots: examples shown before each question, but for tasks that insist on none; None for each task's
+        tasks: names, `.yaml` or `.jsonl` files, as this module describes them; or what `load_tasks` returned.
+        limit: examples of each task, from the start; None for all.
+        seed: for everything that lm-eval draws, such as few-shot examples.
+        shots: solved examples before each question, except in tasks that require none; None for each task's
             own number.
-        on_progress: called with what is counted, how many are done, and of how many.
+        on_progress: called with what is counted, the number done, and the total.
 
     Raises:
         MissingExtraError: lm-eval is not installed.
@@ -97,7 +97,7 @@ def evaluate_tasks(
 
 
 def load_tasks(tasks: Sequence[str], seed: int = 0, shots: int | None = None) -> Tasks:
-    """Tasks with their data, to be sure of both before a model is opened; see `evaluate_tasks`."""
+    """Load tasks with their data, so that both are known to exist before a model is opened."""
     names, manager = check_tasks(tasks)
     keep_templates_from_python()
     try:
@@ -117,7 +117,7 @@ def load_tasks(tasks: Sequence[str], seed: int = 0, shots: int | None = None) ->
 
 
 def check_tasks(tasks: Iterable[str]) -> tuple[list[str], Any]:
-    """Single names and files, groups of ours spelt out, and lm-eval's manager of tasks.
+    """Names and files, with our groups expanded, and lm-eval's task manager.
 
     Raises:
         MissingExtraError, EvaluationError, DataError: see `evaluate_tasks`; no data set is fetched.
@@ -154,7 +154,7 @@ def _title(name: str) -> str:
 
 
 def _is_group(file: str) -> bool:
-    """Whether a `.yaml` file is a group, which may name lm-eval's own tasks."""
+    """Whether a `.yaml` file is a group, which may refer to lm-eval's own tasks."""
     return file.endswith(".yaml") and any(
         line.startswith("group:") for line in Path(file).read_text("utf-8").split("\n")
     )
@@ -162,7 +162,7 @@ def _is_group(file: str) -> bool:
 
 @functools.cache
 def _manager(named: bool) -> Any:
-    """lm-eval's manager of tasks; reading what there is takes it seconds, so only for tasks with a name."""
+    """lm-eval's task manager; indexing its tasks takes seconds, so it does that only for named tasks."""
     return require("lm_eval.tasks", "eval").TaskManager(include_defaults=named)
 
 
@@ -180,10 +180,10 @@ def _require_lm_eval() -> None:
 
 
 def questions(path: Path) -> list[dict[str, Any]]:
-    """The multiple-choice questions of a `.jsonl` file.
+    """The multiple-choice questions in a `.jsonl` file.
 
     Raises:
-        DataError: none there, or one is not {"question": text, "choices": [texts], "answer": index}.
+        DataError: there is none, or one is not {"question": text, "choices": [texts], "answer": index}.
     """
     try:
         rows = read_lines(path.read_text("utf-8"), path)
@@ -204,7 +204,7 @@ def questions(path: Path) -> list[dict[str, Any]]:
 
 
 def _local_task(path: Path) -> Any:
-    """A file of questions as a task of lm-eval's."""
+    """A file of questions as an lm-eval task."""
     rows = questions(path)
     dataset = require("datasets", "eval").Dataset.from_list(rows)
     metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
@@ -225,7 +225,7 @@ def _local_task(path: Path) -> Any:
 
 
 def _results(found: dict[str, Any], asked: Iterable[str]) -> dict[str, Any]:
-    """What lm-eval found, a metric a key."""
+    """lm-eval's results, with one key per metric."""
     groups = found.get("groups") or {}
     counts, shots, versions = found["n-samples"], found["n-shot"], found["versions"]
     tasks = {
@@ -244,7 +244,7 @@ def _results(found: dict[str, Any], asked: Iterable[str]) -> dict[str, Any]:
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float | None]:
-    """`acc,none` is acc; a standard error lm-eval has not is None."""
+    """`acc,none` becomes acc; a standard error that lm-eval could not compute is None."""
     found = {}
     for key, value in row.items():
         metric, _, filtered = key.partition(",")
@@ -262,7 +262,7 @@ def stderr_name(metric: str) -> str:
 
 
 def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over tasks: of acc, and of acc_norm where a task has it, else acc (RoLoRA's figure)."""
+    """Means over tasks: of acc, and of acc_norm if a task has it or else acc, as RoLoRA reports it."""
     return {
         "acc": fmean(row["acc"] for row in rows),
         "acc_norm_or_acc": fmean(row.get("acc_norm", row["acc"]) for row in rows),

@@ -24,6 +24,7 @@ from rolora_passes.graphs.nodes import is_op as is_op
 from rolora_passes.graphs.nodes import op_name as op_name
 from rolora_passes.graphs.operators import OURS, Trait, has
 from rolora_passes.graphs.sources import take_source
+from rolora_passes.moved import old_names
 
 aten = torch.ops.aten
 
@@ -246,3 +247,6 @@ def values(graph: fx.GraphModule, tokens: Tensor) -> Iterator[tuple[fx.Node, Any
 
 class _Stream(fx.Interpreter):
     """An interpreter driven from outside, one node at a time."""
+
+
+old_names(globals())

@@ -1,1 +1,1 @@
-"""Graphs in words: what one is made of, layer by layer, and what is different between two."""
+"""Graphs in words: the structure of one, layer by layer, and the differences between two."""

@@ -1,4 +1,4 @@
-"""What is different between two graphs, in words: nodes, weights, facts; layers that are alike as one."""
+"""The differences between two graphs in words: nodes, weights, facts; identical layers count once."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from rolora_passes.graphs.layers import find_layers
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.inspection.structure import Words, formula, is_view, numberless, parameter_name
 
-_SHOWN = 24  # lines of a section; alike ones count once
+_SHOWN = 24  # lines per section; identical ones count once
 
 
 def diff_text(before: fx.GraphModule, after: fx.GraphModule) -> str:
-    """What changed from one graph to another; "no difference" if nothing did.
+    """What changed from one graph to another, or "no difference".
 
-    Nodes are the same if they have one name and one operator in both, which holds between the stages of a
-    pipeline, and between two captures of one architecture. A weight's change is relative to its Frobenius
-    norm, both as linears read it: expressions evaluated, quantized weights dequantized.
+    Nodes correspond if they have the same name and operator in both graphs, which holds before and after a
+    pass, and between two captures of one architecture. The change of a weight is relative to its Frobenius
+    norm, as linears read it: with expressions evaluated and quantized weights dequantized.
     """
     diff = _Diff(before, after)
     sections = {
@@ -45,7 +45,7 @@ def diff_text(before: fx.GraphModule, after: fx.GraphModule) -> str:
 
 
 class _Diff:
-    """Two graphs and the nodes they share."""
+    """Two graphs, and the nodes that they share."""
 
     def __init__(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
         self.before, self.after = _Side(before), _Side(after)
@@ -57,7 +57,7 @@ class _Diff:
         }
 
     def nodes(self) -> list[str]:
-        """Nodes that are in one graph alone, and those that compute something else or read another value."""
+        """Nodes that only one graph has, and shared nodes whose arguments or inputs changed."""
         gone = [f"- {self.before.place(n)}" for n in self.before.nodes if n.name not in self.shared]
         new = [f"+ {self.after.place(n)}" for n in self.after.nodes if n.name not in self.shared]
         changed = []
@@ -74,7 +74,7 @@ class _Diff:
         return _folded([*gone, *new, *changed])
 
     def weights(self) -> list[str]:
-        """Constant operands of shared nodes by how far their values moved, those furthest first."""
+        """Constant operands of shared nodes, sorted by how far their values moved."""
         found: dict[str, list[float]] = {}
         for old, now in self.shared.values():
             for a, b in zip(_operands(old), _operands(now), strict=False):
@@ -89,7 +89,7 @@ class _Diff:
         return [f"{_span(changes):14}  {how}{_times(len(changes))}" for how, changes in order]
 
     def _change(self, old: Any, new: Any) -> float | None:
-        """|b - a| / |a|, or None where both are the same, value and formula."""
+        """|b - a| / |a|, or None if values and formulas are the same."""
         sides = (self.before, old), (self.after, new)
         written = [(side.words.stored(n), formula(side.words.source(n), full=True)) for side, n in sides]
         same = written[0] == written[1]
@@ -105,7 +105,7 @@ class _Diff:
 
 
 class _Side:
-    """One of the two graphs, and what its nodes are called."""
+    """One of the two graphs, with names for its nodes."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.graph, self.layers = graph, find_layers(graph)
@@ -121,7 +121,7 @@ class _Side:
         return module if is_op(node, "linear") and module else f"{op_name(node)} in {module or 'the model'}"
 
     def place(self, node: fx.Node) -> str:
-        """A node in words, and where it stands: its site, or what reads it."""
+        """A node in words, with its place: its site, or what reads it."""
         text = numberless(self.words.phrase(node))
         if is_op(node, "linear"):
             return f"linear {self.label(node)} {text}"
@@ -138,7 +138,7 @@ class _Side:
                 yield self.label(user)
 
     def reads(self, node: fx.Node, shared: Mapping[str, Any]) -> list[str]:
-        """The values that a node reads, looking through views and through nodes the other graph lacks."""
+        """The values that a node reads, looking through views and nodes that the other graph lacks."""
         return [self._source(a, shared) for a in node.all_input_nodes if a not in self.weights]
 
     def _source(self, value: fx.Node, shared: Mapping[str, Any]) -> str:
@@ -148,7 +148,7 @@ class _Side:
         return value.name
 
     def how(self, reader: fx.Node, weight: fx.Node) -> tuple[str, str]:
-        """How a weight is stored, and the formula of what is, inside its reader's layer."""
+        """How a weight is stored, and its formula, with names relative to its reader's layer."""
         text = numberless(formula(self.words.source(weight)))
         return self.words.stored(weight), text.replace(self.inside[reader] + ".", "")
 
@@ -158,14 +158,14 @@ def _operands(node: fx.Node) -> list[Any]:
 
 
 def literals(node: Any) -> dict[str, Any]:
-    """A node's arguments that are neither values nor weights, by name."""
+    """A node's literal arguments, by name."""
     names = [a.name for a in node.target._schema.arguments] if hasattr(node.target, "_schema") else []
     named = dict(zip(names, node.args, strict=False)) | node.kwargs
     return {k: v for k, v in named.items() if isinstance(v, (int, float, str, torch.dtype, type(None)))}
 
 
 def _tensors(graph: fx.GraphModule, node: fx.Node) -> list[tuple[Any, ...]]:
-    """What identifies the tensors under an expression, without reading them."""
+    """The identity of the tensors in an expression; their data is not read."""
     names = sorted(str(n.target) for n in upstream([node]) if n.op == "get_attr")
     found = [get_tensor(graph, name) for name in names]
     return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in found]
@@ -177,7 +177,7 @@ def _span(values: list[float]) -> str:
 
 
 def _together(names: list[str]) -> str:
-    """Sites of one module by that module's name once: `self_attn.{q_proj, k_proj}`."""
+    """Sites of one module, with its name written once: `self_attn.{q_proj, k_proj}`."""
     modules = {name.rpartition(".")[0] for name in names}
     if len(names) < 2 or len(modules) > 1 or " " in "".join(names):
         return ", ".join(names)
@@ -185,13 +185,13 @@ def _together(names: list[str]) -> str:
 
 
 def _changes(before: Iterable[str], after: Iterable[str]) -> list[str]:
-    """Lines of either side that the other has not."""
+    """Lines that only one side has."""
     old, new = list(before), list(after)
     return _folded([*(f"- {x}" for x in old if x not in new), *(f"+ {x}" for x in new if x not in old)])
 
 
 def _folded(lines: Iterable[str]) -> list[str]:
-    """Lines that differ in a layer's number alone as one, with how many there are."""
+    """Lines with layer numbers removed, and a count of equal ones."""
     counts: dict[str, int] = {}
     for line in lines:
         counts[numberless(line)] = counts.get(numberless(line), 0) + 1
@@ -215,7 +215,7 @@ def _sizes(before: fx.GraphModule, after: fx.GraphModule) -> list[str]:
 
 
 def _parameters(before: fx.GraphModule, after: fx.GraphModule) -> list[str]:
-    """How many parameters are in one graph alone, by the last part of their names and their type."""
+    """Parameters that only one graph has, counted by the last part of their names and their dtype."""
     old, new = parameters(before), parameters(after)
     kinds: dict[str, int] = {}
     for sign, mine, other in (("-", old, new), ("+", new, old)):

@@ -1,4 +1,4 @@
-"""A graph in words, layer by layer: what every site is, and how it is stored."""
+"""A graph in words, layer by layer: every site, and how its weights are stored."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Row = tuple[str, str]
 
 
 def structure_text(graph: fx.GraphModule) -> str:
-    """The layers in order, those that are alike as one; deterministic, and free of values.
+    """The layers in order, with identical ones shown once; deterministic, and without any weight values.
 
-    A row for every linear, embedding and attention; other operators stand in the rows between, in
-    the order they are done. `W` in a formula is the parameter that the row is named after.
+    Every linear, embedding and attention has a row; the other operators are listed between them in execution
+    order. `W` in a formula is the parameter that the row is named after.
     """
     layers, shapes = find_layers(graph), infer_shapes(graph)
     words = Words(layers, shapes)
@@ -39,7 +39,7 @@ def structure_text(graph: fx.GraphModule) -> str:
 
 
 class Words:
-    """What nodes are called and said to be."""
+    """Names and descriptions of nodes."""
 
     def __init__(self, layers: Layers, shapes: dict[fx.Node, Any]) -> None:
         self.layers = layers

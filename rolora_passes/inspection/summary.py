@@ -1,4 +1,4 @@
-"""A graph in words: what it is made of, and which of its axes may rotate together."""
+"""A graph in words: a summary, and which of its axes can rotate together."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ GROUPS = {
     Group.NONE: "nothing",
     Group.PERMUTATION: "a permutation",
     Group.ORTHOGONAL: "any orthogonal matrix",
-    Group.INVERTIBLE: "any invertible matrix (its inverse transpose where it is read)",
+    Group.INVERTIBLE: "any invertible matrix (its inverse transpose on the reading side)",
 }
 
 
 def summary(graph: fx.GraphModule) -> str:
-    """Where it comes from, what holds of it, what its weights weigh, and how it was rotated."""
+    """The model, the facts that hold, the size of the weights, and the rotations applied."""
     weights = weigh(graph)
     most = [(bits, n) for bits, n in weights.by_bits.items() if 1000 * n >= weights.elements]
     widths = ", ".join(f"{n / 1e6:.1f} M at {bits} bits" for bits, n in most)
     config = info(graph).config
-    name, kind = Path(config.get("name", "unknown")).name, config.get("model_type", "of no known type")
+    name, kind = Path(config.get("name", "unknown")).name, config.get("model_type", "of unknown type")
     lines = [
         f"model      {name} ({kind})",
         f"facts      {', '.join(facts(graph)) or 'none'}",
@@ -46,27 +46,25 @@ def summary(graph: fx.GraphModule) -> str:
 
 
 def bases_text(graph: fx.GraphModule) -> str:
-    """Which axes may rotate together, by what matrices, and what blocks the others."""
+    """Which axes can rotate together, by which matrices, and what blocks the others."""
     classes = infer_bases(graph).classes
     free = [c for c in classes if c.free]
     shown = [c for c in classes if not c.free and (c.kind != "inner" or c.group is Group.PERMUTATION)]
-    lines = ["Axes that may change basis together:", ""]
+    lines = ["Axes that can change basis together:", ""]
     for group in alike(free):
         lines += _describe(group)
     if not free:
         lines += ["  none", ""]
-    lines += ["Axes that may not rotate, and what blocks them:", ""]
+    lines += ["Axes that cannot rotate, and what blocks them:", ""]
     for group in alike(shown):
         lines += _describe(group)
     pinned = sum(not c.free for c in classes) - len(shown)
-    lines.append(
-        f"{pinned} more axes are pinned by what they are: vocabulary rows, heads, positions, tables."
-    )
+    lines.append(f"{pinned} more axes are fixed by their meaning: vocabulary rows, heads, positions, tables.")
     return "\n".join(lines) + "\n"
 
 
 def alike(classes: Iterable[BasisClass]) -> list[list[BasisClass]]:
-    """Classes that differ in their layer alone, together."""
+    """Classes grouped so that those of a group differ only in their layer."""
     groups: dict[object, list[BasisClass]] = {}
     for cls in classes:
         key = (cls.kind, cls.size, cls.group, tuple(_numberless(str(p)) for p in cls.parameters))

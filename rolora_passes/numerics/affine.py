@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rolora_passes.moved import old_names
+
 EPSILON = torch.finfo(torch.float32).eps  # scales are at least this, as torchao's are
 _SHRINK = [1 - i / 100 for i in range(80)]  # 1.00, 0.99, …, 0.21
 _SHRINK_COARSE = [1 - i / 20 for i in range(8)]  # 1.00, 0.95, …, 0.65: 4-bit weights end between 0.7 and 1
@@ -238,3 +240,6 @@ class _As(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         return gradient.to(ctx.dtype), None
+
+
+old_names(globals())

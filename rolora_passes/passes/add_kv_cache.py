@@ -35,7 +35,7 @@ class AddKVCache(Pass):
     `to_executorch` does all this itself; the pass is for looking at the result, or going on from it.
 
     Options:
-        max_length: tokens the caches hold.
+        max_length (tokens): how much context the caches hold.
     """
 
     ensures: ClassVar[tuple[str, ...]] = ("kv cache",)

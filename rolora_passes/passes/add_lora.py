@@ -49,14 +49,15 @@ class AddLoRA(Pass):
             if a pattern names them); "queries", "keys", "values", what makes those of attention; or
             patterns over site names: the last part ("q_proj"), or a regular expression
             ("re:.*layers\\.[0-9]+\\.mlp.*").
-        rank, alpha: of the branch; its scale is alpha / rank.
+        rank: the inner width of a branch.
+        alpha: a branch is scaled by alpha / rank.
         rslora: scale by alpha / sqrt(rank) (rank-stabilised; Kalajdzievski, 2023).
         init: "zero": A Gaussian, B zero, so that the function is kept (PEFT's default draws A otherwise,
             Kaiming-uniform); "gaussian": both Gaussian, which changes the function; "svd": the largest
             singular values of W, which leave it, so that the function is kept (PiSSA, Meng et al., 2024);
             "loftq": the largest singular values of what a quantizer of the weight, not folded yet, took from
             it (LoftQ's last step, Li et al., 2023; the pass loftq alternates).
-        seed: of the draws.
+        seed: for the random start.
         adapter: a folder that PEFT, or `save_adapter`, wrote: its branches, carried into the bases that the
             graph's weights are in, in place of all options above. What else it changes is done too, before
             fold-constants: what a start (PiSSA, OLoRA, LoftQ) takes from the base's weights, as PEFT takes it

@@ -35,7 +35,7 @@ class InsertHadamard(Pass):
             when the key cache is quantized.
         r4: transform every elementwise product or non-linearity that linears read (a down projection's
             input), and those linears' weights.
-        block: transform blocks of this many channels; None: full width, K·2^m, or the largest
+        block (channels): transform blocks of this size; None: full width, K·2^m, or the largest
             constructible order that divides it.
         factors: write a transform as `kronecker(x, [A, B])`, the products by small matrices that a runtime
             makes of it anyway: the same function at the same cost, and learn-rotation can train A and B

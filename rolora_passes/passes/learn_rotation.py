@@ -32,11 +32,12 @@ class LearnRotation(Training):
     made less (SpinQuant, Liu et al., 2024). It stands before fold-constants: after that no rotation is left.
 
     Options, beside those of every pass that trains:
-        under: where GPTQ will see to the weights, a setting that leaves them ("W16A4KV4").
+        under: if GPTQ will round the weights, use a setting that leaves them ("W16A4KV4").
         train: "all", or patterns over the keys of the manifest: "R1", "R2", "R3", "R4", "scale", "re:…".
         method: "cayley-adam": Adam on the skew-symmetric matrix of a Cayley transform; "cayley-sgd":
             SpinQuant's.
-        lr, scale_lr: of matrices (None: 2e-3 for Adam, 1.5 for SGD) and of scales' logarithms.
+        lr: learning rate of the matrices; None: 2e-3 for Adam, 1.5 for SGD.
+        scale_lr: learning rate of the logarithms of scales.
 
     Raises:
         PassError: nothing to train; what every pass that trains raises.

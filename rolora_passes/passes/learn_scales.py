@@ -33,7 +33,7 @@ class LearnScales(Training):
     has stored the weights, and before activations are quantized, in one list with what rounded the weights.
 
     Options, beside those of every pass that trains:
-        lr: of the logarithms of scales and gains, by Adam.
+        lr: Adam's learning rate of the logarithms of scales and gains.
         gains: whether to give gains to norms whose own were fused. Adapters that are attached later are
             carried past them.
 

@@ -34,12 +34,13 @@ class LoftQ(Pass):
     fold-constants takes in. LoftQ's own code presumes s = 1; here B A is what it should be divided by s.
 
     Options:
-        bits: 2 to 8, or between 2 and 4: the first part of the layers then has 4 bits, the rest 2, so that
-            the mean is `bits` (of 32 layers at 2.5 bits, the first 8).
-        group_size: input channels that share a scale; None: one for every output channel.
+        bits (bits): 2 to 8, or between 2 and 4: the first part of the layers then has 4 bits, the rest 2, so
+            that the mean is `bits` (of 32 layers at 2.5 bits, the first 8).
+        group_size (channels): input channels that share a scale; None: one scale per output channel.
         grid: as quantize-weights has them: "nf" (NormalFloat), "uniform" (LoftQ's table), or "int", symmetric
             integers, which the runtimes' kernels multiply by.
-        rank, alpha: of the branches; their scale is alpha / rank.
+        rank: the inner width of the branches.
+        alpha: branches are scaled by alpha / rank.
         iterations: 1 is one decomposition of what plain quantization takes.
         targets: "all-linear" (every linear but the head and branches), or patterns over site names.
         exclude: patterns of sites to leave.

@@ -41,7 +41,7 @@ class ObserveActivations(Pass):
         method: "minmax"; "percentile", the (100 - percentile)th and percentile-th, exact, for which
             that part of every observed value is kept; "histogram", the range with the least squared
             error on 8 bits (per tensor only).
-        percentile: for that method; more than 50, at most 100.
+        percentile (%): for that method; more than 50, at most 100.
 
     Raises:
         PassError: targets that match no linear, a value that is NaN or infinite, or one that is empty in

@@ -42,8 +42,8 @@ class QuantizeActivations(Pass):
     Observers on quantized values are removed.
 
     Options:
-        bits: 3 to 8.
-        group_size: channels that share a scale; None: one scale per token.
+        bits (bits): width of the integers, 3 to 8.
+        group_size (channels): channels that share a scale; None: one scale per token.
         symmetric: a grid around zero, from max|x|; otherwise from [min(x, 0), max(x, 0)], with a zero point.
         clip: multiplies the range that a token shows (QuaRot: 0.9 at 4 bits).
         clip_search: choose it for every value, by what rounding does to the linears that read it; needs
@@ -52,7 +52,7 @@ class QuantizeActivations(Pass):
         targets: "all-linear", or patterns over site names; the head is meant too. A mixture's routers, and
             gates with one output, read the unrounded value unless a pattern names them.
         exclude: patterns of sites to leave.
-        head: bits of the head's input, or None to leave it.
+        head (bits): width of the head's input, or None to leave it.
         float_weights: also what linears with floating-point weights read.
 
     Raises:

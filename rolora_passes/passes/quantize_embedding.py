@@ -23,8 +23,8 @@ class QuantizeEmbedding(Pass):
         x = embedding(E, tokens)         x = embedding(dequantize(q, s), tokens)
 
     Options:
-        bits: 2 to 8 (the kernels have 4 and 8).
-        group_size: channels that share a scale; None: one scale per row.
+        bits (bits): width of the integers, 2 to 8 (the kernels have 4 and 8).
+        group_size (channels): channels that share a scale; None: one scale per row.
 
     The embedding of a tied table gets a rounded copy: the linear still reads the table, or what
     quantize-weights makes of it. The report has every table; other matrices are for quantize-weights.

@@ -26,7 +26,7 @@ class QuantizeKVCache(Pass):
     the graph yet: every token's keys and values are what a cache would give back.
 
     Options:
-        keys, values: 2 to 8 bits, or None to leave them.
+        keys, values (bits): width of the integers, 2 to 8, or None to leave them.
         per: "head": every head of a token has its own scale; "token": one scale for all heads.
         symmetric: a grid around zero; otherwise with a zero point.
         clip: multiplies the range (QuaRot: 0.95).

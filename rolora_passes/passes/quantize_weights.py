@@ -45,9 +45,9 @@ class QuantizeWeights(Pass):
     that no linear reads (tables, experts, convolutions), and the number of vectors, which stay as they are.
 
     Options:
-        bits: 2 to 8.
-        group_size: input channels that share a scale; None: one scale per output channel; "auto": 32, and one
-            scale per output channel at 8 bits. A head of 8 bits beside weights of fewer has one per output
+        bits (bits): width of the integers, 2 to 8.
+        group_size (channels): input channels that share a scale; None: one per output channel; "auto": 32,
+            and one per output channel at 8 bits. A head of 8 bits beside weights of fewer has one per output
             channel, too. Scales of groups are rounded to bfloat16, which is what kernels hold.
         symmetric: -2^(b-1) .. 2^(b-1)-1 around zero (8 bits: -127 .. 127); otherwise with a zero point.
         method: how to round: "rtn" (to nearest) or "gptq" (Frantar et al., 2023; needs calibration, and sees
@@ -59,7 +59,7 @@ class QuantizeWeights(Pass):
             gates with one output, and low-rank branches ("lora_A", "lora_B") stay in floating point unless
             a pattern names them.
         exclude: patterns of sites to leave.
-        head: bits of the head, or None to leave it.
+        head (bits): width of the head, or None to leave it.
         damping: GPTQ: the part of the mean diagonal that is added to the Hessian's.
         act_order: GPTQ: columns by falling diagonal of the Hessian; with groups, groups first and then
             columns within them, so that a group stays contiguous.

@@ -46,9 +46,10 @@ class Training(Pass):
             nearest; a clip search tries fewer clips.
         loss: "cross-entropy" of the next token, where the calibration's labels have one, or "distillation":
             KL from what the graph computes in floating point.
-        steps, batch: updates, and the windows of each, in their order.
-        accumulate: parts of a batch that are computed one after another, to need less memory.
-        clip: the largest norm of the gradient; None: any.
+        steps (updates): how long to train.
+        batch (windows): windows per update, in their order.
+        accumulate: compute a batch in this many parts, one after another, to need less memory.
+        clip: clip the norm of the gradient to this; None: do not.
         bfloat16: compute in bfloat16 where torch's autocast does; what is trained stays float32.
         recompute: keep what passes between layers, and compute the rest again (activation checkpointing).
         shard: divide the layers' weights between the processes of torchrun.
@@ -56,8 +57,8 @@ class Training(Pass):
             of the steps in which they rise.
         validation: the part of the windows, the last of them, that is held out; what is trained is then as it
             was when their loss was least.
-        evaluate_every: steps from one look at them to the next.
-        patience: looks without a new least loss after which to stop; None: never.
+        evaluate_every (updates): how often to evaluate the held-out windows.
+        patience (evaluations): stop after this many without a new lowest loss; None: never.
 
     Raises:
         PassError: windows that do not divide among processes, no graph to distil, a loss that is not finite.

@@ -31,9 +31,9 @@ class TuneLoRA(Training):
     (QLoRA).
 
     Options, beside those of every pass that trains:
-        lr, weight_decay: of AdamW.
-        dropout: the part of a branch's inputs that a step leaves out.
-        loss: also "hidden" or "logits": see rilq.
+        lr, weight_decay: AdamW's.
+        dropout: the share of a branch's inputs that a step drops, from 0 to 1.
+        loss: also "hidden" or "logits"; see rilq.
 
     Raises:
         PassError: no branches; what every pass that trains raises.

@@ -1,4 +1,4 @@
-"""What linears and norms read, summed up while a graph runs once: surfaces, channels, outliers."""
+"""Statistics of what linears and norms read, from one run of a graph: surfaces, channels, outliers."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from rolora_passes.graphs.graph import constants, is_op, linears, values
 from rolora_passes.graphs.sites import is_head
 from rolora_passes.reporting.arrays import Arrays, bounds
 
-COLUMNS = 256  # channels of a picture
-_ROWS = 128  # tokens of a picture
-_BYTES = 3_000_000  # of all pictures together, before they are compressed
+COLUMNS = 256  # columns of a picture
+_ROWS = 128  # rows of a picture, at most
+_BYTES = 3_000_000  # all pictures together, before compression
 
 
 @dataclass(frozen=True)
 class Site:
-    """A value worth a picture.
+    """A value that gets a picture.
 
     Attributes:
-        kind: what it is, by what it is computed from and what reads it.
+        kind: what it is, judged by its inputs and its readers.
         layer: the number of its decoder layer; None outside of them.
-        number: among the values of this kind in the layer (experts), in graph order.
-        readers: the linears that read it, or, for the residual stream, that read its norm.
+        number: its index among the values of this kind in the layer (experts), in graph order.
+        readers: the linears that read it or, for the residual stream, its norm.
     """
 
     kind: str
@@ -40,16 +40,16 @@ class Site:
 
 @dataclass(frozen=True)
 class Outliers:
-    """What is kept of a value [S, n]; all but `first` leave out the first token, an attention sink.
+    """Statistics of a value [S, n]; all except `first` leave out the first token, an attention sink.
 
     Attributes:
         channels: n.
-        first: largest magnitude of the first token.
-        kurtosis: of all elements about their token's mean; 3 for a Gaussian.
+        first: largest magnitude in the first token.
+        kurtosis: over all elements, each about its token's mean; 3 for a Gaussian.
         peak: median over tokens of max|x| / median|x|.
-        channel_max: largest magnitude, [columns], channels max-pooled.
-        channel_kurtosis: over tokens, [columns], the largest of the channels pooled.
-        surface: magnitudes [rows, columns], tokens and channels max-pooled.
+        channel_max: largest magnitude by channel, max-pooled to [columns].
+        channel_kurtosis: kurtosis over tokens by channel, max-pooled to [columns].
+        surface: magnitudes, tokens and channels max-pooled to [rows, columns].
     """
 
     channels: int
@@ -102,7 +102,7 @@ def _kind(
 
 
 def _origins(graph: fx.GraphModule) -> dict[fx.Node, set[str]]:
-    """Where every value comes from, looking back as far as linears and attention."""
+    """What every value is computed from, looking back as far as linears and attention."""
     origins: dict[fx.Node, set[str]] = {}
     for node in graph.graph.nodes:
         if is_op(node, "embedding"):
@@ -126,7 +126,7 @@ def _reaches_attention(graph: fx.GraphModule) -> set[fx.Node]:
 
 
 def _norm_behind(value: fx.Node, known: set[fx.Node]) -> fx.Node | None:
-    """The norm whose result a value is, but for its gain and bias and what an observer or quantizer adds."""
+    """The norm that a value comes from, apart from its gain, its bias, an observer and a quantizer."""
     if is_op(value, "rms_norm", "layer_norm"):
         norm: fx.Node = value
         return norm
@@ -137,12 +137,12 @@ def _norm_behind(value: fx.Node, known: set[fx.Node]) -> fx.Node | None:
 
 
 def picture_rows(sites: int, tokens: int) -> int:
-    """Rows of a picture, so that all pictures of a page stay within what a page should weigh."""
+    """Rows per picture that keep all pictures of a page within `_BYTES`."""
     return max(8, min(_ROWS, tokens, _BYTES // max(1, sites * COLUMNS)))
 
 
 def measure(graph: fx.GraphModule, tokens: Tensor, rows: int) -> dict[Site, Outliers]:
-    """Run a graph once on tokens int64 [1, S] and sum up its sites; no value is kept."""
+    """Run a graph once on tokens int64 [1, S] and summarise its sites; no value is kept."""
     sites, found = activation_sites(graph), {}
     for node, value in values(graph, tokens):
         if node in sites and value.numel() > 2 * value.shape[-1]:
@@ -166,13 +166,13 @@ def _sum_up(x: Tensor, rows: int) -> Outliers:
 
 
 def kurtosis(x: Tensor, dim: int) -> Tensor:
-    """E x⁴ / (E x²)² of all elements, centred along `dim`; 3 for a Gaussian."""
+    """E x⁴ / (E x²)² over all elements, centred along `dim`; 3 for a Gaussian."""
     centred = x - x.mean(dim, keepdim=True)
     return (centred**4).mean() / (centred**2).mean() ** 2
 
 
 def _by_channel(x: Tensor) -> Tensor:
-    """Each channel's own kurtosis over tokens [S, n]; 0 for one that does not vary."""
+    """The kurtosis of each channel over tokens [S, n]; 0 for a constant channel."""
     square = (x - x.mean(0)) ** 2
     return ((square**2).mean(0) / square.mean(0) ** 2).nan_to_num(nan=0.0)
 
@@ -184,9 +184,9 @@ def _pooled(channels: Tensor, columns: int) -> Tensor:
 def describe(
     before: Mapping[Site, Outliers], after: Mapping[Site, Outliers], arrays: Arrays
 ) -> list[dict[str, Any]]:
-    """Every site for the page: its figures, and its pictures on one scale before and after.
+    """Every site for the page: its figures, and its pictures before and after on one scale.
 
-    `after` is empty where a recipe moves nothing before it quantizes; otherwise sites are those of both.
+    `after` is empty if a recipe changes nothing before it quantizes; otherwise only sites of both are shown.
     """
     found = []
     for site in before if not after else [site for site in after if site in before]:
@@ -206,7 +206,7 @@ def describe(
 
 
 def headline(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By kind: the median and the worst kurtosis of its sites, and the median of max/median."""
+    """For each kind of site: median and largest kurtosis, and the median of max/median."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for site in sites:
         kinds.setdefault(site["kind"], []).append(site)

@@ -1,4 +1,4 @@
-"""Arrays for the page, a byte an element: pictures need no more, and text would be ten times as long."""
+"""Arrays for the page, one byte per element: enough for pictures, and a tenth of the size of text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WIDEST = 1e4  # between the ends of a logarithmic scale
+_WIDEST = 1e4  # the largest ratio of the ends of a logarithmic scale
 
 
 class Arrays:
-    """One run of bytes that holds many arrays, and a description of each for whoever reads it.
+    """Many arrays in one block of bytes, with a description of each for the reader.
 
     Code c of 0 .. 255 stands for low + c/255·(high - low), or, on a logarithmic scale, for
     low·(high/low)^(c/255).
@@ -29,7 +29,7 @@ class Arrays:
         return self._add(values / (high or 1.0), values.shape, low=0.0, high=high, log=False)
 
     def logarithmic(self, values: Tensor, low: float, high: float) -> dict[str, Any]:
-        """Values from `low` > 0 to `high` > `low`, any shape; what is below is shown as `low`."""
+        """Values from `low` > 0 to `high` > `low`, any shape; smaller ones are shown as `low`."""
         parts = (values.double().clamp(low, high) / low).log() / math.log(high / low)
         return self._add(parts, values.shape, low=low, high=high, log=True)
 
@@ -41,9 +41,9 @@ class Arrays:
 
 
 def bounds(values: Tensor, below: float = 0.0) -> tuple[float, float]:
-    """(low, high) of a logarithmic scale for magnitudes: it ends at the largest, and is four decades at most.
+    """(low, high) of a logarithmic scale for magnitudes: up to the largest, over four decades at most.
 
-    `below` is the part of the values that may be too small for the scale.
+    `below` is the share of the values that may be too small for the scale.
     """
     finite = values[values.isfinite()].double()
     high = float(finite.max()) if finite.numel() else 0.0

@@ -1,4 +1,4 @@
-"""A compiled folder in words, and what is different between two of them."""
+"""A compiled folder in words, and the differences between two of them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from rolora_passes.export.folder import read_manifest
 
-# What differs between any two runs, and says nothing about what was made.
+# These differ between any two runs and say nothing about the result.
 _COSTS = {"seconds", "verify_seconds", "cpu_seconds", "peak_mb", "error"}
 
 
 def artefact_text(folder: str | Path) -> str:
-    """What a compiled folder holds, what was done to the model, and what its delegates do not do.
+    """What a compiled folder holds, what was done to the model, and what runs outside of delegates.
 
     Raises:
-        RunError: no manifest there, or not one of ours.
+        RunError: there is no manifest, or it is not one of ours.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -33,7 +33,7 @@ def artefact_text(folder: str | Path) -> str:
     lines = [
         *(line for name, what in head for line in _wrapped(f"{name:16} {what}")),
         "",
-        f"{'pass':22} {'sites':>5} {'left':>5} {'seconds':>8} {'to check':>8} {'peak MB':>8} {'error':>8}",
+        f"{'pass':22} {'sites':>5} {'left':>5} {'seconds':>8} {'verify':>8} {'peak MB':>8} {'error':>8}",
         *(line for row in manifest.get("passes", ()) for line in _pass_lines(row)),
         "",
         *_parity(manifest.get("parity", ())),
@@ -43,12 +43,12 @@ def artefact_text(folder: str | Path) -> str:
 
 
 def _parity(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """How near the programs are, as `rolora compile` measured it."""
+    """How close the programs are to the model, as `rolora compile` measured it."""
     if not rows:
         return
     tokens = f"on {rows[0]['tokens']} tokens"
     heads = f"{'KL to model':>12} {'top-1':>6} {'to graph':>9} {'top-1':>6}"
-    yield f"{tokens:22} {heads}  greedy tokens as the graph's"
+    yield f"{tokens:22} {heads}  greedy tokens equal to the graph's"
     for row in rows:
         yield (
             f"{row['name']:22} {row['kl']:12.2e} {row['top1']:6.0%} {row['kl_graph']:9.2e} "
@@ -65,7 +65,7 @@ def _weights(found: dict[str, Any]) -> str:
 
 
 def _target_rows(name: str, figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a lowering wrote, by operator: with delegates, those are the instructions outside of them."""
+    """What a lowering wrote, by operator; with delegates, the instructions outside of them."""
     rest = {key: value for key, value in figures.items() if key not in ("operators", "delegates", "notes")}
     yield name, _figures(rest)
     operators, delegates = figures.get("operators", {}), figures.get("delegates")
@@ -82,7 +82,7 @@ def _target_rows(name: str, figures: dict[str, Any]) -> Iterator[tuple[str, str]
 
 
 def artefact_diff(first: str | Path, second: str | Path) -> str:
-    """What two compiled folders do not have in common; what making them cost is left out."""
+    """The differences between two compiled folders, apart from what compiling them cost."""
     old, new = (dict(_described(Path(folder))) for folder in (first, second))
     lines = []
     for key in dict.fromkeys([*old, *new]):
@@ -138,7 +138,7 @@ def _files(folder: Path) -> list[tuple[int, str]]:
 
 
 def _flat(place: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(dotted place, leaf) of nested JSON; passes are placed by name, lists of sites by their length."""
+    """(dotted path, leaf) of nested JSON; passes are keyed by name, and long lists reduced to a length."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if key not in _COSTS:

@@ -1,4 +1,4 @@
-"""What graph viewers are given: nodes with their modules and words, and figures to colour them by."""
+"""A graph for viewers: nodes with their modules and descriptions, and figures to colour them by."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Overlay = dict[str, float] | dict[str, str]
 
 
 class Drawing:
-    """A graph as a viewer shows it: what computes; weights are words on the nodes that read them."""
+    """A graph as a viewer shows it: only computation; weights are described on the nodes that read them."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.graph = graph
@@ -33,7 +33,7 @@ class Drawing:
         return self.words.modules.get(node, "")
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
-        """The values that a node reads, weights left out."""
+        """The values that a node reads, without weights."""
         return [a for a in node.all_input_nodes if a not in self.layers.weights]
 
     def read(self, node: fx.Node) -> list[fx.Node]:
@@ -41,7 +41,7 @@ class Drawing:
         return [a for a in node.all_input_nodes if a in self.layers.weights]
 
     def sizes(self, node: fx.Node) -> tuple[torch.dtype, list[int | str]] | None:
-        """A value's type and sizes, the two that vary by name; None for what is no tensor."""
+        """A value's dtype and sizes, with names for batch and sequence; None if it is not a tensor."""
         value = self.shapes.get(node)
         if not isinstance(value, torch.Tensor):
             return None
@@ -49,10 +49,10 @@ class Drawing:
         return value.dtype, [names.get(size, size) for size in value.shape]
 
     def overlays(self, sqnr: Mapping[str, float] | None = None) -> dict[str, Overlay]:
-        """Figures by the names of nodes: the bits of a weight, SQNR in dB, and the class of a value's basis.
+        """Figures by node name: the bits of a weight, SQNR in dB, and the basis class of a value.
 
         Args:
-            sqnr: of values, by the names of their nodes, such as `track_errors` measures.
+            sqnr: SQNR of values by node name, as `track_errors` measures it.
         """
         names = {n.name for n in self.nodes}
         found: dict[str, Overlay] = {"bits": dict(self._bits()), "basis": dict(self._bases())}
@@ -67,7 +67,7 @@ class Drawing:
                     yield node.name, float(self.width(weight))
 
     def width(self, weight: Any) -> int:
-        """The bits of an element of a weight."""
+        """The bits per element of a weight."""
         return int(
             argument(weight, "bits") if is_op(weight, *KEPT) else self.shapes[weight].element_size() * 8
         )

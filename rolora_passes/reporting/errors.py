@@ -1,4 +1,4 @@
-"""How far a quantized graph is from its float twin, layer by layer."""
+"""The distance of a quantized graph from its float twin, layer by layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def describe_errors(
     tokens: Tensor,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """SQNR of every value by layer, KL by layer and of the predictions, for tokens int64 [1, S]."""
+    """SQNR of every value by layer, and KL by layer and of the predictions, on tokens int64 [1, S]."""
     trace = track_errors(graph, twin, tokens, on_progress)
     series: dict[str, dict[str, list[Any]]] = {}
     sums: dict[int, int] = {}
@@ -41,7 +41,7 @@ def describe_errors(
 
 
 def _series_name(node: NodeError, sums: dict[int, int]) -> str:
-    """What a value is called in every layer alike."""
+    """A value's name without its layer."""
     if node.site is not None:
         return node.site.partition(f".{node.layer}.")[2] or node.site
     if node.kind != "add":
@@ -52,15 +52,15 @@ def _series_name(node: NodeError, sums: dict[int, int]) -> str:
 
 
 def layer_kl(graph: fx.GraphModule, twin: fx.GraphModule, tokens: Tensor) -> dict[int, float]:
-    """KL from the twin's predictions in nats per token, both read off behind each layer.
+    """KL from the twin's predictions after each layer, nats per token (a logit lens).
 
-    What stands behind the last layer (the final norm and the head) is applied to the residual stream behind
-    every layer, so the last figure is the model's own. Empty where that part reads anything else.
+    The final norm and the head are applied to the residual stream after every layer, so the last figure is
+    the model's own. Empty if that part of the graph reads anything else.
     """
     sums = [pair for pair in pair_values(graph, twin)[0] if pair.kind == "add" and pair.layer is not None]
     if not sums:
         return {}
-    behind = {pair.layer: pair for pair in sums}  # the last of each layer
+    behind = {pair.layer: pair for pair in sums}  # the last one in each layer
     heads = [_Head.behind(g, cut, tokens) for g, cut in ((graph, sums[-1].node), (twin, sums[-1].twin))]
     if None in heads:
         return {}
@@ -73,14 +73,14 @@ def layer_kl(graph: fx.GraphModule, twin: fx.GraphModule, tokens: Tensor) -> dic
 
 
 class _Head:
-    """What stands between a value of the residual stream and the logits."""
+    """The part of a graph between a value of the residual stream and the logits."""
 
     def __init__(self, cut: fx.Node, steps: list[fx.Node], shared: Mapping[fx.Node, Any]) -> None:
         self._cut, self._steps, self._shared = cut, steps, shared
 
     @classmethod
     def behind(cls, graph: fx.GraphModule, cut: fx.Node, tokens: Tensor) -> _Head | None:
-        """None if the logits are made of other values of the tokens too."""
+        """The part after `cut`; None if the logits also depend on other values computed from the tokens."""
         known, steps, stack = constants(graph), set[fx.Node](), [logits_of(graph)]
         while stack:
             node = stack.pop()
@@ -88,7 +88,7 @@ class _Head:
                 return None
             if node is not cut and node not in steps:
                 steps.add(node)
-                sizes = is_op(node, "sym_size")  # of the tokens: their number, not which they are
+                sizes = is_op(node, "sym_size")  # the number of tokens, not their ids
                 stack += [n for n in node.all_input_nodes if not (sizes and n.op == "placeholder")]
         leaf = [n for n in steps if n in known and not known.issuperset(n.users)]
         shared = dict(zip(leaf, compute(graph, leaf), strict=True))

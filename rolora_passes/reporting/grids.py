@@ -1,4 +1,4 @@
-"""Values and the grids they are rounded to: a few groups of every quantizer, the worst among them."""
+"""Values and the grids that they are rounded to: a few groups of every quantizer, including the worst."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _VIEWS = ("unflatten", "flatten", "view", "reshape")
 
 
 def weight_grids(graph: fx.GraphModule, twin: fx.GraphModule, arrays: Arrays) -> list[dict[str, Any]]:
-    """For every quantized linear, three of its groups: the weights before, and the grid they are put on."""
+    """For every quantized linear, three groups: the weights before rounding, and their grid."""
     names = sites_of(graph)
     layers, twin_names = layers_of(graph, names), sites_of(twin)
     originals = {twin_names[linear.name]: linear.args[1] for linear in linears(twin)}
@@ -44,7 +44,7 @@ def weight_grids(graph: fx.GraphModule, twin: fx.GraphModule, arrays: Arrays) ->
 
 
 def _weight_grid(graph: fx.GraphModule, quantized: fx.Node, scale: Tensor, index: int) -> Tensor:
-    """The values that a group of a weight can have, ascending."""
+    """The values that a group of a weight can take, ascending."""
     third = argument(quantized, "table" if is_op(quantized, "decode") else "zero")
     other: Any = None if third is None else compute(graph, [third])[0]
     if is_op(quantized, "decode"):
@@ -62,26 +62,26 @@ def _levels(scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
 
 
 def activation_grids(graph: fx.GraphModule, tokens: Tensor, arrays: Arrays) -> list[dict[str, Any]]:
-    """For every quantizer of activations, three of its groups on tokens int64 [1, S], in one run.
+    """For every quantizer of activations, three groups from one run on tokens int64 [1, S].
 
-    The values are those of the quantized graph: whatever is before the quantizer has rounded too.
+    The values are those of the quantized graph, so earlier quantizers have rounded them too.
     """
     sites, found = _quantizers(graph), []
     read = {quantizer.args[0]: quantizer for quantizer in sites}
     before: dict[fx.Node, Tensor] = {}
     for node, value in values(graph, tokens):
         if node in read:
-            before[read[node]] = value  # held until the quantizer itself has run
+            before[read[node]] = value  # kept until the quantizer has run
         if node in sites:
             about = {**sites[node], "bits": argument(node, "bits")}
             pair = before.pop(node), value
-            if value.numel():  # an expert may have no tokens
+            if value.numel():  # an expert may get no tokens
                 found.append({**about, **_sampled(graph, node, pair, tokens.shape[1], arrays)})
     return found
 
 
 def _quantizers(graph: fx.GraphModule) -> dict[fx.Node, dict[str, Any]]:
-    """Every quantizer of an activation, and what it is in words."""
+    """Every quantizer of an activation, with a description."""
     layers = layers_of(graph, sites_of(graph))
     found: dict[fx.Node, dict[str, Any]] = {}
     for node, site in activation_sites(graph).items():
@@ -105,7 +105,7 @@ def _sampled(
     parts, others = divmod(len(x), tokens)
     samples = []
     for label, index, (xs, ys) in _chosen(x, y):
-        if others:  # experts read some of the tokens
+        if others:  # experts read only some of the tokens
             where = f"row {index}"
         else:
             token, part = divmod(index, parts)
@@ -115,7 +115,7 @@ def _sampled(
 
 
 def _grid(graph: fx.GraphModule, node: fx.Node, x: Tensor) -> Tensor:
-    """The values that a group x of an activation can have, ascending."""
+    """The values that a group x of an activation can take, ascending."""
     bits, symmetric = argument(node, "bits"), argument(node, "symmetric")
     if is_op(node, "fake_quantize_static"):
         scale, zero = (get_tensor(graph, str(argument(node, part).target)) for part in ("scale", "zero"))
@@ -128,7 +128,7 @@ def _grid(graph: fx.GraphModule, node: fx.Node, x: Tensor) -> Tensor:
 
 
 def _chosen(x: Tensor, y: Tensor) -> list[tuple[str, int, tuple[Tensor, Tensor]]]:
-    """Of groups [n, size] before and after rounding: the one that loses most, the median, the least."""
+    """Of groups [n, size] before and after rounding: those with the largest, median and smallest loss."""
     lost = (x - y).float().square().sum(-1) / x.float().square().sum(-1).clamp_min(1e-30)
     order = lost.argsort(descending=True)
     places = {"worst": 0, "median": len(order) // 2, "best": len(order) - 1}
@@ -136,7 +136,7 @@ def _chosen(x: Tensor, y: Tensor) -> list[tuple[str, int, tuple[Tensor, Tensor]]
 
 
 def _histogram(x: Tensor, y: Tensor, levels: Tensor, arrays: Arrays) -> dict[str, Any]:
-    """How many of the values fall where, with the grid, and what rounding loses of them."""
+    """A histogram of the values, with the grid and the relative error of rounding."""
     x, y = x.detach().float(), y.detach().float()
     low, high = float(torch.minimum(x.min(), levels[0])), float(torch.maximum(x.max(), levels[-1]))
     high = high if high > low else low + 1.0
@@ -152,7 +152,7 @@ def _histogram(x: Tensor, y: Tensor, levels: Tensor, arrays: Arrays) -> dict[str
 
 
 def _compact(levels: Tensor) -> dict[str, Any] | list[float]:
-    """A grid as its ends and number where its steps are equal, else as it is."""
+    """A uniform grid as its ends and number of levels, any other as its levels."""
     steps = levels.diff()
     if bool((steps - steps[0]).abs().max() < 1e-3 * steps[0]):
         return {"first": float(levels[0]), "last": float(levels[-1]), "count": len(levels)}

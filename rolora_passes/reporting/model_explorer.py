@@ -1,4 +1,4 @@
-"""Graphs for Model Explorer: its graph JSON, with modules as folders, and node data beside it."""
+"""Graphs for Model Explorer: graph JSON with modules as folders, and node data in files beside it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rolora_passes.graphs.graph import op_name
 from rolora_passes.inspection.diff import literals
 from rolora_passes.reporting.drawing import Drawing, Overlay
 
-GRAPH = "graph"  # its id, by which node data finds it
-# Numbers from the lowest to the highest; words in turn.
+GRAPH = "graph"  # the id that node data refers to
+# Gradients for numbers, from lowest to highest; colours for words.
 _GRADIENTS = {"bits": ("#deebf7", "#6baed6", "#2171b5"), "sqnr": ("#d73027", "#fee08b", "#1a9850")}
 _COLOURS = ("#a6cee3", "#b2df8a", "#fdbf6f", "#cab2d6", "#fb9a99", "#ffff99", "#d9d9d9", "#ccebc5")
 
@@ -24,12 +24,12 @@ _COLOURS = ("#a6cee3", "#b2df8a", "#fdbf6f", "#cab2d6", "#fb9a99", "#ffff99", "#
 def write_model_explorer(
     graph: fx.GraphModule, path: str | Path, sqnr: Mapping[str, float] | None = None
 ) -> list[Path]:
-    """Write a graph, and a file of node data for each overlay (`model.bits.json` beside `model.json`).
+    """Write a graph, and a node data file for each overlay (`model.bits.json` beside `model.json`).
 
     Open them with `model-explorer model.json --node_data_paths=model.bits.json,model.basis.json`.
 
     Args:
-        sqnr: in dB by the names of nodes, such as `track_errors` measures; None to leave that overlay out.
+        sqnr: SQNR in dB by node name, as `track_errors` measures it; None leaves that overlay out.
 
     Returns: the files, the graph first.
     """
@@ -44,7 +44,7 @@ def write_model_explorer(
 
 
 def graph_collection(drawing: Drawing, label: str) -> dict[str, Any]:
-    """A GraphCollection of one graph."""
+    """A GraphCollection with one graph."""
     return {"label": label, "graphs": [{"id": GRAPH, "nodes": [_node(drawing, n) for n in drawing.nodes]}]}
 
 
@@ -79,7 +79,7 @@ def _outputs(drawing: Drawing, node: fx.Node) -> list[dict[str, Any]]:
 
 
 def node_data(name: str, values: Overlay) -> dict[str, Any]:
-    """Node data: numbers coloured by how large they are, words each in a colour."""
+    """Node data: numbers on a colour gradient, words in one colour each."""
     if name in _GRADIENTS:
         results = {node: {"value": value} for node, value in values.items()}
         stops = zip((0, 0.5, 1), _GRADIENTS[name], strict=True)

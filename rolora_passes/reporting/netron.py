@@ -1,4 +1,4 @@
-"""Graphs for Netron, and other viewers of ONNX: the nodes as they are, without the weights' data."""
+"""Graphs for Netron and other ONNX viewers: the nodes as they are, without weight data."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from rolora_passes.reporting.drawing import Drawing
 
 
 def write_netron(graph: fx.GraphModule, path: str | Path, sqnr: Mapping[str, float] | None = None) -> Path:
-    """Write a graph as an ONNX file that shows what it is; no runtime knows its operators.
+    """Write a graph as an ONNX file for viewing only; no runtime knows its operators.
 
-    Operators have the names they have here, in the domains `aten` and `rolora`. Weights have types and
-    shapes but no data. The metadata of a node has its module, bits, basis and SQNR. What positions alone
-    decide is drawn once, and layers read it as if it were stored: edges from it to every layer would hide the
-    rest, and make a viewer's layout slow.
+    Operators keep their names, in the domains `aten` and `rolora`. Weights have types and shapes but no data.
+    A node's metadata has its module, bits, basis and SQNR. Values that depend on positions only are drawn
+    once, and layers read them as if they were stored: edges to every layer would hide the rest of the graph
+    and slow down a viewer's layout.
 
     Args:
-        sqnr: in dB by the names of nodes, such as `track_errors` measures.
+        sqnr: SQNR in dB by node name, as `track_errors` measures it.
 
     Raises:
         MissingExtraError: `onnx` is not installed.
@@ -53,7 +53,7 @@ class _File:
         self.stored = self._stored()
 
     def _stored(self) -> dict[fx.Node, str]:
-        """Names for the weights that nodes read (their parameters'), and for what comes of positions."""
+        """Names of the weights that nodes read (those of their parameters), and of values from positions."""
         names: dict[str, fx.Node] = {}
         beside = set(self.drawing.layers.beside)
         for node in self.drawing.nodes:
@@ -110,10 +110,10 @@ class _File:
         return self.onnx.helper.make_tensor_value_info(node.name, self._type(dtype), shape)
 
     def _tensor(self, node: fx.Node) -> Any:
-        """What is stored, its data left out."""
+        """A stored tensor, without its data."""
         drawing, kinds = self.drawing, self.onnx.TensorProto
         weight, sizes = node in drawing.layers.weights, drawing.sizes(node)
-        dtype, shape = sizes or (torch.int64, [])  # a size that a graph computes with
+        dtype, shape = sizes or (torch.int64, [])  # a size used in the computation
         bits = drawing.width(node) if weight else 64
         few = kinds.INT4 if bits <= 4 else kinds.INT8
         tensor = kinds(
@@ -128,7 +128,7 @@ class _File:
         return tensor
 
     def _type(self, dtype: torch.dtype) -> int:
-        """ONNX's number for a type; it calls float32 plain FLOAT, and float64 DOUBLE."""
+        """ONNX's number for a dtype; float32 is FLOAT there, and float64 DOUBLE."""
         name = str(dtype).removeprefix("torch.").upper()
         known = {"FLOAT32": "FLOAT", "FLOAT64": "DOUBLE"}.get(name, name)
         return int(self.onnx.TensorProto.DataType.Value(known))

@@ -1,4 +1,4 @@
-"""One HTML file: page, style, script, plotting library and data, and nothing from elsewhere."""
+"""A self-contained HTML file: page, style, scripts, plotting library and data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plotting_library() -> str:
 
 
 def write_page(data: dict[str, Any], arrays: Arrays, path: str | Path) -> None:
-    """Write the page that shows what `gather` found; the file appears whole or not at all."""
+    """Write the page that shows what `gather` found; the file is complete or not there."""
     about = data["about"]
     text = Template(_file("page.html")).substitute(
         title=html.escape(f"{about['model']}, {about['recipe']}"),
@@ -44,7 +44,7 @@ def write_page(data: dict[str, Any], arrays: Arrays, path: str | Path) -> None:
 
 
 def packed(content: bytes) -> str:
-    """Bytes as the page's script unpacks them: gzip in base64."""
+    """Bytes in the form that the page's script unpacks: gzip in base64."""
     return base64.b64encode(gzip.compress(content, mtime=0)).decode("ascii")
 
 
@@ -53,7 +53,7 @@ def _file(name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become null."""
+    """A value for JSON, which has no infinity and no NaN: they become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A report from beginning to end: what `rolora inspect --html` does."""
+"""A whole HTML report: what `rolora inspect --html` measures and writes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from rolora_passes.reporting.page import plotting_library, write_page
 from rolora_passes.reporting.structure import basis_map, passes_done, sizes
 from rolora_passes.version import versions
 
-_LEAST = 8  # tokens of which a figure says anything
-_SHOWN = 400  # characters of the text that the page shows
+_LEAST = 8  # tokens needed for meaningful figures
+_SHOWN = 400  # characters of the text shown on the page
 
 Stage = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -43,17 +43,17 @@ def report_html(
     on_progress: Progress = lambda name, done, total: None,
     on_pass: Callable[[Record], None] | None = None,
 ) -> None:
-    """Apply a recipe, measure what it did on a text, and write all of it as one HTML file.
+    """Apply a recipe, measure its effects on a text, and write a report as one HTML file.
 
     Args:
-        subject: as `open_subject` makes it, with one window of text.
+        subject: as `open_subject` returns it, with one window of text.
         path: the file to write.
-        about: names to show: "model", "recipe", "text", and "seed", a number or None.
+        about: what to show: "model", "recipe", "text", and "seed", a number or None.
         verify: check the exact passes.
 
     Raises:
         DataError: fewer than 8 tokens.
-        MissingExtraError: the extra "report" is not installed; nothing has been run.
+        MissingExtraError: the extra "report" is not installed; nothing has run yet.
         Also what `apply_passes` raises.
     """
     plotting_library()
@@ -90,7 +90,7 @@ def gather(
     on_progress: Progress = lambda name, done, total: None,
     **applying: Any,
 ) -> tuple[dict[str, Any], Arrays]:
-    """Everything a page shows but where it came from: JSON, and the arrays it refers to.
+    """Everything that a page shows except its origin: JSON, and the arrays that it refers to.
 
     Args:
         graph: before the recipe.
@@ -131,7 +131,7 @@ def gather(
 def _graphs(
     graph: fx.GraphModule, passes: Sequence[Pass], applying: dict[str, Any]
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """(the float twin, what the recipe makes): one graph where a recipe quantizes nothing."""
+    """(the float twin, the recipe's graph); the same graph twice if the recipe quantizes nothing."""
     if any(step.kind == "lossy" for step in passes):
         return with_float_twin(graph, passes, **applying)
     exact = apply_passes(graph, passes, **applying)

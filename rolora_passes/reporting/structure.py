@@ -1,4 +1,4 @@
-"""What a graph is made of, for the page: basis classes, sizes, what passes did and left."""
+"""The structure of a graph for the page: basis classes, sizes, what passes changed and left."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.inspection.summary import GROUPS, alike, layerless
 from rolora_passes.passes.manager import Record
 
-_FEW = 3  # names of sites that stand for the others
+_FEW = 3  # sites named as examples
 
 
 def basis_map(graph: fx.GraphModule, rotations: Mapping[str, Rotation]) -> dict[str, Any]:
-    """Which axes of which parameters change basis together; alike layers are folded into one.
+    """Which axes of which parameters change basis together; identical layers are shown once.
 
     Args:
-        graph: with its norms fused, before it is rotated.
-        rotations: `GraphInfo.rotations` of what became of it.
+        graph: with norms fused, before rotation.
+        rotations: `GraphInfo.rotations` of the rotated graph.
     """
     classes = infer_bases(graph).classes
     shown = [c for c in classes if c.free or c.kind != "inner" or c.group is Group.PERMUTATION]
@@ -55,13 +55,13 @@ def basis_map(graph: fx.GraphModule, rotations: Mapping[str, Rotation]) -> dict[
 
 
 def _mark(axis: ParameterAxis) -> str:
-    """`axis 1 reads`: the side of the parameter, and whether it takes the matrix or its inverse transpose."""
+    """`axis 1 reads`: the axis of the parameter, and whether it takes the matrix or its inverse transpose."""
     place = str(axis).removeprefix(f"{axis.parameter} ")
     return f"{place} {'reads' if axis.flipped else 'writes'}"
 
 
 def _in_order(graph: fx.GraphModule) -> dict[str, set[str]]:
-    """Parameters by their names without layers, in the order in which the graph reads them."""
+    """Parameters by their names without layers, in the order the graph reads them."""
     known, names = constants(graph), dict[str, set[str]]()
     for node in graph.graph.nodes:
         for operand in node.all_input_nodes if node not in known else ():
@@ -72,7 +72,7 @@ def _in_order(graph: fx.GraphModule) -> dict[str, set[str]]:
 
 
 def sizes(graph: fx.GraphModule) -> dict[str, Any]:
-    """Bits and megabytes of every linear and table, and of all; a tied table counts once, with its linear."""
+    """Bits and megabytes of every linear and table, and in total; a tied table counts with its linear."""
     shapes, names = infer_shapes(graph, only=constants(graph)), sites_of(graph)
     layers, found = layers_of(graph, names), []
     for linear in linears(graph):
@@ -100,7 +100,7 @@ def sizes(graph: fx.GraphModule) -> dict[str, Any]:
 
 
 def _weight(graph: fx.GraphModule, weight: Any, shapes: dict[fx.Node, Any]) -> dict[str, Any]:
-    """A weight's shape, its width, the weights that share a scale, and what it takes with its scales."""
+    """A weight's shape, bits, group size, and megabytes with its scales."""
     if not is_op(weight, *KEPT):
         root = get_tensor(graph, root_names(weight)[0])
         width = root.element_size() * 8
@@ -117,7 +117,7 @@ def _weight(graph: fx.GraphModule, weight: Any, shapes: dict[fx.Node, Any]) -> d
 
 
 def passes_done(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """What every pass did and cost, and what it left."""
+    """What every pass changed, left and cost."""
     parts = ("name", "kind", "seconds", "verify_seconds", "peak_mb", "error", "nodes")
     return [
         {
@@ -130,7 +130,7 @@ def passes_done(records: Iterable[Record]) -> list[dict[str, Any]]:
 
 
 def _by_reason(left: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Sites that were left for one reason (or for reasons that differ in numbers), together."""
+    """Sites grouped by the reason that they were left, ignoring numbers in it."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for site, reason in left:
         groups.setdefault(re.sub(r"\d+", "*", reason), []).append((site, reason))

@@ -61,7 +61,7 @@ def test_a_dropped_hadamard() -> None:
     exact = bisect_sites(quantized, bad, tokens_for(wide(), 2, 12))
     assert [f.site for f in exact.faults] == [DOWN] and exact.left == 0
     assert exact.faults[0].differs[0] == "missing: hadamard"
-    assert "it is linear(fake_quantize(mul_" in exact.faults[0].differs[1]
+    assert "bad:  linear(fake_quantize(mul_" in exact.faults[0].differs[1]
     assert re.search(r"linear\(fake_quantize\(hadamard\(mul_\d+, 128\)", exact.faults[0].differs[2])
     assert exact.faults[0].differs[3] == "its weight is the same"
 

@@ -43,7 +43,7 @@ def test_track(checkpoint: Path, text: Path, tmp_path: Path, rolora: Run) -> Non
     result = json.loads(output.read_text())
     assert (result["source"], result["recipe"], result["tokens"]) == ("tiny", "rotated-8da4w", [2, 32])
     assert len(result["nodes"]) == 12 and result["nodes"][-1]["kind"] == "logits"
-    assert f"KL {result['kl']:.4f} nats a token" in printed and "The 4 values furthest off of 12" in printed
+    assert f"KL {result['kl']:.4f} nats per token" in printed and "The 4 lowest SQNRs of 12 values" in printed
     assert "below 20 dB" in printed and "quantize-weights" in said
     logged = log.read_text()
     assert "rolora track" in logged and "fold-constants()" in logged and "tracking" in logged

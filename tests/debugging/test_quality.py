@@ -66,7 +66,7 @@ def test_a_loss_is_refused_with_what_is_to_blame_and_what_may_help(
     error = said[
         said.index("error: QualityError: the quantized graph is far from the model: it loses more") :
     ]
-    assert "quantize-weights loses most: KL is" in error
+    assert "quantize-weights loses the most: KL is" in error
     named = [line for line in error.splitlines() if " alone: KL " in line]
     assert named and all("o_proj" in line or "down_proj" in line for line in named[:2])
     assert "rotate first, as rotated-8da4w does; round weights by GPTQ, as rotated-gptq-8da4w does" in error
@@ -173,5 +173,5 @@ def test_what_an_adapter_changes_on_purpose_is_no_loss() -> None:
     lost, table = copy_graph(rounded), "model.embed_tokens.weight"
     set_tensor(lost, table, parameters(rounded)[table].roll(7, 0))
     steps[1] = Applied(rounding, lost, record, None)
-    with pytest.raises(QualityError, match="quantize-weights loses most"):
+    with pytest.raises(QualityError, match="quantize-weights loses the most"):
         require_likeness(Made(base, lost, steps, character_tokenizer(), None))

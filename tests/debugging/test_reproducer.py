@@ -102,13 +102,13 @@ def test_the_graph_has_the_layer_that_fails_alone(tmp_path: Path, layer: str) ->
     assert "rolora-passes" in text and "in run" in text and str(Path.home()) + "/" not in text
     assert "name_part" in (folder / "recipe.yaml").read_text() or layer == "1"
     (line,) = told
-    assert line.startswith(f"breaks failed; {folder} makes it fail again (0.") and "MB" in line
+    assert line.startswith(f"breaks failed; {folder} reproduces it (0.") and "MB" in line
 
 
 def test_the_whole_graph_if_nothing_less_fails(tmp_path: Path) -> None:
     folder, _ = failed(tmp_path, NeedsTwoLayers(), ValueError)
     assert layers_in(folder) == {"0", "1"}
-    assert "the whole graph: no part of it failed in the same way" in (folder / "failure.txt").read_text()
+    assert "the whole graph: no part of it fails in the same way" in (folder / "failure.txt").read_text()
 
 
 def test_a_pass_that_changes_the_function(tmp_path: Path) -> None:

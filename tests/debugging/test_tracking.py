@@ -162,8 +162,8 @@ def test_the_table() -> None:
     console.print(trace_table(trace, 5, 30, lambda token: f"<{token}>"))
     text = console.export_text()
     first = trace.first_below(30)
-    assert first is not None and f"the first value is {first.label}, {first.sqnr:.1f} dB, below 30 dB" in text
-    assert "The 5 values furthest off of 22, in order" in text and text.count("'<") == 5
+    assert first is not None and f"{first.label} ({first.sqnr:.1f} dB) is the first value below 30 dB" in text
+    assert "The 5 lowest SQNRs of 22 values, in graph order" in text and text.count("'<") == 5
     assert f"KL {trace.kl:.4f}" in text
 
 

@@ -124,5 +124,5 @@ def test_prompts_and_the_room_for_them(target: str, twin: Path, capfd: pytest.Ca
     command = ["run", str(twin), "--target", target, "--raw", "--prompt"]
     assert main([*command, "a" * 96]) == 2
     said = " ".join(capfd.readouterr().err.split())
-    assert "the prompt has 96 tokens, and the program holds 96, with what it answers: give a shorter" in said
+    assert "the prompt has 96 tokens, and the program holds 96 with the answer: give a shorter" in said
     assert main([*command, "a" * 90]) == 0, "64 new tokens are more than there is room for, and are cut short"

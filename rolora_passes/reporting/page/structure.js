@@ -32,7 +32,7 @@ function bases() {
       element("ul", {}, blocked.map((one) => element("li", {}, element("b", {}, one.name), `: ${one.blocked}`))));
   }
   section.append(element("p", { className: "caption" },
-    `${pinned} more axes are pinned by what they are: vocabulary rows, heads, positions, tables.`));
+    `${pinned} more axes are fixed by their meaning: vocabulary rows, heads, positions, tables.`));
 }
 
 function pipeline() {
