@@ -110,7 +110,7 @@ def build() -> Path:
 def call(*command: str | Path, place: Path) -> None:
     """Run a command in a folder, with nothing on Python's path but what its environment has."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    subprocess.run(command, cwd=place, env=environment, check=True)
+    subprocess.run(command, cwd=place, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
 def attempt(wheel: Path, extra: str, place: Path, fixture: Path) -> None:

@@ -52,10 +52,15 @@ def passes() -> str:
 
 
 def recipes() -> str:
-    """Every recipe as YAML."""
-    from rolora_passes.recipes import dump_recipe, load_recipe, recipe_names
+    """What every recipe does; as YAML those that take no setting."""
+    from rolora_passes.recipes import dump_recipe, load_recipe
+    from rolora_passes.recipes import recipes as known
 
-    return "\n\n".join(f"## {n}\n\n```yaml\n{dump_recipe(load_recipe(n))}```" for n in recipe_names())
+    rows = [f"| `{recipe.example}` | {recipe.about} |" for recipe in known().values()]
+    table = "\n".join(["| recipe | what it does |", "|---|---|", *rows])
+    files = [name for name, recipe in known().items() if not recipe.takes_setting]
+    texts = [f"## {name}\n\n```yaml\n{dump_recipe(load_recipe(name))}```" for name in files]
+    return "\n\n".join([table, *texts])
 
 
 def reference(module: str) -> str:

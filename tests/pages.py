@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +16,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from rolora_passes.cli.main import main
+from rolora_passes.graphs.operators import operators
 from rolora_passes.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PACKAGES = "packages"  # of a page's own, as if they were installed
 # What is not run, and why.
 NOT_RUN = {
     "make": "CI runs it: it makes an environment, in which these tests run",
@@ -36,9 +40,10 @@ SMALL = {
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, its text, and the line where it begins."""
+    """A fenced block: its language, the file that it stands for, its text, and the line where it begins."""
 
     language: str
+    title: str
     text: str
     line: int
 
@@ -46,8 +51,9 @@ class Block(NamedTuple):
 def blocks(path: Path) -> list[Block]:
     """The fenced blocks of a page, in order."""
     text = path.read_text("utf-8")
-    found = re.finditer(r"^```(.*?)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    return [Block(m[1], m[2], text.count("\n", 0, m.start()) + 1) for m in found]
+    fence = r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$'
+    found = re.finditer(fence, text, flags=re.DOTALL | re.MULTILINE)
+    return [Block(m[1], m[2] or "", m[3], text.count("\n", 0, m.start()) + 1) for m in found]
 
 
 def commands(text: str) -> Iterator[str]:
@@ -67,18 +73,39 @@ def run_command(line: str) -> None:
     assert main([command, *arguments, *more.split()]) == 0, line
 
 
+def install(text: str) -> None:
+    """Have a package's entry points found, as its pyproject.toml has them: as if it were installed."""
+    project = tomllib.loads(text)["project"]
+    about = Path(PACKAGES) / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    about.mkdir()
+    about.joinpath("METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    groups = project["entry-points"].items()
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in named.items()) for group, named in groups]
+    about.joinpath("entry_points.txt").write_text("\n".join(lines))
+    sys.path.insert(0, str(Path(PACKAGES).resolve()))  # once more, so that what was found before is not kept
+    operators.cache_clear()
+
+
 def run_page(path: Path, names: dict[str, Any]) -> None:
-    """Run the blocks of a page one after the other; programs share their names."""
+    """Run the blocks of a page one after the other, in a folder with a folder `PACKAGES` that is on Python's
+    path; programs share their names."""
     for block in blocks(path):
-        if block.language == "python":
+        title = block.title
+        if block.language == "python" and title:
+            (Path(PACKAGES) / title).write_text(block.text)
+        elif block.language == "python":
             code = "\n" * block.line + block.text  # so that a traceback has the line of the page
             exec(compile(code, str(path), "exec"), names)
         elif block.language == "sh":
             for line in commands(block.text):
                 run_command(line)
         elif block.language == "yaml":
-            recipe = Path("own-recipe.yaml")
+            recipe = Path(title or "own-recipe.yaml")
             recipe.write_text(block.text)
             assert len(load_recipe(str(recipe))) == len(yaml.safe_load(block.text)["passes"])
-        else:  # what a command printed, and pieces of configuration
-            assert block.language in ("text", "toml"), f"{path.name}:{block.line}: {block.language}"
+        elif block.language == "toml":
+            install(block.text)
+        else:  # what a command printed
+            assert block.language == "text", f"{path.name}:{block.line}: {block.language}"

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import randomized
-from pages import NOT_RUN, PAGES, ROOT, SMALL, blocks, commands, run_page
+from pages import NOT_RUN, PACKAGES, PAGES, ROOT, SMALL, blocks, commands, run_page
 from tiny_checkpoint import TEXT, save_byte_checkpoint
 
 from rolora_passes import AddLoRA, apply_passes
@@ -25,6 +25,7 @@ from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs import capture
 from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.operators import operators
 from rolora_passes.graphs.verify import relative_error
 from rolora_passes.loading.models import load_model
 
@@ -38,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the files that the pages name, to work in."""
     shutil.copytree(checkpoint, tmp_path / "MODEL")
     (tmp_path / "wikitext2.txt").write_text(TEXT)
@@ -48,7 +49,15 @@ def place(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     question = {"question": "Two and one", "choices": ["4", "3"], "answer": 1}
     (tmp_path / "quiz.jsonl").write_text("\n".join([json.dumps(question)] * 2))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    (tmp_path / PACKAGES).mkdir()
+    modules = {*sys.modules}
+    monkeypatch.setattr(sys, "path", [str(tmp_path / PACKAGES), *sys.path])
+    yield tmp_path
+    for name in {*sys.modules} - modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+    monkeypatch.undo()
+    operators.cache_clear()
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def compile_model(
         recipe: its name or file; with `seed`, see `load_recipe`.
         targets: names, for which `fast_prefill`, `flavor` and `accuracy_level` hold, or targets as they are.
         on_stage, on_pass, on_warning: called as the work goes on.
-        Of the others, see `Order`.
+        source, max_length, adapters, calibration, run, judge, check: see `export.order.Order`.
 
     Raises:
         FileExistsError: `folder` is something else than a compiled folder.

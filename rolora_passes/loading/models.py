@@ -46,13 +46,13 @@ def load_tokenizer(source: str) -> Any:
     Raises:
         CaptureError: nothing there, or nothing that can be loaded.
     """
-    transformers = require("transformers", "transformers")
     place = _resolve(source)
     if place.is_dir():
         require_loadable(place)  # a damaged file is named before a tokenizer that it may have spoilt
     with _explained(f"the tokenizer of {source}"):
         if place.suffix == ".gguf":
             return gguf_tokens.load_tokenizer(place, GgufFile.at(place).entries)
+        transformers = require("transformers", "transformers")
         return transformers.AutoTokenizer.from_pretrained(str(place) if place.is_dir() else source)
 
 
