@@ -34,8 +34,8 @@ class LoftQ(Pass):
     fold-constants takes in. LoftQ's own code presumes s = 1; here B A is what it should be divided by s.
 
     Options:
-        bits (bits): 2 to 8, or between 2 and 4: the first part of the layers then has 4 bits, the rest 2, so that
-            the mean is `bits` (of 32 layers at 2.5 bits, the first 8).
+        bits (bits): 2 to 8, or between 2 and 4: the first part of the layers then has 4 bits, the rest 2, so
+            that the mean is `bits` (of 32 layers at 2.5 bits, the first 8).
         group_size (channels): input channels that share a scale; None: one scale per output channel.
         grid: as quantize-weights has them: "nf" (NormalFloat), "uniform" (LoftQ's table), or "int", symmetric
             integers, which the runtimes' kernels multiply by.
