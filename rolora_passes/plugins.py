@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from rolora_passes.errors import PluginError
+from rolora_passes.errors import PassError, PluginError, RoloraError
 
 T = TypeVar("T")
 
@@ -29,6 +29,7 @@ class Registry(Generic[T]):
         group: of entry points.
         ours: our own by name; called when one is asked for, so that a registry imports none of them.
         wrong: what is wrong with an object that another package registers, by its name; None if nothing is.
+        unknown: the error for a name that nothing has.
         old: a group that goes on working for one release, with a warning.
     """
 
@@ -38,10 +39,11 @@ class Registry(Generic[T]):
         group: str,
         ours: Callable[[], Mapping[str, T]],
         wrong: Callable[[str, object], str | None],
+        unknown: type[RoloraError] = PassError,
         old: str | None = None,
     ) -> None:
         self.kind, self.group = kind, group
-        self._ours, self._wrong, self._old = ours, wrong, old
+        self._ours, self._wrong, self._unknown, self._old = ours, wrong, unknown, old
 
     def __iter__(self) -> Iterator[str]:
         """Every name: ours first, in their order, then those of other packages."""
@@ -55,8 +57,8 @@ class Registry(Generic[T]):
         """The object of a name. A name of ours stays ours: another package's is refused, with a warning.
 
         Raises:
-            PluginError: nothing has the name, two packages give it to theirs, or what one registers cannot be
-                loaded or is not of this kind; names the package.
+            PluginError: two packages give the name to theirs, or what one registers cannot be loaded or is
+                not of this kind; names the package. Of an unknown name, the error `unknown`.
         """
         ours, others = self._ours(), self._others().get(name, ())
         if name in ours:
@@ -64,7 +66,7 @@ class Registry(Generic[T]):
                 warnings.warn(clash, UserWarning, stacklevel=3)
             return ours[name]
         if not others:
-            raise PluginError(
+            raise self._unknown(
                 f"expected the name of a {self.kind}, found {name!r}; there are {', '.join(sorted(self))}"
             )
         if len(others) > 1:

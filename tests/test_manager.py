@@ -24,9 +24,11 @@ from rolora_passes import (
     history,
 )
 from rolora_passes.errors import PassError, PassOrderError, VerificationError
+from rolora_passes.graphs import verify
 from rolora_passes.graphs.graph import finish, parameters, set_tensor
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.passes.base import Calibration
+from rolora_passes.passes.manager import steps
 from rolora_passes.passes.registry import PASSES, make_pass
 
 WRONG = "model.layers.1.mlp.up_proj.weight"
@@ -142,6 +144,23 @@ def test_history_is_an_account() -> None:
     assert all(r.seconds >= 0 and r.peak_mb > 10 for r in records)
     assert json.loads(json.dumps([r.row() for r in records]))[1]["report"]["changed"]
     assert not history(captured("llama"))
+
+
+def test_steps_are_applied_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And every graph's logits are computed once, whatever else is verified in between."""
+    computed: list[fx.GraphModule] = []
+    own = verify._logits
+    monkeypatch.setattr(verify, "_logits", lambda graph, *a: computed.append(graph) or own(graph, *a))
+    given, passes = captured("llama"), [FuseNorm(), Rotate(), FoldConstants()]
+    made = steps(given, passes)
+    first = next(made)
+    assert first.step == FuseNorm() and history(first.graph) == [first.record]
+    assert computed == [given, first.graph]
+    Rotate().verify(given, given, Report())
+    rest = list(made)
+    assert [applied.step for applied in rest] == passes[1:]
+    assert computed == [given, first.graph, given, given, *(applied.graph for applied in rest)]
+    assert graph_text(rest[-1].graph) == graph_text(apply_passes(given, passes))
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def _wrong(name: str, found: object) -> str | None:
     return None if found.name == name else f"which calls itself {found.name!r}: register it as that"
 
 
-TARGETS: Registry[type[Target]] = Registry("target", "rolora_passes.targets", _ours, _wrong)
+TARGETS: Registry[type[Target]] = Registry("target", "rolora_passes.targets", _ours, _wrong, LoweringError)
 """Every target by name, ours and other packages'."""
 
 
@@ -190,8 +190,8 @@ def make_target(target: Target | str, **options: Any) -> Target:
     """A target from itself or its name.
 
     Raises:
-        PluginError: no such target, or another package's that cannot be loaded.
-        LoweringError: no such option of it.
+        LoweringError: no such target, or no such option of it.
+        PluginError: another package's cannot be loaded.
     """
     if isinstance(target, Target):
         return target

@@ -47,8 +47,8 @@ class QuantizeWeights(Pass):
     Options:
         bits (bits): width of the integers, 2 to 8.
         group_size (channels): input channels that share a scale; None: one per output channel; "auto": 32,
-            and one scale per output channel at 8 bits. A head of 8 bits beside weights of fewer has one per
-            output channel, too. Scales of groups are rounded to bfloat16, which is what kernels hold.
+            and one per output channel at 8 bits. A head of 8 bits beside weights of fewer has one per output
+            channel, too. Scales of groups are rounded to bfloat16, which is what kernels hold.
         symmetric: -2^(b-1) .. 2^(b-1)-1 around zero (8 bits: -127 .. 127); otherwise with a zero point.
         method: how to round: "rtn" (to nearest) or "gptq" (Frantar et al., 2023; needs calibration, and sees
             what the graph computes with everything before already quantized).
