@@ -79,7 +79,8 @@ def compile_model(
 
     The folder holds the programs (`model.pte`; `model.onnx`, its data and `genai_config.json`), the
     tokenizer, `recipe.yaml`, `manifest.json`, and `R.bin` and `rotations.json` where the recipe rotates. What
-    can be known without the weights is known before they are loaded (see `export.preflight`).
+    can be known without the weights is known before they are loaded (see `export.preflight`). `Order`
+    describes the other arguments.
 
     Args:
         recipe: its name or file; with `seed`, see `load_recipe`.
