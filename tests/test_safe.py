@@ -37,6 +37,8 @@ MEANT = {
     ("passes/registry.py", "import_module"),  # the catalogue of passes
     ("plugins.py", "import_module"),  # the entry points of installed packages
     ("export/target.py", "import_module"),  # the files of a folder of ours
+    ("cli/main.py", "import_module"),  # the commands, the same way
+    ("__init__.py", "import_module"),  # what the package offers, by a table in the code
     ("graphs/bases/rotations.py", "torch.load"),  # weights_only, which is looked at below
     ("learning/loop.py", "torch.load"),
     ("loading/checkpoint.py", "torch.load"),
