@@ -122,6 +122,7 @@ MOVED = {
 
 # Names that left a module, and where they are.
 _NAMES = {
+    "graphs.capture": {"_static_experts": "graphs.capture.attention:static_experts"},
     "graphs.graph": {
         "Expressions": "graphs.expressions:Expressions",
         "convert": "graphs.dtypes:convert",

@@ -176,14 +176,10 @@ def test_importing_the_package_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
-# Rooms whose files stay within 300 lines; of the others, within 400.
-SMALL = {"export"}
-
-
 def test_files_and_functions_stay_small() -> None:
     for module, path in MODULES.items():
-        text, limit = path.read_text(), 300 if list(ROOMS)[room(module)] in SMALL else 400
-        assert len(text.splitlines()) <= limit, module
+        text = path.read_text()
+        assert len(text.splitlines()) <= 300, module
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno <= 60, f"{module}: {node.name}"

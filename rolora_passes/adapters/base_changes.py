@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.adapters.lora import without
-from rolora_passes.adapters.peft_format import MERGE, Adapter
+from rolora_passes.adapters.peft_format import Adapter
+from rolora_passes.adapters.peft_tensors import MERGE
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.axis_maps import LowRank, Way
 from rolora_passes.graphs.graph import get_tensor, set_tensor

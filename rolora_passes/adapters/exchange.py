@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from rolora_passes.adapters.lora import Branch, find_branches, weight_shapes
-from rolora_passes.adapters.peft_format import ABOUT, CONFIG, PREFIX, WEIGHTS, Adapter
+from rolora_passes.adapters.peft_format import ABOUT, CONFIG, Adapter
 from rolora_passes.adapters.peft_format import load_adapter as load_adapter
+from rolora_passes.adapters.peft_tensors import PREFIX, WEIGHTS
 from rolora_passes.errors import PassError
 from rolora_passes.files import writing_folder
 from rolora_passes.graphs.axis_maps import LowRank, Way, back, forth

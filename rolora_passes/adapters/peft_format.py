@@ -14,23 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rolora_passes.adapters.peft_targets import Targets
+from rolora_passes.adapters.peft_tensors import MERGE, PARTS, WEIGHTS, read_tensors, sort_tensors
 from rolora_passes.errors import PassError, one_line
 from rolora_passes.graphs.axis_maps import LowRank
 
-CONFIG, WEIGHTS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "rolora.json"
-PREFIX = "base_model.model."
-MERGE = "merge it with PEFT first (model.merge_and_unload()) and capture what that gives"
-_PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
-_ROWS = ".token_adapter.trainable_tokens_delta"
-# What PEFT saves of a module twice where an embedding was resized, and has no use for: what it trained whole,
-# and what that was before.
-_COPY = re.compile(r"(.+)\.(?P<kind>modules_to_save|original_module)\.([^.]+)")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CONFIG, ABOUT = "adapter_config.json", "rolora.json"
 # Who made it and from what; how it was trained; the storage order of GPT-2's weights, which the graph knows;
 # and details of what is refused or off by entries below.
 _WITHOUT_EFFECT = {
@@ -105,7 +96,7 @@ def load_adapter(folder: str | Path) -> Adapter:
     folder = Path(folder)
     config = _Config(folder)
     config.require_known()
-    parts, replaced, rows = _sorted_out(folder, _tensors(folder))
+    parts, replaced, rows = sort_tensors(folder, read_tensors(folder))
     modules = {module: _branch(config, module, found) for module, found in parts.items()}
     Targets(config.values, config.refuse).require(modules, replaced)
     start, iterations = config.start()
@@ -264,76 +255,8 @@ class _About(_Entries):
         raise self.refuse(key, "a hash", value)
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the file by name, each of a floating-point type and finite."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        older = (folder / "adapter_model.bin").is_file()
-        found = "adapter_model.bin, which can run code when it is read" if older else "none"
-        raise PassError(
-            f"expected {WEIGHTS} in {folder}, found {found}; load the adapter in PEFT and save it as "
-            "safetensors"
-        )
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise PassError(f"{path} is damaged: {one_line(error)}") from error
-    if not tensors:
-        raise PassError(f"{path}: expected an adapter's tensors, found none")
-    for name, value in tensors.items():
-        if value.dtype not in _FLOATS or value.numel() == 0:
-            found = f"{value.dtype}, {list(value.shape)}"
-            raise PassError(f"{path}: expected {name!r:.120} in floating point, found {found}")
-        if not bool(value.isfinite().all()):
-            raise PassError(f"{path}: {name!r:.120} holds values that are NaN or infinite")
-    return tensors
-
-
-def _sorted_out(
-    folder: Path, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-    """Parts of branches by module, whole parameters by name, and rows of embeddings by module."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    others, rows, replaced = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
-    for key, value in tensors.items():
-        name = key.removeprefix(PREFIX)
-        part = next((p for p in _PARTS if name.endswith(f".{p}")), None)
-        if part is not None:
-            parts.setdefault(name.removesuffix(f".{part}"), {})[part] = value
-        elif name.endswith(_ROWS):
-            rows[name.removesuffix(_ROWS)] = value
-        elif not key.startswith(PREFIX) or "lora_" in name:
-            expected = f"tensors that end in {', '.join(_PARTS)}, or parameters of the base"
-            raise PassError(f"{folder}: expected {expected}, found {key!r:.160}; {MERGE}")
-        else:
-            others[name] = value
-    copies = {name: found for name in others if (found := _COPY.fullmatch(name))}
-    for name, value in others.items():
-        owner, _, leaf = name.rpartition(".")
-        module = owner.removesuffix(".base_layer").removesuffix(".token_adapter")
-        # PEFT knows the parameters of a module that it wraps as those of its base layer, and ignores others.
-        wrapper = ".token_adapter.base_layer" if module in rows else ".base_layer" if module in parts else ""
-        if owner != module + wrapper:
-            raise PassError(f"{folder}: {name!r:.160} is a name by which PEFT would not find it; {MERGE}")
-        if name not in copies:
-            replaced[f"{module}.{leaf}"] = value
-    for name, found in copies.items():
-        _require_copy(folder, name, others[name], found["kind"], replaced.get(f"{found[1]}.{found[3]}"))
-    return parts, replaced, rows
-
-
-def _require_copy(folder: Path, name: str, value: Tensor, kind: str, own: Tensor | None) -> None:
-    """That what is saved beside a whole parameter is what PEFT saves there: without effect."""
-    same = own is not None and own.shape == value.shape
-    if own is None or not same or (kind == "modules_to_save" and not torch.equal(own, value)):
-        raise PassError(
-            f"{folder}: {name!r:.160} is not a copy beside the module's own tensor: save the adapter with "
-            f"model.save_pretrained(folder, save_embedding_layers=False), or {MERGE}"
-        )
-
-
 def _branch(config: _Config, module: str, parts: dict[str, Tensor]) -> LowRank:
-    a, b, outer = (parts.get(part) for part in _PARTS)
+    a, b, outer = (parts.get(part) for part in PARTS)
     found = {p: list(t.shape) for p, t in parts.items()}
     if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         raise PassError(
