@@ -112,10 +112,17 @@ def test_onnx_alone(checkpoint: Path, tmp_path: Path) -> None:
         open_scorer(tmp_path / "out", target="executorch")
 
 
-@pytest.mark.parametrize("targets", [(), ("tflite",), ("onnx", "coreml")])
-def test_unknown_targets(targets: tuple[str, ...], checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(LoweringError, match="expected targets of executorch, onnx, found"):
-        compile_model(str(checkpoint), "float", tmp_path / "out", targets=targets)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ((), "expected targets of executorch, onnx, found none"),
+        (("tflite",), "expected the name of a target, found 'tflite'; there are executorch, onnx"),
+        (("onnx", "coreml"), "expected the name of a target, found 'coreml'; there are executorch, onnx"),
+    ],
+)
+def test_unknown_targets(targets: tuple[str, ...], message: str, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match=message):
+        compile_model(str(checkpoint), "float", tmp_path / "out", targets=targets)
     assert not list(tmp_path.iterdir())
 
 
