@@ -44,7 +44,7 @@ MOVED = {
     "export.ready": "decoding.ready",
     "export.rotary": "export.executorch.rotary",
     "export.runner": "export.executorch.runner",
-    "export.shapes": "graphs.static_shapes",
+    "export.shapes": "graphs.shapes",
     "export.state": "decoding.state",
     "export.xnnpack": "export.executorch.xnnpack.partition",
     "export.xnnpack_attention": "export.executorch.xnnpack.attention",

@@ -123,6 +123,13 @@ def test_every_option_of_a_pass_is_explained(name: str) -> None:
     assert all(len(about.meaning) > 3 for about in known.values())
 
 
+def test_units_and_inherited_meanings_are_read_from_docstrings() -> None:
+    assert explained(PASSES["quantize-weights"])["group_size"].unit == "channels"
+    assert explained(PASSES["quantize-kv-cache"])["values"].unit == "bits"
+    loss = explained(PASSES["tune-lora"])["loss"].meaning
+    assert loss.startswith('"cross-entropy"') and loss.endswith("see rilq.") and "\n" not in loss
+
+
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_shows_how_it_is_used(name: str, rolora: Run, tmp_path: Path) -> None:
     status, printed, said = rolora("passes", name)

@@ -35,8 +35,8 @@ MEANT = {
     ("extras.py", "import_module"),  # an extra, by a name that stands in the code
     ("moved.py", "import_module"),  # our own modules, by the table of their names
     ("passes/registry.py", "import_module"),  # the catalogue of passes
-    ("moved.py", "import_module"),  # modules of ours, by their old names
     ("plugins.py", "import_module"),  # the entry points of installed packages
+    ("export/target.py", "import_module"),  # the files of a folder of ours
     ("graphs/bases/rotations.py", "torch.load"),  # weights_only, which is looked at below
     ("learning/loop.py", "torch.load"),
     ("loading/checkpoint.py", "torch.load"),

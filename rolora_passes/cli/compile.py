@@ -140,7 +140,7 @@ def _described(cls: type[Target], field: dataclasses.Field[Any]) -> dict[str, An
     shown: Any = "none" if default is None else "off" if default is False else default
     text = f"of {cls.name}: {field.metadata.get('help', '')}"
     text += "" if "(default: " in text else f" (default: {shown})"
-    about = {"default": argparse.SUPPRESS, "help": text}
+    about = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if isinstance(default, bool):
         return about | {"action": argparse.BooleanOptionalAction if default else "store_true"}
     one = choices[0] if choices else default

@@ -12,10 +12,11 @@ from rolora_passes.decoding.kv_storage import Cache, Held, held, read_cache, wri
 from rolora_passes.decoding.positions import position_only, tabulate
 from rolora_passes.errors import LoweringError
 from rolora_passes.extras import require
+from rolora_passes.graphs.buffers import drop_unused
 from rolora_passes.graphs.graph import argument, copy_graph, parameter_names, set_tensor
 from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.inputs import require_decoder
-from rolora_passes.graphs.static_shapes import Shape, drop_unused, infer_shapes
+from rolora_passes.graphs.shapes import Shape, infer_static
 
 _aten = torch.ops.aten
 
@@ -56,7 +57,7 @@ def add_kv_cache(graph: fx.GraphModule, max_length: int) -> fx.GraphModule:
     import torch.ao.quantization.fx._decomposed
 
     result = copy_graph(graph)
-    shapes = infer_shapes(result, {"tokens": (1, None), "positions": (1, None)})
+    shapes = infer_static(result, {"tokens": (1, None), "positions": (1, None)})
     window = _Window(result, max_length)
     _read_tables(result, window)
     caches: dict[tuple[Held, Held], tuple[Cache, Cache]] = {}

@@ -16,7 +16,7 @@ from torch import fx
 
 from rolora_passes.errors import LoweringError
 from rolora_passes.graphs.graph import argument, is_op, set_tensor
-from rolora_passes.graphs.static_shapes import Shape
+from rolora_passes.graphs.shapes import Shape
 
 _aten, _quantized = torch.ops.aten, torch.ops.quantized_decomposed
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError
-from rolora_passes.graphs.graph import upstream
-from rolora_passes.graphs.static_shapes import constant_nodes
+from rolora_passes.graphs.buffers import constant_nodes
+from rolora_passes.graphs.evaluate import compute
 
 
 def tabulate(
@@ -44,17 +44,10 @@ def _evaluate(
     """Values of position-only nodes at 0 .. max_length - 1, and which dimension is the position."""
     if not needed:
         return []
-    extracted, mapped = fx.Graph(), dict[fx.Node, fx.Node]()
-    inputs = upstream(needed)
-    for node in (n for n in module.graph.nodes if n in inputs):
-        mapped[node] = extracted.node_copy(node, lambda n: mapped[n])
-    extracted.output([mapped[n] for n in needed])
-    function = fx.GraphModule(module, extracted)
     index = torch.arange(max_length)[None]
     skip = max_length // 2
     try:
-        with torch.no_grad():
-            whole, part = function(index), function(index[:, skip:])
+        whole, part = (compute(module, needed, {positions: given}) for given in (index, index[:, skip:]))
     except IndexError as error:
         raise LoweringError(
             f"expected a model with {max_length} positions, found a table that has fewer ({error}): lower "

@@ -6,12 +6,12 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import LoweringError
+from rolora_passes.graphs.buffers import constant_nodes
 from rolora_passes.graphs.dtypes import convert, dtype_of
 from rolora_passes.graphs.evaluate import evaluate
 from rolora_passes.graphs.folding import fold, rounds
 from rolora_passes.graphs.graph import KEPT, add_parameter, copy_graph, finish, is_op, leaves
 from rolora_passes.graphs.info import info
-from rolora_passes.graphs.static_shapes import constant_nodes
 from rolora_passes.graphs.verify import verify_same
 
 # Every value of these is one of float32 too, so widening a graph of them rounds nothing.

@@ -17,10 +17,10 @@ from torch import Tensor, fx
 
 from rolora_passes.decoding.positions import position_only
 from rolora_passes.errors import LoweringError
+from rolora_passes.graphs.buffers import constant_nodes
 from rolora_passes.graphs.operators import operator_of
 from rolora_passes.graphs.operators.places import Mixes, Place, Places, pointwise
 from rolora_passes.graphs.shapes import SEQUENCE, infer_shapes
-from rolora_passes.graphs.static_shapes import constant_nodes
 
 
 def require_state(graph: fx.GraphModule) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor, fx
 from rolora_passes.decoding.positions import position_only, tabulate
 from rolora_passes.errors import LoweringError, RunError, one_line
 from rolora_passes.export.target import Score
+from rolora_passes.graphs.buffers import written
 from rolora_passes.graphs.graph import argument, copy_graph, get_tensor, insert, is_op, set_tensor
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.sites import routers
-from rolora_passes.graphs.static_shapes import written
 from rolora_passes.graphs.verify import sample_tokens
 
 EXACT = 1e-3

@@ -18,7 +18,7 @@ from rolora_passes.export.preflight import (
     require_memory,
     require_vocabulary,
 )
-from rolora_passes.export.target import Lowered, Target, make_target
+from rolora_passes.export.target import TARGETS, Lowered, Target, make_target
 from rolora_passes.export.tokenizers import require_tokenizer, save_tokenizer
 from rolora_passes.files import writing_folder
 from rolora_passes.graphs.accounting import Weights, weigh
@@ -79,7 +79,8 @@ def compile_model(
 
     The folder holds the programs (`model.pte`; `model.onnx`, its data and `genai_config.json`), the
     tokenizer, `recipe.yaml`, `manifest.json`, and `R.bin` and `rotations.json` where the recipe rotates. What
-    can be known without the weights is known before they are loaded (see `export.preflight`).
+    can be known without the weights is known before they are loaded (see `export.preflight`). `Order`
+    describes the other arguments.
 
     Args:
         recipe: its name or file; with `seed`, see `load_recipe`.
@@ -136,7 +137,8 @@ def _preflight(order: Order, clock: Clock) -> tuple[list[str], Calibration | Non
         require_memory(known, order.passes, order.max_length)
         require_kernels(known, order.passes, order.targets)
         tokenizer = load_tokenizer(order.source)
-        warnings = require_tokenizer(order.source, order.targets, tokenizer)
+        warnings = [clash for target in order.targets for clash in TARGETS.clashes(target.name)]
+        warnings += require_tokenizer(order.source, order.targets, tokenizer)
         require_vocabulary(known, tokenizer)
         data = None if order.calibration is None else order.calibration(tokenizer)
         require_calibration(order.passes, data, known.vocabulary)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from rolora_passes.graphs.buffers import drop_unused
 from rolora_passes.graphs.graph import argument, get_tensor, is_op, set_tensor
-from rolora_passes.graphs.static_shapes import drop_unused
 
 _aten = torch.ops.aten
 

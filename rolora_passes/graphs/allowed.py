@@ -16,12 +16,10 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import GraphFormatError
-from rolora_passes.graphs.operators.registry import GROUP, operators
+from rolora_passes.graphs.operators.registry import GROUP, OURS, operators
 
-_PYTHON = {
-    f"operator.{name}": getattr(operator, name)
-    for name in ("getitem", "add", "sub", "mul", "floordiv", "neg")
-}
+# Of Python's functions those that have a record: they compute with sizes, and take results apart.
+_PYTHON = {r.name: getattr(operator, r.name.partition(".")[2]) for r in OURS if "::" not in r.name}
 # ATen's operators with an underscore are its insides, and some trust their arguments; these are in graphs.
 _INSIDES = {
     "__and__", "__or__", "__xor__", "_softmax", "_log_softmax", "_safe_softmax", "_to_copy", "_unsafe_view",

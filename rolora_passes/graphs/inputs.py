@@ -76,12 +76,21 @@ def inputs_for(
     Raises:
         GraphFormatError: the graph takes something else (say, the places of a cache).
     """
+    names = require_known(graph)
+    given = {} if decoder_tokens is None else {"decoder_tokens": decoder_tokens}
+    return {name: given[name] if name in given else _FROM_TOKENS[name](tokens) for name in names}
+
+
+def require_known(graph: fx.GraphModule) -> tuple[str, ...]:
+    """The names of a graph's inputs, where each can be made of tokens.
+
+    Raises:
+        GraphFormatError: the graph takes something else (say, the places of a cache).
+    """
     names = input_names(graph)
-    unknown = [name for name in names if name not in _FROM_TOKENS]
-    if unknown:
+    if not {*names} <= _FROM_TOKENS.keys():
         raise GraphFormatError(
             f"expected a graph that takes {', '.join(_FROM_TOKENS)} or some of these, found inputs "
             f"{', '.join(names)}; one with a cache runs in its runtime: use the graph from before"
         )
-    given = {} if decoder_tokens is None else {"decoder_tokens": decoder_tokens}
-    return {name: given[name] if name in given else _FROM_TOKENS[name](tokens) for name in names}
+    return names

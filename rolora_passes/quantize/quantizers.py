@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from typing import Protocol
 
 import torch
 from torch import Tensor, fx
@@ -24,20 +23,10 @@ from rolora_passes.graphs.graph import (
 )
 from rolora_passes.numerics.affine import Integers, fake_quantize_weight, straight_through
 from rolora_passes.numerics.codebooks import Codebook
+from rolora_passes.numerics.gptq import Quantized
 from rolora_passes.numerics.grids import Grid
 
 _rolora = torch.ops.rolora
-
-
-class Quantized(Protocol):
-    """A weight on its grid: integers int8 [out, in], scale float32 and zero point int8 [out, groups]."""
-
-    @property
-    def integers(self) -> Tensor: ...
-    @property
-    def scale(self) -> Tensor: ...
-    @property
-    def zero(self) -> Tensor: ...
 
 
 def require_float32(graph: fx.GraphModule, name: str) -> None:

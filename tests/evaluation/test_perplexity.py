@@ -24,6 +24,7 @@ from rolora_passes.evaluation import (
     perplexity,
 )
 from rolora_passes.export import compile_model, to_executorch
+from rolora_passes.export.executorch.runner import Forward
 from rolora_passes.graphs import convert, save_graph
 
 
@@ -190,8 +191,8 @@ def test_a_programs_cache_serves_the_next_window(compiled: Path, checkpoint: Pat
     other = tokens.clone()
     other[:, 12:] = stream(8, seed=1)
     calls: list[int] = []
-    forward = program._forward
-    program._forward = lambda t, at: (calls.append(t.shape[1]), forward(t, at))[1]
+    score = program._score
+    program._score = lambda t, at: (calls.append(t.shape[1]), score(t, at))[1]
     for asked, start, spent in (
         (tokens, 10, 20),
         (tokens, 15, 5),
@@ -218,13 +219,20 @@ def test_a_program_of_all_positions(compiled: Path, checkpoint: Path, tmp_path: 
         )
 
 
-def test_a_program_that_fails_is_named(compiled: Path, tmp_path: Path) -> None:
-    program = ProgramScorer(compiled)
+def test_a_program_that_fails_is_named(
+    compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> Forward:
+        def forward(tokens: Tensor, input_pos: Tensor) -> Tensor:
+            if tokens.shape[1] != 2:  # what is tried first has two
+                raise RuntimeError("method->execute() failed")
+            return torch.zeros(1, 1, 97)
 
-    def fail(*_: Tensor) -> Tensor:
-        raise RuntimeError("method->execute() failed")
+        return forward
 
-    program._forward = fail
+    with monkeypatch.context() as patch:
+        patch.setattr("rolora_passes.export.executorch.runner.load_pte", load)
+        program = ProgramScorer(compiled)
     with pytest.raises(
         RunError, match=r"the runtime failed on .*model.pte at position 0: .*execute\(\) failed"
     ):

@@ -156,6 +156,15 @@ def test_two_targets_of_one_name_are_refused(install: Install) -> None:
     assert make_target("executorch").name == "executorch"
 
 
+def test_a_name_of_ours_stays_ours_and_the_command_says_so(
+    checkpoint: Path, tmp_path: Path, install: Install, capfd: pytest.CaptureFixture[str]
+) -> None:
+    install("another-onnx", "onnx", ECHO)
+    command = ["compile", str(checkpoint), "--recipe", "float", "--target", "onnx", "--max-length", "32"]
+    assert main([*command, "-o", str(tmp_path / "out"), "--no-check"]) == 0
+    assert "warning: another-onnx 1.0 registers a target 'onnx'" in " ".join(capfd.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -10,8 +10,9 @@ from torch import fx
 
 from rolora_passes.export.executorch.xnnpack.emitter import op_key
 from rolora_passes.export.executorch.xnnpack.ops import EMITTERS
+from rolora_passes.graphs.buffers import constant_nodes, drop_unused
 from rolora_passes.graphs.graph import is_op, upstream
-from rolora_passes.graphs.static_shapes import Shape, constant_nodes, drop_unused, infer_shapes
+from rolora_passes.graphs.shapes import Shape, infer_static
 
 _MIXING = {"aten.matmul", "aten.softmax", "aten.cat", "aten.slice", "aten.permute", "aten.transpose"}
 
@@ -23,7 +24,7 @@ def keep_last_token(graph: fx.GraphModule) -> None:
     After:   o_proj(custom_sdpa(narrow(q, 1, S - 1, 1), k_cache, v_cache, start + S - 1, ..)) .. norm, head
              -> logits [1, 1, V]
     """
-    shapes = infer_shapes(graph, {"tokens": (1, None), "input_pos": (1,)})
+    shapes = infer_static(graph, {"tokens": (1, None), "input_pos": (1,)})
     _Narrow(graph, {node: shape for node, (shape, _) in shapes.items()}).run()
     drop_unused(graph.graph)
     graph.recompile()

@@ -26,10 +26,11 @@ from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.export.fuse_heads import fuse_heads
 from rolora_passes.extras import require
 from rolora_passes.files import writing
+from rolora_passes.graphs.buffers import written
 from rolora_passes.graphs.graph import copy_graph, get_tensor
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import require_decoder
-from rolora_passes.graphs.static_shapes import Shape, infer_shapes, written
+from rolora_passes.graphs.shapes import Shape, infer_static
 
 CANONICAL: dict[str, Shape] = {"tokens": (1, None), "positions": (1, None)}
 CACHED: dict[str, Shape] = {"tokens": (1, None), "input_pos": (1,)}
@@ -199,7 +200,7 @@ def _prepare(graph: fx.GraphModule, max_length: int, last_token: bool, fused: bo
     cached, result = info(graph).cached is not None, copy_graph(graph)
     if fused:
         fuse_heads(result)
-    shapes = infer_shapes(result, CACHED if cached else CANONICAL)
+    shapes = infer_static(result, CACHED if cached else CANONICAL)
     expand_rotary(result, {node: shape[-1] for node, (shape, _) in shapes.items() if shape and shape[-1]})
     fuse_embeddings(result)
     result = result if cached else add_kv_cache(result, max_length)

@@ -19,7 +19,7 @@ from rolora_passes.export.onnx.rotary import Rotary, rotary_embedding, rotary_re
 from rolora_passes.export.onnx.standard import STANDARD, float_linear
 from rolora_passes.export.onnx.weights import (
     READS,
-    Quantized,
+    KernelWeight,
     blocks,
     kernel_groups,
     kernel_input,
@@ -39,7 +39,7 @@ def _linear(e: OnnxEmitter, node: Node) -> Result:
 
 
 def _matmul_nbits(
-    e: OnnxEmitter, x: ir.Value, weight: Quantized, bias: ir.Value | None, level: int
+    e: OnnxEmitter, x: ir.Value, weight: KernelWeight, bias: ir.Value | None, level: int
 ) -> ir.Value:
     block, repeat = kernel_groups(weight)
     packed, scale, zero = blocks(weight, block, repeat)

@@ -15,7 +15,7 @@ from rolora_passes.export.onnx.norms import norm_affine, norm_form, norm_pattern
 from rolora_passes.export.onnx.prepared import Node
 from rolora_passes.export.onnx.rotary import rotary_embedding, rotary_reads
 from rolora_passes.export.onnx.standard import STANDARD, float_linear
-from rolora_passes.export.onnx.weights import READS, Quantized, kernel_input, pack_signed, quantized_weight
+from rolora_passes.export.onnx.weights import READS, KernelWeight, kernel_input, pack_signed, quantized_weight
 from rolora_passes.graphs.graph import argument
 
 
@@ -29,7 +29,7 @@ def _linear(e: OnnxEmitter, node: Node) -> Result:
     return product if bias is None else e.op("Add", product, e.value(bias))
 
 
-def _dequantized(e: OnnxEmitter, weight: Quantized) -> ir.Value:
+def _dequantized(e: OnnxEmitter, weight: KernelWeight) -> ir.Value:
     """The weight as [in, out], in the layout that runtimes fuse into one product with int4 weights."""
     width, group = int(weight.integers.shape[1]), weight.group_size
     inputs = [_stored(e, weight.name, weight.integers.T, weight.bits)]

@@ -10,8 +10,9 @@ from torch import Tensor, fx
 
 from rolora_passes.decoding.positions import position_only, tabulate
 from rolora_passes.errors import LoweringError
+from rolora_passes.graphs.buffers import constant_nodes
 from rolora_passes.graphs.graph import argument, get_tensor, is_op
-from rolora_passes.graphs.static_shapes import constant_nodes, infer_symbols
+from rolora_passes.graphs.shapes import infer_symbols
 
 Node = Any
 """An `fx.Node`; to a type checker `Any`, for what its arguments are its operator says."""

@@ -17,7 +17,7 @@ _SMALLEST, _LARGEST = 16, 256  # groups that MatMulNBits has: powers of two betw
 
 
 @dataclass(frozen=True)
-class Quantized:
+class KernelWeight:
     """A weight [out, in] as integers and what dequantizes them.
 
     Attributes:
@@ -43,7 +43,7 @@ class Quantized:
         return next(width for width in KERNEL_BITS if self.bits <= width)
 
 
-def quantized_weight(graph: Prepared, node: Node) -> Quantized | None:
+def quantized_weight(graph: Prepared, node: Node) -> KernelWeight | None:
     """The weight that a `rolora::dequantize` stands for; None for any other node.
 
     Raises:
@@ -59,10 +59,10 @@ def quantized_weight(graph: Prepared, node: Node) -> Quantized | None:
     tensors = [None if a is None else graph.parameter(a) for a in (*node.args, None)[:3]]
     integers, scale, zero = tensors
     assert integers is not None and scale is not None
-    return Quantized(str(node.args[0].target), integers, scale.float(), zero, argument(node, "bits"))
+    return KernelWeight(str(node.args[0].target), integers, scale.float(), zero, argument(node, "bits"))
 
 
-def kernel_groups(weight: Quantized) -> tuple[int, int]:
+def kernel_groups(weight: KernelWeight) -> tuple[int, int]:
     """(block, repeat): groups of `block` as the kernel has them, in which each scale stands `repeat` times.
 
     A scale for a whole row is repeated in blocks of 128 (or the power of two above a narrower row), of
@@ -84,7 +84,7 @@ def kernel_groups(weight: Quantized) -> tuple[int, int]:
     return block, group // block
 
 
-def blocks(weight: Quantized, block: int, repeat: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def blocks(weight: KernelWeight, block: int, repeat: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """(integers uint8 [out, n, block] packed along the last axis, scales [out, n], zero points packed).
 
     Low bits first; integers and zero points are shifted by half their range, which is what a kernel takes

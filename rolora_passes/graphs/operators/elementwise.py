@@ -220,6 +220,14 @@ ARITHMETIC = (
     Operator("aten::pow", **_NONLINEAR, words=_arithmetic, traits=Trait.ACTIVATION),
     Operator("aten::where", basis=_where, positions=pointwise, traits=Trait.ON_SCORES),
 )
+# Of sizes: Python's own.
+SIZES = (
+    Operator("operator.add", words=_arithmetic, sign="+"),
+    Operator("operator.sub", words=_arithmetic, sign="-"),
+    Operator("operator.mul", words=_arithmetic, sign="*"),
+    Operator("operator.floordiv"),
+    Operator("operator.neg"),
+)
 NON_LINEARITIES = (
     *alike("sigmoid tanh", **_NONLINEAR, traits=Trait.ACTIVATION | _LOGITS),
     *alike("silu gelu elu square hardswish", **_NONLINEAR, traits=Trait.ACTIVATION),
@@ -258,4 +266,4 @@ COPIES = (
     Operator("aten::lift_fresh_copy", positions=unmoved, traits=Trait.COPY),
     *alike("detach_ lift_fresh view_as", traits=Trait.COPY),
 )
-OPERATORS = (*ARITHMETIC, *NON_LINEARITIES, *POINTWISE, *CASTS, *COPIES)
+OPERATORS = (*ARITHMETIC, *SIZES, *NON_LINEARITIES, *POINTWISE, *CASTS, *COPIES)

@@ -26,7 +26,7 @@ from rolora_passes.export.executorch.xnnpack.delegate import Delegate
 from rolora_passes.export.executorch.xnnpack.emitter import Typed
 from rolora_passes.export.executorch.xnnpack.signature import Signature, call_delegate
 from rolora_passes.graphs.graph import get_tensor, set_tensor
-from rolora_passes.graphs.static_shapes import Shape
+from rolora_passes.graphs.shapes import Shape
 
 _aten, _llama = torch.ops.aten, torch.ops.llama
 

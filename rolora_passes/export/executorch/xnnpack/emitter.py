@@ -11,7 +11,7 @@ from rolora_passes.errors import LoweringError
 from rolora_passes.export.executorch.xnnpack.delegate import Delegate
 from rolora_passes.graphs.evaluate import call
 from rolora_passes.graphs.graph import KEPT, get_tensor, is_op, op_name
-from rolora_passes.graphs.static_shapes import Shape
+from rolora_passes.graphs.shapes import Shape
 
 Typed = tuple[Shape, torch.dtype]
 

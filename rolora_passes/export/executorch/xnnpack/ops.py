@@ -18,7 +18,7 @@ from rolora_passes.export.executorch.xnnpack.emitter import DelegateEmitter, Typ
 from rolora_passes.export.executorch.xnnpack.hadamard import hadamard, kronecker
 from rolora_passes.export.executorch.xnnpack.linear import fake_quantize, linear
 from rolora_passes.graphs.graph import argument, is_op
-from rolora_passes.graphs.static_shapes import Shape
+from rolora_passes.graphs.shapes import Shape
 
 
 def supported(node: fx.Node, shapes: dict[fx.Node, Typed], constant: set[fx.Node]) -> bool:

@@ -23,8 +23,9 @@ from rolora_passes.export.executorch.xnnpack.attention import attend_to_fresh
 from rolora_passes.export.executorch.xnnpack.emitter import DelegateEmitter, Typed, op_key
 from rolora_passes.export.executorch.xnnpack.ops import EMITTERS, supported
 from rolora_passes.export.executorch.xnnpack.signature import Signature, call_delegate
+from rolora_passes.graphs.buffers import constant_nodes, is_written
 from rolora_passes.graphs.graph import copy_graph
-from rolora_passes.graphs.static_shapes import Shape, constant_nodes, infer_shapes, is_written
+from rolora_passes.graphs.shapes import Shape, infer_static
 
 
 @dataclass
@@ -44,7 +45,7 @@ def delegate_to_xnnpack(
     With `fast_prefill`, calls from position 0 have a delegate for attention too.
     """
     result = copy_graph(graph)
-    shapes = infer_shapes(result, inputs)
+    shapes = infer_static(result, inputs)
     constant = constant_nodes(result.graph)
     regions = _regions(result.graph, shapes, constant)
     for number, nodes in enumerate(regions):

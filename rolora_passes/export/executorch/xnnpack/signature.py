@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.graphs.static_shapes import Shape
+from rolora_passes.graphs.shapes import Shape
 
 call_delegate = torch.ops.higher_order.executorch_call_delegate
 
