@@ -100,11 +100,10 @@ def compile_model(
         source, passes, chosen, max_length, adapters or {}, calibration, run, judge, check, printing
     )
     require_replaceable(Path(folder))
-    clock = Clock(tell=on_stage)
-    warnings, data = _preflight(order, clock)
-    if on_warning is not None:
-        for warning in warnings:
-            on_warning(warning)
+    warnings, data = _preflight(order, clock := Clock(tell=on_stage))
+    tell = on_warning or (lambda warning: None)
+    for warning in warnings:
+        tell(warning)
     with writing_folder(folder) as temporary:
         made = _make(order, data, clock)
         loss = _judge(order, made, clock)
