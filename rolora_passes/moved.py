@@ -130,6 +130,10 @@ _NAMES = {
         "merge_equal": "graphs.expressions:merge_equal",
         "retyped": "graphs.dtypes:retyped",
     },
+    "evaluation.scorers": {
+        "ExecutorchScorer": "evaluation.scorers:ProgramScorer",
+        "OnnxScorer": "evaluation.scorers:ProgramScorer",
+    },
     "numerics.affine": {
         "Grid": "numerics.affine:Integers",
         "absmax": "numerics.codebooks:absmax",

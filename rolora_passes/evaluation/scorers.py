@@ -16,6 +16,7 @@ from rolora_passes.export.folder import find_target, read_manifest
 from rolora_passes.graphs.graph import run
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import require_decoder
+from rolora_passes.moved import old_names
 from rolora_passes.passes.base import Calibration
 from rolora_passes.passes.manager import Record, apply_passes
 from rolora_passes.recipes.opening import is_compiled, load_tokenizer, open_source
@@ -195,3 +196,6 @@ def require_known(scorer: Scorer, tokens: Tensor) -> None:
 def _common(a: list[int], b: list[int]) -> int:
     """How many tokens two sequences begin with in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+old_names(globals())
