@@ -42,8 +42,9 @@ def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     angles = upstream(table for n in turning for table in n.args[1:3])
 
     def change(node: fx.Node, found: torch.dtype) -> torch.dtype:
-        wide = node in angles or found.itemsize > own.itemsize
-        return torch.promote_types(found, dtype) if wide else dtype
+        if found.itemsize > own.itemsize:
+            return torch.promote_types(found, dtype)
+        return torch.promote_types(torch.float32, dtype) if node in angles else dtype
 
     for node in result.graph.nodes:
         if node.op == "get_attr":

@@ -13,7 +13,8 @@ from torch import fx
 
 from rolora_passes import AddLoRA, FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes, history
 from rolora_passes.errors import CaptureError
-from rolora_passes.graphs.capture import _static_experts, capture
+from rolora_passes.graphs.capture import capture
+from rolora_passes.graphs.capture.attention import static_experts
 from rolora_passes.graphs.dtypes import convert, dtype_of
 from rolora_passes.graphs.graph import is_op, op_name, parameters, run, set_tensor
 from rolora_passes.graphs.verify import relative_error
@@ -79,7 +80,7 @@ def test_half_precision_is_as_near_as_the_models(name: str) -> None:
         tiny(name, torch.bfloat16),
     )
     tokens = tokens_for(graph, 8, 16)
-    with torch.no_grad(), _static_experts(model):
+    with torch.no_grad(), static_experts(model):
         expected, own = wide.float()(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits
     found = run(graph, tokens)
     assert found.dtype == own.dtype
@@ -136,3 +137,12 @@ def test_a_wider_parameter_is_not_narrowed_by_conversion() -> None:
     assert parameters(convert(graph, torch.float16))[name].dtype == torch.float32
     assert parameters(convert(graph, torch.float64))[name].dtype == torch.float64
     assert count(convert(graph, torch.float32), "to") == count(captured("llama", torch.float32), "to")
+
+
+def test_a_graph_in_float64_converts_to_what_kernels_compute_in() -> None:
+    """Its rotary angles too, which need no more than float32: the lowerings take nothing wider."""
+    graph = convert(captured("llama", torch.float64), torch.float32)
+    assert {v.dtype for v in parameters(graph).values()} == {torch.float32}
+    assert operators(graph) == operators(captured("llama", torch.float32))
+    written = [arg for node in graph.graph.nodes for arg in (*node.args, *node.kwargs.values())]
+    assert torch.float64 not in written
