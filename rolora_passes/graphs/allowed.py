@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import GraphFormatError
-from rolora_passes.graphs.operators.registry import GROUP, OURS, operators
+from rolora_passes.graphs.operators.registry import OURS, SETS, operators
 
 # Of Python's functions those that have a record: they compute with sizes, and take results apart.
 _PYTHON = {r.name: getattr(operator, r.name.partition(".")[2]) for r in OURS if "::" not in r.name}
@@ -59,7 +59,7 @@ def find_operator(name: object) -> Callable[..., Any]:
     if not known or not all(re.fullmatch(r"\w+", p) for p in parts):
         raise GraphFormatError(
             f"the graph calls {name!r}, which is not a registered operator of aten or rolora, nor one that "
-            f"an installed package has a record of ({GROUP}); a graph holds no other functions"
+            f"an installed package has a record of ({SETS.group}); a graph holds no other functions"
         )
     namespace, base, overload = parts
     try:

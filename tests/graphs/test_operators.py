@@ -14,6 +14,7 @@ from helpers import captured
 from torch import Tensor, fx, nn
 
 from rolora_passes import apply_passes, history
+from rolora_passes.cli import main
 from rolora_passes.decoding.state import mixing
 from rolora_passes.errors import GraphFormatError, PluginError
 from rolora_passes.graphs import infer_bases, load_graph, run, save_graph
@@ -181,6 +182,16 @@ def test_a_graph_with_it_is_saved_and_loaded_where_the_package_is(install: Insta
         load_graph(tmp_path / "graph.safetensors")
 
 
+def test_it_is_used_from_the_command_line(
+    install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(ACME)
+    place = str(save_graph(scaled(), tmp_path / "graph.safetensors"))
+    assert main(["inspect", place]) == 0
+    assert "acme scale_rows of 8" in capsys.readouterr().out
+    assert main(["diff", place, "--recipe", "float"]) == 0
+
+
 def test_its_shape_is_found_by_its_implementation(install: Install) -> None:
     install(ACME)
     graph = scaled()
@@ -191,12 +202,15 @@ def test_its_shape_is_found_by_its_implementation(install: Install) -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("import nothing_of_this_name", r"the operators of acme cannot be loaded.*nothing_of_this_name"),
-        ("OPERATORS = 3", r"the operators of acme cannot be loaded"),
-        ("OPERATORS = ['acme::scale_rows']", r"expected records of operators from acme .*'acme::scale_rows'"),
+        (
+            "import nothing_of_this_name",
+            r"acme 1.0 registers .*cannot be loaded.*nothing_of_this_name",
+        ),
+        ("OPERATORS = 3", r"acme 1.0 registers .*which is no list of records"),
+        ("OPERATORS = ['acme::scale_rows']", r"acme 1.0 registers .*which is no list of records"),
         (
             "from rolora_passes.graphs.operators import Operator\nOPERATORS = [Operator('aten::linear')]",
-            r"acme adds a record for aten::linear, which rolora-passes has",
+            r"acme 1.0 adds a record for aten::linear, which rolora-passes has",
         ),
     ],
 )

@@ -5,20 +5,19 @@ Another package names its records under the entry-point group `rolora_passes.ope
     [project.entry-points."rolora_passes.operators"]
     acme = "acme.operators:OPERATORS"
 
-The value is an iterable of `Operator`. They are loaded once, when a record is first asked for.
+The value is a tuple of `Operator`. They are loaded once, when a record is first asked for.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
-from rolora_passes.errors import PluginError, one_line
+from rolora_passes.errors import PluginError
 from rolora_passes.graphs.operators import (
     attention,
     creation,
@@ -34,8 +33,8 @@ from rolora_passes.graphs.operators import (
 )
 from rolora_passes.graphs.operators.record import Operator, Trait
 from rolora_passes.graphs.operators.steps import AxisMap
+from rolora_passes.plugins import Registry
 
-GROUP = "rolora_passes.operators"
 _TRADES = (
     attention, creation, elementwise, norms, parts, products, quantizers, reductions, rows, transforms, views,
 )  # fmt: skip
@@ -80,6 +79,17 @@ def axis_map(kind: str) -> AxisMap:
     return maps[kind]
 
 
+def _wrong(name: str, found: object) -> str | None:
+    known = isinstance(found, (list, tuple)) and all(isinstance(record, Operator) for record in found)
+    return None if known else "which is no list of records: expected a tuple of Operator"
+
+
+SETS: Registry[Sequence[Operator]] = Registry(
+    "set of operators", "rolora_passes.operators", dict[str, Sequence[Operator]], _wrong, PluginError
+)
+"""The records of other packages."""
+
+
 @cache
 def operators() -> dict[str, Operator]:
     """All records, by name.
@@ -90,9 +100,9 @@ def operators() -> dict[str, Operator]:
     """
     known = {record.name: record for record in OURS}
     owners = dict.fromkeys(known, "rolora-passes")
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        owner = entry.dist.name if entry.dist is not None else entry.value
-        for record in _loaded(entry, owner):
+    for entry in SETS:
+        owner = str(SETS.origin(entry))
+        for record in SETS[entry]:
             if record.name in known:
                 raise PluginError(
                     f"{owner} adds a record for {record.name}, which {owners[record.name]} has: a record "
@@ -101,22 +111,6 @@ def operators() -> dict[str, Operator]:
             known[record.name], owners[record.name] = record, owner
             _define(record)
     return known
-
-
-def _loaded(entry: importlib.metadata.EntryPoint, owner: str) -> Iterator[Operator]:
-    try:
-        found = list(entry.load())
-    except Exception as error:  # whatever the other package does when it is imported
-        raise PluginError(
-            f"the operators of {owner} cannot be loaded ({GROUP}: {entry.name} = {entry.value}): "
-            f"{one_line(error)}; repair or uninstall it"
-        ) from error
-    for record in found:
-        if not isinstance(record, Operator):
-            raise PluginError(
-                f"expected records of operators from {owner} ({entry.value}), found {record!r:.80}"
-            )
-        yield record
 
 
 def _define(record: Operator) -> None:
