@@ -111,7 +111,8 @@ def explain(cls: type[Pass], screen: Console) -> None:
     using = sorted((r for r, steps in known.items() if name in steps), key=lambda r: len(known[r]))
     lines = ["\nIn a recipe, mine.yaml:", "    passes:", f"    - {entry}", "On the command line:"]
     lines += [f"    rolora diff MODEL --recipe {recipe}" for recipe in [*using[:1], "mine.yaml"]]
-    lines += ["In Python:", f"    from {cls.__module__} import {cls.__name__}"]
+    place = "rolora_passes" if PASSES.origin(name) is None else cls.__module__
+    lines += ["In Python:", f"    from {place} import {cls.__name__}"]
     lines += [f"    graph = apply_passes(graph, [{call}])"]
     screen.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
