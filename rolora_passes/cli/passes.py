@@ -88,6 +88,7 @@ def _origin(package: str | None) -> str:
 
 def explain(cls: type[Pass], screen: Console) -> None:
     """Print what a pass does, its options, and how to use it."""
+    from rolora_passes.passes.registry import PASSES
     from rolora_passes.recipes import load_recipe, recipes
 
     name = cls.name
