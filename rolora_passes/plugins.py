@@ -67,7 +67,8 @@ class Registry(Generic[T]):
             return ours[name]
         if not others:
             raise self._unknown(
-                f"expected the name of a {self.kind}, found {name!r}; there are {', '.join(sorted(self))}"
+                f"expected the name of a {self.kind}, found {name!r}; there are {', '.join(sorted(self))}; "
+                "one of another package is there when that is installed"
             )
         if len(others) > 1:
             both = " and ".join(map(_distribution, others))
@@ -99,7 +100,7 @@ class Registry(Generic[T]):
         module, _, attributes = entry.value.partition(":")
         try:
             found = functools.reduce(getattr, attributes.split("."), importlib.import_module(module))
-        except Exception as error:  # whatever another package's module raises as it is imported
+        except (Exception, SystemExit) as error:  # whatever another package does as it is imported
             raise PluginError(
                 f"{where}, which cannot be loaded ({type(error).__name__}: {error}): mend that package, or "
                 "uninstall it"

@@ -235,3 +235,34 @@ def test_an_exported_program_is_taken_too() -> None:
     )
     graph = apply_passes(program, [FuseNorm(), Rotate(), FoldConstants()])
     assert history(graph)[1].report.changed == ["residual (R1, 8, hadamard)"]
+
+
+@dataclass(frozen=True)
+class WriteInPlace(Pass):
+    """Another: it edits tensors that the graph before, and the model, share."""
+
+    counted: bool = True
+
+    def run(self, graph: fx.GraphModule) -> Report:
+        value = parameters(graph)[WRONG]
+        with torch.no_grad():
+            (value if self.counted else value.data)[0].mul_(1.5)
+        return Report(changed=[WRONG])
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_pass_that_writes_into_a_shared_tensor_is_refused(counted: bool, verify: bool) -> None:
+    with pytest.raises(PassError, match=rf"write-in-place wrote into {WRONG}, which the graph before"):
+        apply_passes(captured("llama"), [WriteInPlace(counted)], verify=verify)
+
+
+def test_a_kind_that_is_none_is_refused() -> None:
+    with pytest.raises(PassError, match="typo: expected a kind of exact, lossy, trained, found 'Exact'"):
+        type("Typo", (Pass,), {"kind": "Exact"})
+
+
+def test_a_pass_has_to_return_a_report() -> None:
+    silent = type("Silent", (Pass,), {"run": lambda self, graph: None})
+    with pytest.raises(PassError, match="expected silent to return a Report, found None"):
+        apply_passes(captured("llama"), [silent()])

@@ -57,7 +57,18 @@ SOURCES = {
 
         class NotAPass:
             pass
+
+
+        @dataclass(frozen=True)
+        class Fails(Pass):
+            """Fail."""
+
+            name: ClassVar[str] = "acme-fails"
+
+            def run(self, graph):
+                raise ValueError("too many linears")
     ''',
+    "quits": "raise SystemExit(0)",
     "grids": '''
         import torch
 
@@ -155,6 +166,7 @@ def test_what_cannot_be_used_is_refused_with_its_package_and_breaks_nothing_else
     broken = {
         "acme-count": "acme.passes:CountLinears",
         "acme-gone": "acme.gone:Gone",
+        "acme-quits": "acme.quits:Quits",
         "acme-no-pass": "acme.passes:NotAPass",
         "acme-called-otherwise": "acme.passes:CountLinears",
         "rotate": "acme.passes:CountLinears",
@@ -170,8 +182,22 @@ def test_what_cannot_be_used_is_refused_with_its_package_and_breaks_nothing_else
         assert type(make_pass("rotate")).__module__ == "rolora_passes.passes.rotate"
     assert make_pass("acme-count").name == "acme-count"
     status, listed, _ = rolora("passes")
-    assert status == 0 and listed.count("cannot be used: acme 1.2 registers") == 3
+    assert status == 0 and listed.count("cannot be used: acme 1.2 registers") == 4
     assert "acme 1.2 registers a pass 'rotate'" in listed
+
+
+def test_what_fails_in_another_package_is_told_with_its_name(acme: Callable[..., None], rolora: Run) -> None:
+    acme({"rolora_passes.passes": {"acme-fails": "acme.passes:Fails"}})
+    with pytest.raises(PluginError, match=r"the pass acme-fails of acme 1\.2 failed: ValueError: too many"):
+        apply_passes(captured("llama"), ["acme-fails"])
+
+
+def test_a_grid_that_cannot_be_used_is_listed_so(acme: Callable[..., None], rolora: Run) -> None:
+    acme({"rolora_passes.grids": {"acme-gone": "acme.grids:gone"}})
+    status, listed, _ = rolora("passes")
+    assert status == 0 and "cannot be used: acme 1.2 registers the grid 'acme-gone'" in " ".join(
+        listed.split()
+    )
 
 
 def test_two_packages_with_one_name(acme: Callable[..., None]) -> None:

@@ -118,16 +118,18 @@ def _warn(warning: str) -> None:
 
 
 def _add_target_options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
-    """The options of all targets; one whose name is taken already has its target's name before it.
+    """The options of all targets. Those of other packages have the target's name before theirs, as has one
+    whose name is taken: what a flag means does not depend on what else is installed.
 
     Yields: the target, the option's name, and its flag.
     """
-    from rolora_passes.export.target import loadable_targets
+    from rolora_passes.export.target import TARGETS, loadable_targets
 
     for cls in loadable_targets():
         for field in dataclasses.fields(cls):
             plain = field.name.replace("_", "-")
-            for flag in (f"--{plain}", f"--{cls.name}-{plain}"):
+            ours = [f"--{plain}"] if TARGETS.origin(cls.name) is None else []
+            for flag in (*ours, f"--{cls.name}-{plain}"):
                 with suppress(argparse.ArgumentError):
                     parser.add_argument(flag, dest=f"{cls.name}.{field.name}", **_described(cls, field))
                     yield cls.name, field.name, flag

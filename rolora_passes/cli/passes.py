@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _everything() -> Table:
     """All passes, recipes and grids; what other packages register, with the package it comes from."""
+    from rolora_passes.errors import PluginError
     from rolora_passes.numerics.grids import GRIDS
     from rolora_passes.passes.registry import PASSES
     from rolora_passes.recipes import load_recipe, recipes
@@ -60,8 +61,11 @@ def _everything() -> Table:
         table.add_row(recipe.example, kind, escape(f"{recipe.about} Passes: {steps}."))
     table.add_section()
     for name in GRIDS:
-        about = (inspect.getdoc(GRIDS[name]) or "undocumented").partition("\n\n")[0]
-        table.add_row(name, "grid", escape(about + _origin(GRIDS.origin(name))))
+        try:
+            about = (inspect.getdoc(GRIDS[name]) or "undocumented").partition("\n\n")[0]
+            table.add_row(name, "grid", escape(about + _origin(GRIDS.origin(name))))
+        except PluginError as error:
+            table.add_row(name, "", escape(f"cannot be used: {error}"))
     return table
 
 

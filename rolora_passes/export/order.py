@@ -81,6 +81,12 @@ class Order:
             raise LoweringError(f"expected targets of {', '.join(TARGETS)}, found none")
         if len({*names}) < len(names):
             raise LoweringError(f"expected every target once, found {', '.join(names)}")
+        files = [target.program for target in self.targets]
+        if len({*files}) < len(files):
+            raise LoweringError(
+                f"expected targets that write different files, found {', '.join(names)} that write "
+                f"{', '.join(files)}: compile them to two folders"
+            )
         for target in self.targets:
             target.require()
         self._require_adapters(names)

@@ -10,7 +10,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -172,6 +172,10 @@ def _ours() -> dict[str, type[Target]]:
 def _wrong(name: str, found: object) -> str | None:
     if not isinstance(found, type) or not issubclass(found, Target):
         return "which is no target: expected a subclass of rolora_passes.export.Target"
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        return f"which does not implement {', '.join(missing)}"
+    if bare := [f.name for f in fields(found) if f.default is MISSING and f.default_factory is MISSING]:
+        return f"whose option {bare[0]} has no default"
     return None if found.name == name else f"which calls itself {found.name!r}: register it as that"
 
 

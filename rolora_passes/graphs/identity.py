@@ -44,12 +44,40 @@ def is_original(graph: fx.GraphModule, name: str, copy: str | None = None) -> bo
     return known is not None and known == fingerprint(get_tensor(graph, copy or name))
 
 
+class Untouched:
+    """What a graph's tensors hold now, to tell later whether anybody wrote into them.
+
+    Told by torch's own count of writes, which `tensor.data` passes by, and by a sample of the values.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self._kept = {n: (v, _writes(v), _sampled(v).clone()) for n, v in parameters(graph).items()}
+
+    def written(self) -> list[str]:
+        """The names of tensors that hold something else now."""
+        return [
+            name
+            for name, (value, writes, values) in self._kept.items()
+            if _writes(value) != writes or not torch.equal(_sampled(value), values)
+        ]
+
+
+def _writes(value: Tensor) -> int:
+    return 0 if value.is_inference() else int(value._version)
+
+
+def _sampled(value: Tensor) -> Tensor:
+    """Up to 64 of a tensor's values, evenly spaced."""
+    if not value.numel() or value.is_meta:
+        return torch.empty(0)
+    count = min(_SAMPLE, value.numel())
+    places = torch.arange(count, device=value.device) * (value.numel() - 1) // max(1, count - 1)
+    return value.detach().reshape(-1)[places]
+
+
 def fingerprint(value: Tensor) -> str:
     """A hash of a tensor's shape and of up to 64 of its values, evenly spaced and rounded to bfloat16."""
     digest = hashlib.sha256(json.dumps(list(value.shape)).encode())
     if value.numel() and not value.is_meta:
-        count = min(_SAMPLE, value.numel())
-        places = torch.arange(count, device=value.device) * (value.numel() - 1) // max(1, count - 1)
-        sample = value.detach().reshape(-1)[places].to(torch.bfloat16).cpu()
-        digest.update(sample.view(torch.uint8).numpy().data)
+        digest.update(_sampled(value).to(torch.bfloat16).cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora_passes.errors import PassError
+from rolora_passes.errors import PassError, PluginError, one_line
 from rolora_passes.numerics.affine import Integers
 from rolora_passes.numerics.codebooks import TABLES, Codebook
 from rolora_passes.plugins import Registry
@@ -76,6 +76,9 @@ def codebook(name: str, bits: int) -> Tensor:
         table = GRIDS[name](bits)
     except ValueError as error:
         raise PassError(f"the grid {name!r} has no {bits} bits: {error}") from error
+    except Exception as error:  # whatever another package's function raises
+        owner = GRIDS.origin(name) or "rolora-passes"
+        raise PluginError(f"the grid {name!r} of {owner} failed: {one_line(error)}") from error
     good = isinstance(table, Tensor) and table.dim() == 1 and 2 <= len(table) <= 2**bits
     if not good or not bool((table.diff() > 0).all()) or not float(table.abs().max()) <= 1:
         raise PassError(

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, fx
 
+from rolora_passes.errors import PassError
 from rolora_passes.graphs.info import Report as Report
 from rolora_passes.graphs.verify import verify_same
 
@@ -65,6 +66,9 @@ class Pass:
         if "name" not in vars(cls):
             words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__)
             cls.name = words.lower()
+        kind = vars(cls).get("kind", "exact")
+        if isinstance(kind, str) and kind not in get_args(Kind):
+            raise PassError(f"{cls.name}: expected a kind of {', '.join(get_args(Kind))}, found {kind!r}")
 
     @property
     def exact(self) -> bool:

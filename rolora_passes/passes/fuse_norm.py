@@ -31,6 +31,7 @@ from rolora_passes.graphs.graph import (
     insert_after,
     is_op,
     root_names,
+    upstream,
 )
 from rolora_passes.graphs.lineage import keep_copy
 from rolora_passes.graphs.shapes import infer_shapes
@@ -103,14 +104,24 @@ def _free_tables(graph: fx.GraphModule, tied: str, report: Report) -> None:
                     _dense_before(graph, reader, affine, known)
                     report.changed.append(f"{name}: kept tied, a dense matrix before the head")
         else:
-            clone = add_parameter(
-                graph, f"{name.removesuffix('.weight')}_head.weight", get_tensor(graph, name)
-            )
-            keep_copy(graph, name, str(clone.target))
+            own = _copy(graph, table, name)
             for reader in readers:
-                reader.replace_input_with(table, clone)
+                reader.replace_input_with(table, own)
             report.changed.append(f"{name}: untied from the head")
     finish(graph)
+
+
+def _copy(graph: fx.GraphModule, table: fx.Node, name: str) -> fx.Node:
+    """A table of the head's own, with what passes have written about the one that it had."""
+    clone = add_parameter(graph, f"{name.removesuffix('.weight')}_head.weight", get_tensor(graph, name))
+    keep_copy(graph, name, str(clone.target))
+    chain = upstream([table])
+    made = {node: clone for node in chain if node.op == "get_attr" and node.target == name}
+    for node in [n for n in graph.graph.nodes if n in chain and n not in made]:
+        if any(source in made for source in node.all_input_nodes):
+            with graph.graph.inserting_before(table):
+                made[node] = graph.graph.node_copy(node, lambda source: made.get(source, source))
+    return made[table]
 
 
 def _dense_before(graph: fx.GraphModule, head: fx.Node, affine: Affine, known: Collection[fx.Node]) -> None:

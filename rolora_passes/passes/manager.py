@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 import warnings
@@ -13,10 +14,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.errors import GraphFormatError, NoSiteWarning, PassError
+from rolora_passes.errors import (
+    GraphFormatError,
+    NoSiteWarning,
+    PassError,
+    PluginError,
+    RoloraError,
+    is_out_of_memory,
+    one_line,
+)
 from rolora_passes.graphs.capture import from_exported
 from rolora_passes.graphs.facts import ROUNDED, facts, refuted, require_legal
 from rolora_passes.graphs.graph import copy_graph, parameters
+from rolora_passes.graphs.identity import Untouched
 from rolora_passes.graphs.info import Record as Record
 from rolora_passes.graphs.info import history as history
 from rolora_passes.graphs.info import info, set_info
@@ -27,7 +37,7 @@ from rolora_passes.passes.base import Calibration, Pass, Report
 from rolora_passes.passes.order import check_order as check_order
 from rolora_passes.passes.order import require_calibration as require_calibration
 from rolora_passes.passes.printing import Print, Printing
-from rolora_passes.passes.registry import PassLike, make_pass
+from rolora_passes.passes.registry import PASSES, PassLike, make_pass
 
 _log = logging.getLogger(__name__)
 
@@ -185,16 +195,14 @@ def _apply(
     number: int,
     printing: Printing,
 ) -> tuple[fx.GraphModule, Record]:
-    after, shown, error = copy_graph(before), before, None
+    after, shown, error, tensors = copy_graph(before), before, None, Untouched(before)
     place = f"{number:02d}-{step.name}"
     try:
         if number:  # the first was checked with the order
             check_order([step], facts(before, {*step.requires, *step.forbids}))
         start = time.perf_counter()
-        if calibration is not None and step.needs_calibration:
-            report = step.calibrate(after, calibration)
-        else:
-            report = step.run(after)
+        report = _ran(step, after, calibration)
+        _require_untouched(tensors, step)
         seconds = time.perf_counter() - start
         shown = after  # whole from here on
         start = time.perf_counter()
@@ -210,6 +218,41 @@ def _apply(
     set_info(after, history=(*info(before).history, record))
     printing.done(place, before, after, report.modified)
     return after, record
+
+
+def _ran(step: Pass, graph: fx.GraphModule, calibration: Calibration | None) -> Report:
+    """Run a pass. What one of another package raises is told with the package's name.
+
+    Raises:
+        PluginError: so it is.
+        PassError: the pass does not return a Report, or one whose notes are no JSON values.
+    """
+    try:
+        if calibration is not None and step.needs_calibration:
+            report = step.calibrate(graph, calibration)
+        else:
+            report = step.run(graph)
+        json.dumps(getattr(report, "notes", None))
+    except (RoloraError, MemoryError):
+        raise
+    except Exception as error:
+        package = PASSES.origin(step.name) if step.name in PASSES else None
+        if package is None or is_out_of_memory(error):
+            raise
+        raise PluginError(f"the pass {step.name} of {package} failed: {one_line(error)}") from error
+    if not isinstance(report, Report):
+        raise PassError(f"expected {step.name} to return a Report, found {report!r:.80}")
+    return report
+
+
+def _require_untouched(tensors: Untouched, step: Pass) -> None:
+    """Refuse a pass that wrote into tensors, which it shares with the graph before and with the model."""
+    if written := tensors.written():
+        names = ", ".join(written[:3]) + (" and others" if written[3:] else "")
+        raise PassError(
+            f"{step.name} wrote into {names}, which the graph before and the model share: load the model "
+            "again, and have the pass write an expression (rolora_passes.graphs.expressions), or a new tensor"
+        )
 
 
 def _check_claims(graph: fx.GraphModule, step: Pass, report: Report) -> None:

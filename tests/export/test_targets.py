@@ -104,7 +104,7 @@ def test_a_target_of_another_package_on_the_command_line(
     assert list(TARGETS) == ["executorch", "onnx", "echo"]
     folder, text = tmp_path / "out", tmp_path / "text.txt"
     command = ["compile", str(checkpoint), "--recipe", "float", "--max-length", "32", "-o", str(folder)]
-    assert main([*command, "--target", "echo", "--shout", "--echo-seed", "3"]) == 0
+    assert main([*command, "--target", "echo", "--echo-shout", "--echo-seed", "3"]) == 0
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["targets"] == {"echo": {"length": 32, "seed": 3}}
     (row,) = (row for row in manifest["parity"] if row["name"] == "echo")
@@ -140,8 +140,8 @@ def test_what_a_target_refuses_is_known_before_weights_are_loaded(
     command = ["compile", str(checkpoint), "--recipe", "8da4w", "-o", str(tmp_path / "out")]
     assert main([*command, "--target", "echo"]) == 2
     assert "LoweringError: an echo rounds no activations" in capfd.readouterr().err
-    assert main([*command, "--target", "onnx", "--shout"]) == 2
-    assert "expected --target echo with --shout, found onnx: add it" in capfd.readouterr().err
+    assert main([*command, "--target", "onnx", "--echo-shout"]) == 2
+    assert "expected --target echo with --echo-shout, found onnx: add it" in capfd.readouterr().err
 
 
 def test_two_targets_of_one_name_are_refused(install: Install) -> None:
@@ -171,6 +171,11 @@ def test_a_name_of_ours_stays_ours_and_the_command_says_so(
         ("import a_module_that_is_not_there", "ModuleNotFoundError"),
         ("Other = 1", "AttributeError"),
         ("Echo = 1", "which is no target"),
+        (ECHO.replace("    def run(", "    def run_it("), "which does not implement run"),
+        (
+            ECHO.replace("field(default=False, metadata", "field(metadata"),
+            "whose option shout has no default",
+        ),
         (ECHO.replace('= "echo"', '= "onnx"'), "which calls itself 'onnx'"),
     ],
 )
@@ -180,6 +185,29 @@ def test_a_target_that_cannot_be_loaded_is_named(text: str, message: str, instal
         make_target("broken")
     assert "broken" in str(error.value)
     assert main(["passes", "rotate"]) == 0, "all else goes on"
+
+
+def test_two_targets_that_would_write_one_file(checkpoint: Path, tmp_path: Path, install: Install) -> None:
+    install("other-onnx", "echo", ECHO.replace("echo.safetensors", "model.onnx"))
+    with pytest.raises(LoweringError, match=r"different files, found onnx, echo that write model\.onnx"):
+        compile_model(str(checkpoint), "float", tmp_path / "out", targets=["onnx", "echo"])
+
+
+def test_a_target_is_given_a_copy_and_leaves_the_tensors_alone(
+    checkpoint: Path, tmp_path: Path, install: Install
+) -> None:
+    edits = "        graph.lm_head.weight.data.zero_()\n        if any("
+    install("editing-echo", "echo", ECHO.replace("        if any(", edits))
+    with pytest.raises(LoweringError, match="the target echo wrote into the graph's tensors"):
+        compile_model(str(checkpoint), "float", tmp_path / "out", targets=["echo"], max_length=32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_says_where_the_program_is(checkpoint: Path, tmp_path: Path, install: Install) -> None:
+    install("echo-runtime", "echo", ECHO)
+    made = compile_model(str(checkpoint), "float", tmp_path / "out", targets=["echo"], max_length=32)
+    assert made.lowerings["echo"].path == tmp_path / "out" / "echo.safetensors"
+    assert made.lowerings["echo"].path.is_file()
 
 
 def test_options_that_a_target_does_not_have(checkpoint: Path, tmp_path: Path) -> None:

@@ -212,6 +212,17 @@ def test_its_shape_is_found_by_its_implementation(install: Install) -> None:
             "from rolora_passes.graphs.operators import Operator\nOPERATORS = [Operator('aten::linear')]",
             r"acme 1.0 adds a record for aten::linear, which rolora-passes has",
         ),
+        (
+            "from rolora_passes.graphs.operators import Operator\n"
+            "from rolora_passes.graphs.operators.steps import AxisMap\n"
+            "OPERATORS = [Operator('acme::turn', axis_map=AxisMap(lambda r, n: [], 'rotate'))]",
+            r"acme 1.0 gives acme::turn an axis map of the kind 'rotate', which another operator has",
+        ),
+        (
+            "from rolora_passes.graphs.operators import Operator\n"
+            "OPERATORS = [Operator('acme::bad', '(Nonsense x) -> Tensor', lambda x: x)]",
+            r"torch cannot define acme::bad of acme 1.0",
+        ),
     ],
 )
 def test_a_broken_package_is_named(install: Install, code: str, message: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from rolora_passes.errors import PluginError
+from rolora_passes.errors import PluginError, one_line
 from rolora_passes.graphs.operators import (
     attention,
     creation,
@@ -99,6 +99,7 @@ def operators() -> dict[str, Operator]:
             another package or the library has; names the distribution.
     """
     known = {record.name: record for record in OURS}
+    maps = {record.axis_map.kind: record.axis_map for record in OURS if record.axis_map is not None}
     owners = dict.fromkeys(known, "rolora-passes")
     for entry in SETS:
         owner = str(SETS.origin(entry))
@@ -108,8 +109,20 @@ def operators() -> dict[str, Operator]:
                     f"{owner} adds a record for {record.name}, which {owners[record.name]} has: a record "
                     "cannot be replaced"
                 )
+            own = record.axis_map
+            if own is not None and own.kind and maps.setdefault(own.kind, own) is not own:
+                raise PluginError(
+                    f"{owner} gives {record.name} an axis map of the kind {own.kind!r}, which another "
+                    "operator has: give it a name of its own, such as the operator's"
+                )
             known[record.name], owners[record.name] = record, owner
-            _define(record)
+            try:
+                _define(record)
+            except RuntimeError as error:
+                raise PluginError(
+                    f"torch cannot define {record.name} of {owner}: {one_line(error)}; leave its schema and "
+                    "implementation out if the package defines it itself"
+                ) from error
     return known
 
 
