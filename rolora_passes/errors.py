@@ -1,5 +1,10 @@
 """Errors a user can act on. Each message says what was expected, what was found, where, what to do."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class RoloraError(Exception):
     """Base of every error this package raises on purpose."""
@@ -63,6 +68,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     texts = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
     known = any(kind.__name__ in kinds for kind in type(error).__mro__)
     return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A name that may have been meant, for the end of a message; nothing if none is near."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def one_line(error: BaseException, length: int = 300) -> str:

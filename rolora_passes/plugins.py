@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from rolora_passes.errors import PassError, PluginError, RoloraError
+from rolora_passes.errors import PassError, PluginError, RoloraError, nearest
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class Registry(Generic[T]):
         if not others:
             raise self._unknown(
                 f"expected the name of a {self.kind}, found {name!r}; there are {', '.join(sorted(self))}; "
-                "one of another package is there when that is installed"
+                "one of another package is there when that is installed" + nearest(name, self)
             )
         if len(others) > 1:
             both = " and ".join(map(_distribution, others))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from rolora_passes import (
 )
 from rolora_passes.errors import PassError
 from rolora_passes.passes.manager import check_order
+from rolora_passes.passes.registry import make_pass
 from rolora_passes.recipes import dump_recipe, load_recipe, recipe_names, recipes
 
 methods = st.sampled_from(["hadamard", "orthogonal", None])
@@ -132,3 +134,24 @@ def test_recipes_that_are_not_there(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(PassError, match=r"one of 8da4w, .*, found '8da5w'"):
         load_recipe("8da5w")
+
+
+@pytest.mark.parametrize(
+    ("found", "meant"), [("rotated_8da4w", "rotated-8da4w"), ("quarott:W4A4", "quarot"), ("fuse_norm", None)]
+)
+def test_a_name_that_may_have_been_meant(found: str, meant: str | None) -> None:
+    with pytest.raises(PassError) as error:
+        load_recipe(found)
+    assert ("did you mean" in str(error.value)) == (meant is not None)
+    assert meant is None or str(error.value).endswith(f"did you mean {meant}?")
+    with pytest.raises(PassError, match="did you mean fuse-norm"):
+        make_pass("fuse_norm")
+
+
+def test_what_a_pass_refuses_of_its_options_is_said_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any) -> None:
+        raise ValueError("expected deviations above 0, found -2")
+
+    monkeypatch.setattr(type(make_pass("fuse-norm")), "__post_init__", refuse)
+    with pytest.raises(PassError, match="fuse-norm: expected deviations above 0"):
+        make_pass({"fuse-norm": {"tied": "keep"}})

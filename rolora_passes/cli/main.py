@@ -135,6 +135,7 @@ def _hush() -> None:
     """Silence the warnings of other libraries, unless Python was asked for warnings (`-W`)."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", r".*(goes in 0\.3|name of rolora-passes)", Warning)
         for name in ("torchao", "torch.utils._pytree", "lm_eval"):
             logging.getLogger(name).setLevel(logging.ERROR)
 

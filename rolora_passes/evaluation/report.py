@@ -157,7 +157,8 @@ def _short(source: str) -> str:
 
 def results_table(result: Mapping[str, Any]) -> Table:
     """A row for each figure, with its standard error."""
-    recipe = f", {result['recipe']}" if result["recipe"] else ""
+    what = result["recipe"] or result["program"]
+    recipe = f", {what}" if what else ""
     caption = (
         "±: standard error. Perplexity is token level." if "perplexity" in result else "±: standard error."
     )

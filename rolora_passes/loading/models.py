@@ -49,7 +49,7 @@ def load_tokenizer(source: str) -> Any:
     place = _resolve(source)
     if place.is_dir():
         require_loadable(place)  # a damaged file is named before a tokenizer that it may have spoilt
-    with _explained(f"the tokenizer of {source}"):
+    with _explained(f"the tokenizer of {_named(source)}"):
         if place.suffix == ".gguf":
             return gguf_tokens.load_tokenizer(place, GgufFile.at(place).entries)
         transformers = require("transformers", "transformers")
@@ -66,7 +66,7 @@ def load_outline(source: str) -> PreTrainedModel:
     place = _resolve(source)
     if place.is_dir():
         require_loadable(place)
-    with _explained(f"a causal language model from {source}"):
+    with _explained(f"a causal language model from {_named(source)}"):
         if place.suffix == ".gguf":
             config = GgufFile.at(place).configuration()[0]
         else:
@@ -148,6 +148,11 @@ def _snapshot(source: str) -> Path | None:
 
     found = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found).parent
+
+
+def _named(source: str) -> str:
+    """A source as errors call it."""
+    return source if Path(source).expanduser().exists() else f"{source} (no file or folder here: a hub name?)"
 
 
 @contextmanager

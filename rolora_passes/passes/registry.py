@@ -53,7 +53,11 @@ def make_pass(spec: Pass | str | Mapping[str, Any]) -> Pass:
     ((name, options),) = spec.items()
     cls = PASSES[name]
     _check_options(cls, {} if options is None else options)
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in (options or {}).items()})
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in (options or {}).items()}
+    try:
+        return cls(**given)
+    except (TypeError, ValueError) as error:  # what a class outside may raise of an option
+        raise PassError(f"{name}: {error}") from error
 
 
 def _check_options(cls: type[Pass], options: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from rolora_passes.errors import PassError
+from rolora_passes.errors import PassError, nearest
 from rolora_passes.passes.base import Pass
 from rolora_passes.passes.registry import make_pass
 from rolora_passes.recipes.methods import METHODS
@@ -85,7 +85,8 @@ def _loaded(source: str | Path) -> list[Pass]:
         return known[name].make(setting)
     if path.suffix not in (".yaml", ".yml"):
         there = ", ".join(recipe.example for recipe in known.values())
-        raise PassError(f"expected a recipe file (.yaml) or one of {there}, found {str(source)!r}")
+        near = nearest(name, known)
+        raise PassError(f"expected a recipe file (.yaml) or one of {there}, found {str(source)!r}{near}")
     if not path.is_file():
         raise PassError(f"expected a recipe at {path}, found nothing")
     try:
