@@ -21,6 +21,7 @@ from rolora_passes import AddLoRA, apply_passes
 from rolora_passes.adapters.exchange import save_adapter
 from rolora_passes.cli.main import commands as all_commands
 from rolora_passes.cli.main import parser
+from rolora_passes.errors import PassError, VerificationError
 from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs import capture
@@ -85,6 +86,28 @@ def test_page(path: Path, place: Path, checkpoint: Path, names: dict[str, Any]) 
     run_page(path, names)
     if path == README:
         check_programs(place, names)
+
+
+@pytest.mark.parametrize(
+    ("true", "false", "error"),
+    [
+        ("return x * factors", "return x.abs() * factors", VerificationError),  # its rule frees too much
+        ('others="orthogonal"', "others=None", AssertionError),  # the class is not rotated
+        ("forth=swapped", "forth=lambda x, *_: x", AssertionError),
+        ("back=swapped", "back=lambda x, *_: x", PassError),
+    ],
+)
+@pytest.mark.usefixtures("capfd")
+def test_the_checks_of_an_operator_can_fail(
+    true: str, false: str, error: type[Exception], place: Path, names: dict[str, Any]
+) -> None:
+    text, page = (ROOT / "docs/how-to/operator.md").read_text("utf-8"), place / "wrong.md"
+    assert text.count(true) == 1
+    own = "acme_" + "".join(filter(str.isalpha, false))  # torch keeps the operators that it knows
+    text = text.replace(true, false).replace("acme::", f"{own}::").replace("ops.acme.", f"ops.{own}.")
+    page.write_text(text, "utf-8")
+    with pytest.raises(error):
+        run_page(page, names)
 
 
 def check_programs(place: Path, names: dict[str, Any]) -> None:

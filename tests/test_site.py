@@ -8,11 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from pages import PAGES, ROOT
+from pages import PAGES, ROOT, blocks
+
+from rolora_passes.graphs.facts import FACTS
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -104,6 +107,38 @@ def test_the_glossary_is_short_and_used() -> None:
     others = " ".join(p.read_text("utf-8") for p in PAGES if p.stem != "glossary").lower()
     for word in (word for entry in entries for word in entry.split(", ")):
         assert word.lower() in others, f"no page has the word {word!r}"
+
+
+def surface() -> dict[str, set[str]]:
+    """The names that the page of stability says extensions may import, by module."""
+    page = (ROOT / "docs" / "stability.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(rolora_passes[\w.]*)` \| (.*) \|$", page, flags=re.MULTILINE)
+    return {module: set(re.findall(r"`(\w+)`", names)) for module, names in rows}
+
+
+def test_the_extension_surface_is_there() -> None:
+    assert len(surface()) > 15
+    for module, names in surface().items():
+        assert not [name for name in names if not hasattr(import_module(module), name)], module
+
+
+def test_pages_import_what_is_stable() -> None:
+    stable = surface()
+    for module in ("rolora_passes", "rolora_passes.graphs", "rolora_passes.export"):
+        stable[module] = {*import_module(module).__all__}
+    stable["rolora_passes.errors"] = {*dir(import_module("rolora_passes.errors"))}
+    imports = r"^from (rolora_passes[\w.]*) import (.+)$"
+    for path in PAGES:
+        text = "\n".join(block.text for block in blocks(path) if block.language == "python")
+        for module, names in re.findall(imports, text, flags=re.MULTILINE):
+            assert {*names.split(", ")} <= stable.get(module, set()), f"{path.name}: {module}: {names}"
+
+
+def test_every_fact_is_explained() -> None:
+    page = (ROOT / "docs" / "first-pass.md").read_text("utf-8")
+    _, table = page.split("| fact | it holds |")
+    named = re.findall(r"^\| `([a-z ]+)` \|", table, flags=re.MULTILINE)
+    assert named == [*FACTS]
 
 
 def test_the_rooms_have_no_circles() -> None:

@@ -89,7 +89,8 @@ class Target(ABC):
         """Why a graph cannot be lowered; None if it can.
 
         Args:
-            graph: small, with all the operators, quantizers and widths that the graph to be lowered has.
+            graph: a stand-in (`export.preflight`): linears at the widths that the model's read, a table and
+                an attention, as the recipe's quantizers leave them, with no layers or norms around them.
         """
         try:
             # A full disk matters when there is a program.
