@@ -1,13 +1,15 @@
 """Shapes and types of a graph's values, by torch's own fake tensors: nothing is computed.
 
 Batch and lengths are symbols; every symbol also has a size, of which the numbers are made. Calls that are
-alike but for their parameters' values are propagated once, so a model costs what one of its layers does.
+alike but for their parameters' values are propagated once, in whatever graph they are: a model costs what one
+of its layers does, and the second time nothing.
 
 Capture has its shapes of torch.export (`shape_of`), which propagates in the same way.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -27,6 +29,8 @@ Shape = tuple[int | None, ...]
 Symbols = tuple[int | str | None, ...]
 """Sizes of one tensor: numbers, names of symbols, None for what follows from these."""
 
+# Calls to remember before all are forgotten: ten times what a large model has that are not alike.
+_MOST = 10_000
 # How many tokens a graph with caches is given: fewer than any cache holds.
 _FEW = 7
 _CPU = torch.device("cpu")
@@ -93,8 +97,55 @@ def _dynamic(graph: fx.GraphModule) -> list[list[int | str]]:
     return [["batch", n if n == "decoder_tokens" else "length"] for n in input_names(graph)]
 
 
+class _Known:
+    """Symbols of given sizes, and what calls on tensors of such sizes give. One serves all graphs.
+
+    Tensors that are alike are one object, by which calls are remembered.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        # Imported here, for they take more than a second.
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+        # What depends on data has no shape here.
+        shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+        self.mode = FakeTensorMode(shape_env=shapes)
+        self.sizes: dict[str, Any] = {
+            name: shapes.create_symintnode(
+                shapes.create_symbol(size, ConstantSource(name), DimDynamic.DYNAMIC), hint=size
+            )
+            for name, size in sizes.items()
+        }
+        self.names = {size.node.expr: name for name, size in self.sizes.items()}
+        self.tensors: dict[Any, Tensor] = {}
+        self.calls: dict[Any, Any] = {}
+        self.numbers: dict[int, Tensor] = {}
+
+    def serves(self) -> bool:
+        """Whether no graph has fixed a size that is dynamic, or made one of two, and it is not too large."""
+        own = {size.node.expr: name for name, size in self.sizes.items()}
+        return own == self.names and len(self.calls) < _MOST
+
+
+class _Kept(threading.local):
+    """What each thread has found out so far, by the sizes of the symbols."""
+
+    def __init__(self) -> None:
+        self.by_sizes: dict[tuple[tuple[str, int], ...], _Known] = {}
+
+    def of(self, sizes: Mapping[str, int]) -> _Known:
+        key = tuple(sizes.items())
+        if key not in self.by_sizes or not self.by_sizes[key].serves():
+            self.by_sizes[key] = _Known(sizes)
+        return self.by_sizes[key]
+
+
+_kept = _Kept()
+
+
 class _Analysis(fx.Interpreter):
-    """Runs a graph on fake tensors. Values that are alike are one object, by which calls are remembered.
+    """Runs a graph on fake tensors.
 
     Attributes:
         only: the nodes to look at; the others become None.
@@ -105,24 +156,10 @@ class _Analysis(fx.Interpreter):
     lenient = False
 
     def __init__(self, graph: fx.GraphModule, sizes: Mapping[str, int]) -> None:
-        # Imported here, for they take more than a second.
-        from torch._dynamo.source import ConstantSource
-        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-
         super().__init__(graph, garbage_collect_values=False)
-        # What depends on data has no shape here.
-        shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-        self._mode = FakeTensorMode(shape_env=shapes)
-        self._sizes: dict[str, Any] = {
-            name: shapes.create_symintnode(
-                shapes.create_symbol(size, ConstantSource(name), DimDynamic.DYNAMIC), hint=size
-            )
-            for name, size in sizes.items()
-        }
-        self._names = {size.node.expr: name for name, size in self._sizes.items()}
-        self._tensors: dict[Any, Tensor] = {}
-        self._calls: dict[Any, Any] = {}
-        self._numbers: dict[int, Tensor] = {}
+        known = _kept.of(sizes)
+        self._mode, self._sizes, self._names = known.mode, known.sizes, known.names
+        self._tensors, self._calls, self._numbers = known.tensors, known.calls, known.numbers
 
     def propagate(self, inputs: list[list[int | str]]) -> dict[fx.Node, Any]:
         """Every node with its fake value, given the sizes of the inputs, which are int64."""
