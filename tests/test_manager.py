@@ -25,7 +25,7 @@ from rolora_passes import (
 )
 from rolora_passes.errors import PassError, PassOrderError, VerificationError
 from rolora_passes.graphs import verify
-from rolora_passes.graphs.graph import finish, parameters, set_tensor
+from rolora_passes.graphs.graph import copy_graph, finish, parameters, set_tensor
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.passes.base import Calibration
 from rolora_passes.passes.manager import steps
@@ -253,8 +253,10 @@ class WriteInPlace(Pass):
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_pass_that_writes_into_a_shared_tensor_is_refused(counted: bool, verify: bool) -> None:
+    graph = copy_graph(captured("llama"))
+    set_tensor(graph, WRONG, parameters(graph)[WRONG].detach().clone())
     with pytest.raises(PassError, match=rf"write-in-place wrote into {WRONG}, which the graph before"):
-        apply_passes(captured("llama"), [WriteInPlace(counted)], verify=verify)
+        apply_passes(graph, [WriteInPlace(counted)], verify=verify)
 
 
 def test_a_kind_that_is_none_is_refused() -> None:
