@@ -58,12 +58,17 @@ class Untouched:
         return [
             name
             for name, (value, writes, values) in self._kept.items()
-            if _writes(value) != writes or not torch.equal(_sampled(value), values)
+            if _writes(value) != writes or not _same(_sampled(value), values)
         ]
 
 
 def _writes(value: Tensor) -> int:
     return 0 if value.is_inference() else int(value._version)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether values are equal; NaN is equal to NaN here."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _sampled(value: Tensor) -> Tensor:

@@ -72,8 +72,9 @@ def codebook(name: str, bits: int) -> Tensor:
     """
     if bits not in BITS:
         raise PassError(f"expected a grid {name!r} of 2 to 8 bits, found {bits}")
+    make = GRIDS[name]
     try:
-        table = GRIDS[name](bits)
+        table = make(bits)
     except ValueError as error:
         raise PassError(f"the grid {name!r} has no {bits} bits: {error}") from error
     except Exception as error:  # whatever another package's function raises
