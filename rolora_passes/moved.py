@@ -122,6 +122,10 @@ MOVED = {
 
 # Names that left a module, and where they are.
 _NAMES = {
+    "graphs.bases": {
+        name: f"graphs.bases.inference:{name}"
+        for name in ("infer_bases", "Bases", "BasisClass", "ParameterAxis", "describe")
+    },
     "graphs.capture": {"_static_experts": "graphs.capture.attention:static_experts"},
     "graphs.graph": {
         "Expressions": "graphs.expressions:Expressions",
