@@ -13,10 +13,11 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from rolora_passes.errors import PassError, PluginError, RoloraError, nearest
+from rolora_passes.errors import PassError, PluginError, RoloraError, is_out_of_memory, nearest, one_line
 
 T = TypeVar("T")
 
@@ -78,6 +79,23 @@ class Registry(Generic[T]):
     def origin(self, name: str) -> str | None:
         """The package, with its version, that a name comes from; None for ours."""
         return None if name in self._ours() else _distribution(self._others()[name][0])
+
+    @contextmanager
+    def telling(self, name: str) -> Iterator[None]:
+        """Run what an object does: an error of another package's code is told with the package.
+
+        Raises:
+            PluginError: so it is. Errors of ours, of files and of memory are raised as they are.
+        """
+        try:
+            yield
+        except (RoloraError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            owner = self.origin(name) if name in self else None
+            if owner is None or is_out_of_memory(error):
+                raise
+            raise PluginError(f"the {self.kind} {name} of {owner} failed: {one_line(error)}") from error
 
     def clashes(self, name: str) -> list[str]:
         """What is refused because the name is ours."""

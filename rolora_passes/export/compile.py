@@ -31,6 +31,7 @@ from rolora_passes.loading.models import load_model, load_tokenizer
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Calibration
 from rolora_passes.passes.manager import Applied, Record, apply_passes, history, require_calibration, steps
+from rolora_passes.passes.registry import PASSES
 from rolora_passes.recipes import load_recipe
 from rolora_passes.version import versions
 
@@ -200,7 +201,7 @@ def _lower(order: Order, made: Made, folder: Path, clock: Clock) -> dict[str, Lo
     lowered = dict[str, Lowered]()
     options: Any = {"max_length": order.max_length, "check": order.run}
     for target in order.targets:
-        with clock.step(f"lower to {target.name}"):
+        with clock.step(f"lower to {target.name}"), TARGETS.telling(target.name):
             methods = made.methods if target.has_methods else {}
             tensors = Untouched(made.graph)
             lowered[target.name] = target.lower(copy_graph(made.graph), folder, methods=methods, **options)
@@ -238,6 +239,7 @@ def _describe(order: Order, made: Made, compiled: Compiled) -> dict[str, Any]:
         "max_length": order.max_length,
         "config": info(made.graph).config,
         "versions": versions(),
+        "packages": _packages(order, compiled),
         "passes": [record.row() for record in compiled.history],
         "weights": {
             "elements": weights.elements,
@@ -248,3 +250,10 @@ def _describe(order: Order, made: Made, compiled: Compiled) -> dict[str, Any]:
         **({"loss": compiled.loss} if compiled.loss else {}),
         **({"warnings": compiled.warnings} if compiled.warnings else {}),
     }
+
+
+def _packages(order: Order, compiled: Compiled) -> dict[str, str]:
+    """The passes and targets that are not ours, with the packages and versions that they are of."""
+    passes = {r.name: PASSES.origin(r.name) for r in compiled.history if r.name in PASSES}
+    targets = {target.name: TARGETS.origin(target.name) for target in order.targets if target.name in TARGETS}
+    return {name: origin for name, origin in {**passes, **targets}.items() if origin is not None}

@@ -23,7 +23,7 @@ from torch import fx, nn
 import rolora_passes.graphs.operators  # noqa: F401  (defines torch.ops.rolora)
 from rolora_passes.adapters.exchange import load_adapter
 from rolora_passes.errors import CaptureError, LoweringError
-from rolora_passes.export.target import Target
+from rolora_passes.export.target import TARGETS, Target
 from rolora_passes.graphs.bases.rotations import load_rotations
 from rolora_passes.graphs.graph import add_parameter, aten, finish, site_names
 from rolora_passes.graphs.info import set_info
@@ -163,7 +163,9 @@ def require_kernels(known: Outline, passes: Sequence[Pass], targets: Iterable[Ta
     """
     graph = stand_in(known, passes)
     for target in targets:
-        if (refusal := target.can(graph)) is not None:
+        with TARGETS.telling(target.name):
+            refusal = target.can(graph)
+        if refusal is not None:
             raise refusal
 
 

@@ -148,7 +148,7 @@ def round_trip(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: boo
     return steps.add_(shift).clamp_(first, last).sub_(shift).mul_(scale)
 
 
-def quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> Tensor:
+def quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool = True) -> Tensor:
     """The integers of a weight [..., n] on the grids of its groups: int8 [..., n]."""
     first, last = limits(bits, symmetric)
     groups = weight.unflatten(-1, (scale.shape[-1], -1))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora_passes.errors import PassError, PluginError, one_line
+from rolora_passes.errors import PassError
 from rolora_passes.numerics.affine import Integers
 from rolora_passes.numerics.codebooks import TABLES, Codebook
 from rolora_passes.plugins import Registry
@@ -73,13 +73,11 @@ def codebook(name: str, bits: int) -> Tensor:
     if bits not in BITS:
         raise PassError(f"expected a grid {name!r} of 2 to 8 bits, found {bits}")
     make = GRIDS[name]
-    try:
-        table = make(bits)
-    except ValueError as error:
-        raise PassError(f"the grid {name!r} has no {bits} bits: {error}") from error
-    except Exception as error:  # whatever another package's function raises
-        owner = GRIDS.origin(name) or "rolora-passes"
-        raise PluginError(f"the grid {name!r} of {owner} failed: {one_line(error)}") from error
+    with GRIDS.telling(name):
+        try:
+            table = make(bits)
+        except ValueError as error:
+            raise PassError(f"the grid {name!r} has no {bits} bits: {error}") from error
     good = isinstance(table, Tensor) and table.dim() == 1 and 2 <= len(table) <= 2**bits
     if not good or not bool((table.diff() > 0).all()) or not float(table.abs().max()) <= 1:
         raise PassError(

@@ -14,15 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.errors import (
-    GraphFormatError,
-    NoSiteWarning,
-    PassError,
-    PluginError,
-    RoloraError,
-    is_out_of_memory,
-    one_line,
-)
+from rolora_passes.errors import GraphFormatError, NoSiteWarning, PassError
 from rolora_passes.graphs.capture import from_exported
 from rolora_passes.graphs.facts import ROUNDED, facts, refuted, require_legal
 from rolora_passes.graphs.graph import copy_graph, parameters
@@ -221,25 +213,18 @@ def _apply(
 
 
 def _ran(step: Pass, graph: fx.GraphModule, calibration: Calibration | None) -> Report:
-    """Run a pass. What one of another package raises is told with the package's name.
+    """Run a pass.
 
     Raises:
-        PluginError: so it is.
-        PassError: the pass does not return a Report, or one whose notes are no JSON values.
+        PluginError: a pass of another package raised something else than an error of ours.
+        PassError: the pass does not return a Report.
     """
-    try:
+    with PASSES.telling(step.name):
         if calibration is not None and step.needs_calibration:
             report = step.calibrate(graph, calibration)
         else:
             report = step.run(graph)
-        json.dumps(getattr(report, "notes", None))
-    except (RoloraError, MemoryError):
-        raise
-    except Exception as error:
-        package = PASSES.origin(step.name) if step.name in PASSES else None
-        if package is None or is_out_of_memory(error):
-            raise
-        raise PluginError(f"the pass {step.name} of {package} failed: {one_line(error)}") from error
+        json.dumps(getattr(report, "notes", None))  # they are saved with the graph
     if not isinstance(report, Report):
         raise PassError(f"expected {step.name} to return a Report, found {report!r:.80}")
     return report

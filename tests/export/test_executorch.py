@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from test_quantize_weights import wide
 from tiny_llama import tiny_llama
 from torch import Tensor, fx
 
+from rolora_passes import apply_passes
 from rolora_passes.decoding.kv_cache import add_kv_cache
 from rolora_passes.errors import LoweringError, MissingExtraError
 from rolora_passes.export.executorch.lower import LoweringReport, to_executorch
@@ -188,3 +191,16 @@ def test_a_graph_in_another_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match=r"expected a graph in torch.float32, .* found torch.float64"):
         to_executorch(convert(tiny_llama(), torch.float64), tmp_path / "model.pte")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("passes", "widened"),
+    [([{"quantize-weights": {}}], 15), ([{"quantize-weights": {}}, "quantize-activations"], 0), ([], 0)],
+)
+def test_weights_that_no_kernel_reads_as_they_are_stored_are_told(
+    passes: list[Any], widened: int, tmp_path: Path
+) -> None:
+    graph = apply_passes(wide(), [*passes, "fold-constants"])
+    report = to_executorch(graph, tmp_path / "m.pte", max_length=32, check=False)
+    assert report.widened == widened
+    assert any("stored in float32" in row for row in report.rows()) == (widened > 0)

@@ -107,6 +107,7 @@ def test_a_target_of_another_package_on_the_command_line(
     assert main([*command, "--target", "echo", "--echo-shout", "--echo-seed", "3"]) == 0
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["targets"] == {"echo": {"length": 32, "seed": 3}}
+    assert manifest["packages"] == {"echo": "echo-runtime 1.0"}
     (row,) = (row for row in manifest["parity"] if row["name"] == "echo")
     assert row["kl_graph"] < 1e-6 and row["greedy"] == row["of"]
     text.write_text("The quick brown fox jumps over the lazy dog. " * 2)
@@ -201,6 +202,15 @@ def test_a_target_is_given_a_copy_and_leaves_the_tensors_alone(
     with pytest.raises(LoweringError, match="the target echo wrote into the graph's tensors"):
         compile_model(str(checkpoint), "float", tmp_path / "out", targets=["echo"], max_length=32)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_fails_in_a_target_is_told_with_its_package(
+    checkpoint: Path, tmp_path: Path, install: Install, capfd: pytest.CaptureFixture[str]
+) -> None:
+    install("failing-echo", "echo", ECHO.replace("        if any(", "        {}['lost']\n        if any("))
+    command = ["compile", str(checkpoint), "--recipe", "float", "-o", str(tmp_path / "out")]
+    assert main([*command, "--target", "echo"]) == 2
+    assert "PluginError: the target echo of failing-echo 1.0 failed: KeyError" in capfd.readouterr().err
 
 
 def test_a_report_says_where_the_program_is(checkpoint: Path, tmp_path: Path, install: Install) -> None:

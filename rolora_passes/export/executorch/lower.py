@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from rolora_passes.decoding.kv_cache import add_kv_cache
 from rolora_passes.decoding.ready import ready
@@ -27,7 +27,7 @@ from rolora_passes.export.fuse_heads import fuse_heads
 from rolora_passes.extras import require
 from rolora_passes.files import writing
 from rolora_passes.graphs.buffers import written
-from rolora_passes.graphs.graph import copy_graph, get_tensor
+from rolora_passes.graphs.graph import KEPT, copy_graph, get_tensor, is_op, linears
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.shapes import Shape, infer_static
@@ -52,6 +52,8 @@ class LoweringReport:
     """What the caches of keys and values take in memory, for each method that is loaded."""
     seconds: dict[str, float]
     """CPU seconds by step."""
+    widened: int = 0
+    """Linears of forward whose rounded weights are stored in float32: no kernel reads them as they are."""
     checks: list[Checked] = field(default_factory=list)
     """How every method compared with its graph."""
 
@@ -62,6 +64,7 @@ class LoweringReport:
             f"{self.path.name}, {self.bytes / 1e6:.1f} MB",
             f"{self.delegates} XNNPACK delegates",
             f"{sum(self.operators.values())} instructions outside: {outside}",
+            *([f"{self.widened} linears with rounded weights stored in float32"] if self.widened else []),
             *rows(self.checks),
         ]
 
@@ -119,7 +122,19 @@ def to_executorch(
         del program, made  # what the runtime loads takes their place
         with clock.step("check"):
             checks = [_check(temporary, name, each, length) for name, each in graphs.items() if check]
-    return LoweringReport(Path(path), size, count, operators, held, clock.seconds, checks)
+    widened = _widened(graphs["forward"])
+    return LoweringReport(Path(path), size, count, operators, held, clock.seconds, widened, checks)
+
+
+def _widened(graph: fx.GraphModule) -> int:
+    from rolora_passes.export.executorch.xnnpack.linear import kernel_form
+
+    rounded = [n for n in linears(graph) if is_op(n.args[1], *KEPT)]
+
+    def tensor(node: fx.Node) -> Tensor:
+        return get_tensor(graph, str(node.target))
+
+    return sum(kernel_form(n.args[1], is_op(n.args[0], "fake_quantize"), tensor) is None for n in rounded)
 
 
 @dataclass(frozen=True)

@@ -14,23 +14,6 @@ from rolora_passes.graphs.operators.steps import AxisMap, still
 from rolora_passes.numerics import affine, codebooks
 
 
-def choose_qparams(
-    weight: Tensor,
-    group_size: int | None,
-    bits: int,
-    symmetric: bool = True,
-    clip_search: bool = False,
-    bfloat16: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Scales float32 and zero points int8 of a weight's groups (None: rows), [out, in / group_size] each."""
-    return affine.choose_qparams(weight, group_size, bits, symmetric, clip_search, bfloat16)
-
-
-def quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool = True) -> Tensor:
-    """The integers of a weight [out, in] on the grids of its groups: int8 [out, in]."""
-    return affine.quantize(weight, scale, zero, bits, symmetric)
-
-
 def dequantize(integers: Tensor, scale: Tensor, zero: Tensor | None = None, bits: int = 8) -> Tensor:
     """s·(q - z): int8 [out, in], scale and zero point [out, groups] -> [out, in] in the scale's type.
 
@@ -39,33 +22,9 @@ def dequantize(integers: Tensor, scale: Tensor, zero: Tensor | None = None, bits
     return affine.dequantize(integers, scale, zero)
 
 
-def absmax(weight: Tensor, group_size: int | None) -> Tensor:
-    """The largest magnitude in every group of a weight: float32 [out, in / group_size]."""
-    return codebooks.absmax(weight, group_size)
-
-
-def encode(weight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    """The nearest entry of a table to w / s: uint8 [out, in]."""
-    return codebooks.encode(weight, scale, table)
-
-
 def decode(codes: Tensor, scale: Tensor, table: Tensor, bits: int = 8) -> Tensor:
     """s·table[code]: uint8 [out, in], scale [out, groups] -> [out, in] in the scale's type."""
     return codebooks.decode(codes, scale, table)
-
-
-def fake_quantize(
-    x: Tensor, bits: int, group_size: int | None = None, symmetric: bool = False, clip: float = 1.0
-) -> Tensor:
-    """x rounded to a grid that is chosen at run time, for every token or group of the last axis."""
-    return affine.fake_quantize(x, bits, group_size, symmetric, clip)
-
-
-def fake_quantize_static(
-    x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool = False
-) -> Tensor:
-    """x rounded to a grid that was chosen before: scale and zero point [1] or [channels]."""
-    return affine.fake_quantize_static(x, scale, zero, bits, symmetric)
 
 
 def observed(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -128,14 +87,14 @@ WEIGHTS = (
         "rolora::choose_qparams",
         "(Tensor weight, int? group_size, int bits, bool symmetric=True, bool clip_search=False,"
         " bool bfloat16=False) -> (Tensor, Tensor)",
-        choose_qparams,
+        affine.choose_qparams,
         by_row=always,
         folded=("_scale", "_zero"),
     ),
     Operator(
         "rolora::quantize",
         "(Tensor weight, Tensor scale, Tensor zero, int bits, bool symmetric=True) -> Tensor",
-        quantize,
+        affine.quantize,
         **_STILL,
         by_row=always,
         folded=("_q",),
@@ -152,14 +111,14 @@ WEIGHTS = (
     Operator(
         "rolora::absmax",
         "(Tensor weight, int? group_size) -> Tensor",
-        absmax,
+        codebooks.absmax,
         by_row=always,
         folded=("_scale",),
     ),
     Operator(
         "rolora::encode",
         "(Tensor weight, Tensor scale, Tensor table) -> Tensor",
-        encode,
+        codebooks.encode,
         **_STILL,
         by_row=always,
         folded=("_q",),
@@ -178,7 +137,7 @@ ACTIVATIONS = (
     Operator(
         "rolora::fake_quantize",
         "(Tensor x, int bits, int? group_size=None, bool symmetric=False, float clip=1.0) -> Tensor",
-        fake_quantize,
+        affine.fake_quantize,
         positions=_per_token,
         words=_fake_quantize_words,
         traits=Trait.FAKE_QUANTIZES | Trait.INSERTED,
@@ -186,7 +145,7 @@ ACTIVATIONS = (
     Operator(
         "rolora::fake_quantize_static",
         "(Tensor x, Tensor scale, Tensor zero, int bits, bool symmetric=False) -> Tensor",
-        fake_quantize_static,
+        affine.fake_quantize_static,
         positions=pointwise,
         words=_static_words,
         traits=Trait.FAKE_QUANTIZES | Trait.INSERTED,

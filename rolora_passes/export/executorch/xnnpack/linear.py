@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import fx
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.executorch.xnnpack.emitter import DelegateEmitter
@@ -17,21 +20,38 @@ def linear(e: DelegateEmitter, node: fx.Node) -> int:
     )
 
 
-def _weight(e: DelegateEmitter, node: fx.Node, quantized: bool) -> int:
+def _weight(e: DelegateEmitter, node: Any, quantized: bool) -> int:
     """The constant of a linear's weight, in the narrowest form its kernel takes."""
-    if is_op(node, "dequantize") and node.args[2] is None:
-        stored, scale, bits = e.tensor(node.args[0]), e.tensor(node.args[1]), argument(node, "bits")
-        group = stored.shape[1] // scale.shape[1]
-        if scale.shape[1] == 1 and bits in (4, 8):
-            return e.delegate.channel_weight(stored, scale.flatten(), bits)
-        if quantized and bits == 4 and group % 32 == 0:
-            return e.delegate.group_weight(stored, scale, group)
+    form = kernel_form(node, quantized, e.tensor)
+    if form is not None:
+        stored, scale = e.tensor(node.args[0]), e.tensor(node.args[1])
+        if form == "channel":
+            return e.delegate.channel_weight(stored, scale.flatten(), argument(node, "bits"))
+        return e.delegate.group_weight(stored, scale, stored.shape[1] // scale.shape[1])
     if quantized:
         raise LoweringError(
             f"`{node.name}`: XNNPACK multiplies int8 activations by symmetric weights of 4 bits with groups "
             f"of a multiple of 32, or of 4 or 8 bits with one scale for each row; found {_found(e, node)}"
         )
     return e.value(node)
+
+
+def kernel_form(
+    weight: Any, quantized: bool, tensor: Callable[[fx.Node], Tensor]
+) -> Literal["channel", "group"] | None:
+    """How a kernel reads a rounded weight as it is stored; None if none does: it is stored in float32 then.
+
+    Args:
+        quantized: whether the linear's input is rounded to int8.
+        tensor: the value of a constant node.
+    """
+    if not is_op(weight, "dequantize") or weight.args[2] is not None:
+        return None
+    stored, scale, bits = tensor(weight.args[0]), tensor(weight.args[1]), argument(weight, "bits")
+    if scale.shape[1] == 1 and bits in (4, 8):
+        return "channel"
+    grouped = quantized and bits == 4 and stored.shape[1] // scale.shape[1] % 32 == 0
+    return "group" if grouped else None
 
 
 def _found(e: DelegateEmitter, node: fx.Node) -> str:
