@@ -29,7 +29,7 @@ class Loss:
     Attributes:
         tokens: of the text.
         kl: divergence of its predictions from the model's, nats per token.
-        said: what the model's own predictions say about the text: their divergence from their mean over it,
+        said: the information in the model's own predictions: their divergence from their mean over the text,
             which is the best guess that does not look at the text; nats per token.
         top1: the part of the tokens whose likeliest next token is the model's.
         perplexity: of the text, over the model's.
@@ -43,7 +43,7 @@ class Loss:
 
     @property
     def part(self) -> float:
-        """The part of what the model says that is lost; above 1, a guess without the text is nearer to it."""
+        """The part of it that is lost; above 1, a guess without the text is nearer to the model."""
         if self.kl < _UNNOTICED:
             return 0.0
         return self.kl / max(self.said, _UNNOTICED) if math.isfinite(self.kl) else math.inf
@@ -57,10 +57,9 @@ class Loss:
     def __str__(self) -> str:
         """A line for people."""
         return (
-            f"it loses {self._amount()} of what the model says about {self.tokens} tokens of text (KL is "
-            f"{self.kl:.2f} where the model says {self.said:.2f} nats per token); the likeliest token is "
-            f"the model's for {self.top1:.0%} of them, and perplexity is {self.perplexity:.3g} times "
-            "the model's"
+            f"it loses {self._amount()} of the information in the model's predictions on {self.tokens} "
+            f"tokens of text (KL {self.kl:.2f} of {self.said:.2f} nats per token); top-1 agreement "
+            f"{self.top1:.0%}, perplexity {self.perplexity:.3g} times the model's"
         )
 
     def _amount(self) -> str:

@@ -77,7 +77,7 @@ def test_a_loss_is_refused_with_what_is_to_blame_and_what_may_help(
     )
     loss = json.loads((out / "manifest.json").read_text())["loss"]
     assert loss["part"] > REFUSED and loss["summary"] in " ".join(said.split())
-    assert "it loses more than all of what the model says" in " ".join(printed.split())
+    assert "it loses more than all of the information in the model's predictions" in " ".join(printed.split())
     before = contents(out)
     assert rolora(*arguments)[0] == 3 and contents(out) == before
 
@@ -145,7 +145,9 @@ def test_a_graph_that_says_one_thing_whatever_it_reads_is_far() -> None:
     ],
 )
 def test_a_loss_in_words(kl: float, said: float, expected: str) -> None:
-    assert f"it loses {expected} of what the model says" in str(Loss(8, kl, said, 0.9, 1.0))
+    assert f"it loses {expected} of the information in the model's predictions" in str(
+        Loss(8, kl, said, 0.9, 1.0)
+    )
 
 
 def test_a_loss_that_is_no_number_is_the_worst() -> None:
