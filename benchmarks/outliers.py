@@ -11,7 +11,8 @@ from common import captured, options, tokens_of
 from torch import Tensor, fx
 
 from rolora_passes import FuseNorm, InsertHadamard, Rotate, apply_passes
-from rolora_passes.graphs.graph import is_op, linears, values
+from rolora_passes.graphs.graph import is_op, linears
+from rolora_passes.graphs.running import values
 
 
 def kurtosis(x: Tensor) -> float:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from rolora_passes import TuneLoRA, apply_passes, history
 from rolora_passes.evaluation.scorers import GraphScorer
 from rolora_passes.evaluation.tasks import evaluate_tasks
-from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.running import run
 from rolora_passes.loading.data import calibration_tokens
 from rolora_passes.loading.instructions import IGNORED, instruction_windows
 from rolora_passes.passes.base import Calibration

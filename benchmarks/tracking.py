@@ -12,7 +12,7 @@ from common import captured, options, tokens_of
 from passes import Peak, resident_mb
 
 from rolora_passes.debugging import track_errors, with_float_twin
-from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.running import run
 from rolora_passes.recipes import load_recipe
 
 

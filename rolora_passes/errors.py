@@ -46,6 +46,10 @@ class MissingExtraError(RoloraError, ImportError):
     """An optional dependency is not installed."""
 
 
+class SpillError(RoloraError):
+    """The folder for weights that do not fit into memory is full, or cannot be written to."""
+
+
 class RunError(RoloraError):
     """A compiled program cannot be run as asked."""
 

@@ -127,11 +127,14 @@ _NAMES = {
         for name in ("infer_bases", "Bases", "BasisClass", "ParameterAxis", "describe")
     },
     "graphs.capture": {"_static_experts": "graphs.capture.attention:static_experts"},
+    "graphs.evaluate": {"values_in": "graphs.running:values"},
     "graphs.graph": {
         "Expressions": "graphs.expressions:Expressions",
         "convert": "graphs.dtypes:convert",
         "dtype_of": "graphs.dtypes:dtype_of",
         "merge_equal": "graphs.expressions:merge_equal",
+        "run": "graphs.running:run",
+        "values": "graphs.running:values",
         "retyped": "graphs.dtypes:retyped",
     },
     "evaluation.scorers": {

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from rolora_passes import apply_passes, history
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.evaluate import values_in
 from rolora_passes.graphs.graph import copy_graph, is_op, parameters, set_tensor
 from rolora_passes.graphs.info import info
+from rolora_passes.graphs.running import values
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.graphs.verify import relative_error
 from rolora_passes.passes.manager import PassLike
@@ -57,7 +57,7 @@ def count(graph: fx.GraphModule, *names: str) -> int:
 
 def exactly(graph: fx.GraphModule, tokens: Tensor) -> Tensor:
     """A graph's logits computed in float64, whatever its type: no rounding but that of its parameters."""
-    *_, (_, logits) = values_in(graph, tokens, torch.float64)
+    *_, (_, logits) = values(graph, tokens, torch.float64)
     assert isinstance(logits, Tensor)
     return logits
 

@@ -19,7 +19,8 @@ from rolora_passes import (
 from rolora_passes.errors import PassError
 from rolora_passes.graphs import evaluate
 from rolora_passes.graphs.dtypes import convert
-from rolora_passes.graphs.graph import constants, parameters, run, set_tensor
+from rolora_passes.graphs.graph import constants, parameters, set_tensor
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.verify import relative_error
 
 

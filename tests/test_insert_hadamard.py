@@ -11,8 +11,9 @@ from torch import fx
 from rolora_passes import FoldConstants, FuseNorm, InsertHadamard, Rotate, apply_passes, history
 from rolora_passes.errors import PassError, PassOrderError
 from rolora_passes.graphs.bases.inference import infer_bases
-from rolora_passes.graphs.graph import is_op, values
+from rolora_passes.graphs.graph import is_op
 from rolora_passes.graphs.info import info
+from rolora_passes.graphs.running import values
 
 
 @pytest.mark.parametrize("name", chosen(CONFIGS))

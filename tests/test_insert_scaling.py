@@ -19,8 +19,9 @@ from rolora_passes import (
 )
 from rolora_passes.errors import PassError, PassOrderError
 from rolora_passes.graphs.bases.rotations import load_rotations, save_rotations
-from rolora_passes.graphs.graph import copy_graph, parameters, set_tensor, site_names, values
+from rolora_passes.graphs.graph import copy_graph, parameters, set_tensor, site_names
 from rolora_passes.graphs.info import info
+from rolora_passes.graphs.running import values
 
 DOWN = "model.layers.0.mlp.down_proj.scale"
 

@@ -13,7 +13,8 @@ from rolora_passes import AddLoRA, FoldConstants, LoftQ, MergeLoRA, QuantizeWeig
 from rolora_passes.adapters.lora import find_branches, low_rank
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.graph import constants, is_op, linears, parameters, run
+from rolora_passes.graphs.graph import constants, is_op, linears, parameters
+from rolora_passes.graphs.running import run
 from rolora_passes.passes.registry import make_pass
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, fx
 from rolora_passes import FoldConstants, apply_passes, history
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.facts import facts
-from rolora_passes.graphs.graph import finish, linears, parameters, set_tensor, site_names, values
+from rolora_passes.graphs.graph import finish, linears, parameters, set_tensor, site_names
 from rolora_passes.graphs.info import set_info
+from rolora_passes.graphs.running import values
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.passes.base import Calibration, Report
 from rolora_passes.passes.observe_activations import ObserveActivations

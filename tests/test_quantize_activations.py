@@ -13,7 +13,8 @@ from torch import fx
 
 from rolora_passes import QuantizeActivations, QuantizeWeights, apply_passes, history
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.graph import add_parameter, copy_graph, insert_after, is_op, linears, run, values
+from rolora_passes.graphs.graph import add_parameter, copy_graph, insert_after, is_op, linears
+from rolora_passes.graphs.running import run, values
 from rolora_passes.numerics import affine
 
 

@@ -10,7 +10,8 @@ from torch import fx
 
 from rolora_passes import FuseNorm, InsertHadamard, QuantizeKVCache, apply_passes, history
 from rolora_passes.errors import PassError, PassOrderError
-from rolora_passes.graphs.graph import is_op, values
+from rolora_passes.graphs.graph import is_op
+from rolora_passes.graphs.running import values
 from rolora_passes.numerics import affine
 
 

@@ -15,7 +15,8 @@ from rolora_passes import AddLoRA, FoldConstants, FuseNorm, QuantizeWeights, Rot
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.accounting import weigh
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.graph import argument, is_op, parameters, run, values
+from rolora_passes.graphs.graph import argument, is_op, parameters
+from rolora_passes.graphs.running import run, values
 from rolora_passes.numerics import affine
 from rolora_passes.numerics.codebooks import absmax, encode
 from rolora_passes.numerics.grids import codebook

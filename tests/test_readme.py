@@ -25,8 +25,8 @@ from rolora_passes.errors import PassError, VerificationError
 from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs import capture
-from rolora_passes.graphs.graph import run
 from rolora_passes.graphs.operators import operators
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.verify import relative_error
 from rolora_passes.loading.models import load_model
 

@@ -10,7 +10,8 @@ from test_quantize_weights import wide
 from rolora_passes import FuseNorm, QuantizeActivations, QuantizeWeights, apply_passes
 from rolora_passes.errors import PassError
 from rolora_passes.evaluation.sensitivity import sensitivity
-from rolora_passes.graphs.graph import copy_graph, get_tensor, run, set_tensor
+from rolora_passes.graphs.graph import copy_graph, get_tensor, set_tensor
+from rolora_passes.graphs.running import run
 
 SITE = "model.layers.1.self_attn.o_proj"
 

@@ -16,7 +16,8 @@ from rolora_passes.errors import PassError, PassOrderError
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.dtypes import convert
 from rolora_passes.graphs.facts import facts
-from rolora_passes.graphs.graph import linears, parameters, set_tensor, site_names, values
+from rolora_passes.graphs.graph import linears, parameters, set_tensor, site_names
+from rolora_passes.graphs.running import values
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.passes.base import Report
 from rolora_passes.passes.observe_activations import ObserveActivations

@@ -11,9 +11,10 @@ from torch import Tensor, fx
 from rolora_passes.debugging.pairing import layers_of, sites_of
 from rolora_passes.errors import GraphFormatError
 from rolora_passes.evaluation.sensitivity import compare_logits
-from rolora_passes.graphs.graph import constants, op_name, parameters, run, set_tensor
+from rolora_passes.graphs.graph import constants, op_name, parameters, set_tensor
 from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.operators import Trait, has
+from rolora_passes.graphs.running import run
 
 
 class Splice:

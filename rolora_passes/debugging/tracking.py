@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from rolora_passes.debugging.pairing import Pair, pair_values
 from rolora_passes.errors import GraphFormatError
 from rolora_passes.evaluation.sensitivity import compare_logits
-from rolora_passes.graphs.graph import values
+from rolora_passes.graphs.running import values
 
 _WORST = 3  # tokens kept per value
 

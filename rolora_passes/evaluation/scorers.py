@@ -13,9 +13,9 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import DataError, EvaluationError, RunError, one_line
 from rolora_passes.export.folder import find_target, read_manifest
-from rolora_passes.graphs.graph import run
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import require_decoder
+from rolora_passes.graphs.running import run
 from rolora_passes.moved import old_names
 from rolora_passes.passes.base import Calibration
 from rolora_passes.passes.manager import Record, apply_passes

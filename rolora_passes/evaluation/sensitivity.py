@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.graph import run, site_names
+from rolora_passes.graphs.graph import site_names
 from rolora_passes.graphs.info import history
+from rolora_passes.graphs.running import run
 from rolora_passes.passes.base import Pass
 from rolora_passes.passes.manager import apply_passes
 

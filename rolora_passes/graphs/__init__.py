@@ -4,7 +4,7 @@ from rolora_passes.graphs.bases.inference import infer_bases
 from rolora_passes.graphs.bases.rotations import load_rotations, save_rotations
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.dtypes import convert
-from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.serialize import load_graph, save_graph
 
 __all__ = [

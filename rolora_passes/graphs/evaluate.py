@@ -1,20 +1,27 @@
-"""Values of expressions over parameters."""
+"""Values of expressions over parameters, with the memory of what is read just now."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from rolora_passes.graphs.dtypes import retyped
-from rolora_passes.graphs.graph import constants, get_tensor, upstream
-from rolora_passes.graphs.inputs import inputs_for
+from rolora_passes.graphs.graph import get_tensor, upstream
 from rolora_passes.graphs.operators import operator_of
+from rolora_passes.moved import old_names
+from rolora_passes.ondisk import is_on_disk, rest
 
-# Elements evaluated at a time where rows are independent (a token table): 8 MB in float64.
-_BLOCK = 1 << 20
+# Elements evaluated at a time where rows are independent: what stays in a core's cache in float64.
+_BLOCK = 1 << 17
+# Elements of a matrix that is evaluated whole.
+SMALL = 1 << 21
+
+Change = Callable[[str, Tensor], Tensor]
+"""What to compute with in place of a parameter, or of rows of it, given its name and the values."""
 
 
 def evaluate(graph: fx.GraphModule, nodes: list[fx.Node]) -> list[Tensor]:
@@ -22,26 +29,134 @@ def evaluate(graph: fx.GraphModule, nodes: list[fx.Node]) -> list[Tensor]:
 
     Expressions that work on every row for itself are evaluated in blocks of rows.
     """
-    rows = _independent_rows(graph, nodes)
-    if rows is None:
-        return compute(graph, nodes, dtype=torch.float64)
-    count, width = rows
-    step = max(1, _BLOCK // width)
     results: list[Tensor] = []
-    for start in range(0, count, step):
-        parts = compute(graph, nodes, dtype=torch.float64, rows=slice(start, start + step))
-        results = results or [part.new_empty(count, *part.shape[1:]) for part in parts]
+    for place, parts in blocks(graph, nodes, torch.float64):
+        if place.whole:
+            return parts
+        results = results or [part.new_empty(place.count, *part.shape[1:]) for part in parts]
         for result, part in zip(results, parts, strict=True):
-            result[start : start + step] = part
+            result[place.rows] = part
     return results
+
+
+def blocks(
+    graph: fx.GraphModule,
+    nodes: list[fx.Node],
+    dtype: torch.dtype | None = None,
+    change: Change | None = None,
+    only: Tensor | None = None,
+) -> Iterator[tuple[Place, list[Tensor]]]:
+    """The values of constant expressions over the same parameters, rows by rows where their rows are
+    independent, else at once.
+
+    Args:
+        dtype: the type to compute in; None: each operator in its own.
+        only: numbers of rows, int64 [n]: these alone, at once, if rows are independent.
+
+    Yields: which rows of how many, and their values for every node.
+    """
+    found = _rows(graph, nodes)
+    if found is None:
+        values = compute(graph, nodes, dtype=dtype, change=change)
+        count = len(values[0]) if values[0].dim() else 1
+        yield Place(slice(0, count), count), values
+        return
+    given = {node: _whole(graph, node, dtype, change) for node in found.whole}
+    step = max(1, _BLOCK * found.count // found.size)
+    places = [slice(start, min(start + step, found.count)) for start in range(0, found.count, step)]
+    for rows in places if only is None else [only]:
+        sliced = {node: _sliced(value, found, rows) for node, value in given.items() if node in found.aligned}
+        values = compute(graph, nodes, {**given, **sliced}, dtype, (found, rows), change)
+        yield Place(rows, found.count), values
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows of a matrix that has `count`: a slice, or their numbers, int64 [n].
+
+    Values that came at once are whole, each with its own count.
+    """
+
+    rows: slice | Tensor
+    count: int
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.rows, slice) and self.rows == slice(0, self.count)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Expressions that work on every row of tensors for itself.
+
+    Attributes:
+        count, rank, size: how many rows, of tensors of so many axes and elements.
+        whole: what is to be computed before that: what mixes rows, or is no row (a rotation).
+        aligned: of these, what is cut into rows.
+    """
+
+    count: int
+    rank: int
+    size: int
+    whole: list[fx.Node]
+    aligned: set[fx.Node]
+
+
+def _rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> _Rows | None:
+    """How large expressions fall apart into rows; None if they are small, or do not."""
+    roots = [get_tensor(graph, str(n.target)) for n in upstream(nodes) if n.op == "get_attr"]
+    if sum(root.numel() for root in roots) <= SMALL:
+        return None
+    inner, whole, aligned, sides = set[fx.Node](), dict[fx.Node, None](), set[fx.Node](), set[fx.Node]()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in inner or node in aligned:
+            continue
+        known = operator_of(node)
+        rows = known.by_row(node) if known is not None and known.by_row is not None else []
+        if not rows:
+            aligned.add(node)
+            if node.op != "get_attr":
+                whole[node] = None
+            continue
+        inner.add(node)
+        stack.extend(n for n in node.all_input_nodes if n in rows)
+        sides.update(n for n in node.all_input_nodes if n not in rows)
+    if not inner or sides & (inner | aligned):
+        return None
+    tables = [get_tensor(graph, str(n.target)) for n in aligned if n.op == "get_attr"]
+    largest = max(tables or roots, key=Tensor.numel)
+    if largest.dim() < 2 or len(largest) < 2:
+        return None
+    return _Rows(len(largest), largest.dim(), largest.numel(), [*whole, *sides], aligned)
+
+
+def _whole(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None, change: Change | None) -> Tensor:
+    """The value of an operator that mixes rows; what it reads may still be evaluated in blocks."""
+    if node.op == "get_attr":
+        return cast(Tensor, compute(graph, [node], dtype=dtype, change=change)[0])
+    given = dict[fx.Node, Any]()
+    for operand in node.all_input_nodes:
+        parts = [part for _, (part,) in blocks(graph, [operand], dtype, change)]
+        given[operand] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        del parts
+    return cast(Tensor, compute(graph, [node], given, dtype, change=change)[0])
+
+
+def _sliced(value: Any, found: _Rows, rows: slice | Tensor) -> Any:
+    """The rows of a tensor that has them; another is given to every row."""
+    cut = isinstance(value, Tensor) and value.dim() == found.rank and len(value) == found.count
+    return value[rows] if cut else value
 
 
 def compute(
     graph: fx.GraphModule,
     nodes: list[fx.Node],
-    inputs: Mapping[fx.Node, Tensor] | None = None,
+    inputs: Mapping[fx.Node, Any] | None = None,
     dtype: torch.dtype | None = None,
-    rows: slice | None = None,
+    rows: tuple[_Rows, slice | Tensor] | None = None,
+    change: Change | None = None,
 ) -> list[Any]:
     """The values of expressions over parameters, and over inputs where those are given.
 
@@ -49,21 +164,58 @@ def compute(
         dtype: the type to compute in: floating-point parameters are cast to it, and casts to others are to
             it. None: in their own.
         rows: of every parameter that has some; None for all.
+        change: see `Change`.
     """
-    steps = sorted(upstream(nodes))
-    dead = deaths(steps, nodes)
     done: dict[fx.Node, Any] = dict(inputs or {})
+    steps = sorted(_needed(nodes, done))
+    dead = deaths(steps, nodes)
     with torch.no_grad():
         for step in steps:
-            if step.op == "get_attr":
-                tensor = get_tensor(graph, str(step.target)).detach()
-                tensor = tensor[rows] if rows is not None and tensor.dim() > 1 else tensor
-                done[step] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-            elif step not in done:
-                done[step] = call(step, done.__getitem__, dtype)
+            if step not in done:
+                if step.op == "get_attr":
+                    done[step] = parameter(graph, step, dtype, rows, change)
+                else:
+                    done[step] = call(step, done.__getitem__, dtype)
             for value in dead[step]:
                 del done[value]
+                if value.op == "get_attr" and (inputs is None or value not in inputs):
+                    let_go(graph, value, rows)
     return [done[node] for node in nodes]
+
+
+def _needed(nodes: list[fx.Node], known: Mapping[fx.Node, Any]) -> set[fx.Node]:
+    """Nodes and what they are computed from, back to what is known."""
+    found, stack = set[fx.Node](), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(() if node in known else node.all_input_nodes)
+    return found
+
+
+def parameter(
+    graph: fx.GraphModule,
+    node: fx.Node,
+    dtype: torch.dtype | None,
+    rows: tuple[_Rows, slice | Tensor] | None = None,
+    change: Change | None = None,
+) -> Tensor:
+    """The tensor of a `get_attr` node, or rows of it, as `compute` reads it."""
+    name = str(node.target)
+    tensor = get_tensor(graph, name).detach()
+    if rows is not None and node in rows[0].aligned:
+        tensor = _sliced(tensor, *rows)
+    if change is not None:
+        tensor = change(name, tensor)
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
+def let_go(graph: fx.GraphModule, node: fx.Node, rows: tuple[_Rows, slice | Tensor] | None = None) -> None:
+    """Let a parameter that lies on disk go: nothing reads it just now."""
+    tensor = get_tensor(graph, str(node.target))
+    if is_on_disk(tensor):
+        rest(tensor, None if rows is None or isinstance(rows[1], Tensor) else _sliced(tensor, *rows))
 
 
 def call(node: fx.Node, value_of: Callable[[fx.Node], Any], dtype: torch.dtype | None = None) -> Any:
@@ -72,66 +224,6 @@ def call(node: fx.Node, value_of: Callable[[fx.Node], Any], dtype: torch.dtype |
     if dtype is not None:
         args, kwargs = retyped((args, kwargs), lambda _: dtype)
     return cast(Callable[..., Any], node.target)(*args, **kwargs)
-
-
-def values_in(
-    graph: fx.GraphModule,
-    tokens: Tensor,
-    dtype: torch.dtype,
-    changed: Callable[[str, Tensor], Tensor] = lambda name, value: value,
-) -> Iterator[tuple[fx.Node, Any]]:
-    """Every node with its value where a graph is computed in another type than its own, without a copy of it.
-
-    A parameter is cast when it is read and kept no longer. A constant expression is evaluated before its
-    first reader: the nodes come in that order.
-
-    Args:
-        tokens: int64 [B, S].
-        dtype: of every floating-point value.
-        changed: what to compute with in place of a parameter, given its name and its value in its own type.
-    """
-    steps = _just_in_time(graph)
-    dead, inputs = deaths(steps, ()), iter(inputs_for(graph, tokens).values())
-    done: dict[fx.Node, Any] = {}
-
-    def value_of(node: fx.Node) -> Any:
-        if node.op != "get_attr":
-            return done[node]
-        return _cast(changed(str(node.target), get_tensor(graph, str(node.target)).detach()), dtype)
-
-    for step in steps:
-        with torch.no_grad():
-            if step.op == "placeholder":
-                done[step] = next(inputs)
-            elif step.op == "output":
-                done[step] = fx.node.map_arg(step.args[0], value_of)
-            else:
-                done[step] = fx.node.map_aggregate(call(step, value_of, dtype), lambda v: _cast(v, dtype))
-        yield step, done[step]
-        for value in dead[step]:
-            done.pop(value, None)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _just_in_time(graph: fx.GraphModule) -> list[fx.Node]:
-    """The nodes that compute, each constant one right before the first that reads it."""
-    known = constants(graph)
-    order: dict[fx.Node, None] = {}
-
-    def place(node: fx.Node) -> None:
-        for operand in node.all_input_nodes:
-            if operand in known and operand not in order:
-                place(operand)
-        if node.op != "get_attr":
-            order[node] = None
-
-    for node in graph.graph.nodes:
-        if node not in known:
-            place(node)
-    return list(order)
 
 
 def deaths(steps: Collection[fx.Node], kept: Collection[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -144,18 +236,4 @@ def deaths(steps: Collection[fx.Node], kept: Collection[fx.Node]) -> dict[fx.Nod
     return dead
 
 
-def _independent_rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> tuple[int, int] | None:
-    """(rows, width) of the one table under large expressions that treat every row for itself, else None."""
-    tables = set()
-    for node in upstream(nodes):
-        known = operator_of(node)
-        if node.op == "get_attr":
-            tensor = get_tensor(graph, str(node.target))
-            if tensor.dim() > 1:
-                tables.add((node, tensor.shape))
-        elif known is None or known.by_row is None or not known.by_row(node):
-            return None
-    if len(tables) != 1:
-        return None
-    ((_, shape),) = tables
-    return (shape[0], shape[1]) if len(shape) == 2 and shape.numel() > 2 * _BLOCK else None
+old_names(globals())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.evaluate import evaluate
+from rolora_passes.graphs.evaluate import blocks
 from rolora_passes.graphs.expressions import merge_equal
 from rolora_passes.graphs.graph import (
     add_parameter,
@@ -26,6 +28,7 @@ from rolora_passes.graphs.lineage import Way, keep_ways, ways
 from rolora_passes.graphs.operators import Trait, has, operator_of
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.memory import release
+from rolora_passes.ondisk import Growing
 
 
 def fold(graph: fx.GraphModule) -> list[str]:
@@ -51,12 +54,8 @@ def fold(graph: fx.GraphModule) -> list[str]:
             groups.setdefault(root_names(node)[0], []).append(node)
     named: list[tuple[fx.Node, str]] = []
     for number, (root, nodes) in enumerate(groups.items()):
-        for node, value in zip(nodes, evaluate(graph, nodes), strict=True):
-            if value.is_floating_point():
-                _require_finite(value, node, root)
-                value = value.to(torch.float32 if _is_scale(node) else types[node].dtype)
+        for node, value in zip(nodes, _folded(graph, nodes, root, types), strict=True):
             named.append((_replace(graph, node, root, value), root))
-        del value
         if number % 8 == 7:
             release()
         changed.append(root)
@@ -66,6 +65,31 @@ def fold(graph: fx.GraphModule) -> list[str]:
     finish(graph)
     keep_ways(graph, traced)
     return changed
+
+
+def _folded(
+    graph: fx.GraphModule, nodes: list[fx.Node], root: str, types: Mapping[fx.Node, Any]
+) -> list[Tensor]:
+    """The values of expressions over one parameter in the types that they are to have, block by block."""
+    made: list[Growing] = []
+    for place, parts in blocks(graph, nodes, torch.float64):
+        for node, part in zip(nodes, parts, strict=True):
+            if part.is_floating_point():
+                _require_finite(part, node, root)
+        if not made:
+            kinds = [_kind(node, part, types) for node, part in zip(nodes, parts, strict=True)]
+            shapes = [part.shape if place.whole else (place.count, *part.shape[1:]) for part in parts]
+            made = [Growing(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
+        for growing, part in zip(made, parts, strict=True):
+            growing.append(part)
+    return [growing.finish() for growing in made]
+
+
+def _kind(node: fx.Node, value: Tensor, types: Mapping[fx.Node, Any]) -> torch.dtype:
+    if not value.is_floating_point():
+        return value.dtype
+    found: torch.dtype = torch.float32 if _is_scale(node) else types[node].dtype
+    return found
 
 
 def rounds(graph: fx.GraphModule) -> bool:
@@ -93,7 +117,7 @@ def _require_finite(value: Tensor, node: fx.Node, root: str) -> None:
 
 
 def _replace(graph: fx.GraphModule, node: fx.Node, root: str, value: Tensor) -> fx.Node:
-    folded = add_parameter(graph, root + (_suffix(node) or "_folded"), value.contiguous())
+    folded = add_parameter(graph, root + (_suffix(node) or "_folded"), value)
     node.replace_all_uses_with(folded)
     _forget(graph, node)
     return folded

@@ -1,4 +1,4 @@
-"""What every pass needs of a `torch.fx.GraphModule`: copies, parameters, constants, running it.
+"""What every pass needs of a `torch.fx.GraphModule`: copies, parameters, constants.
 
 A graph is `forward(tokens, positions) -> logits`; both inputs int64 [B, S], logits [B, S, V]. An encoder, or
 an encoder with a decoder, takes others (`graphs.inputs`).
@@ -10,14 +10,13 @@ FoldConstants.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from rolora_passes.graphs.info import info
-from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.inputs import positions_like as positions_like
 from rolora_passes.graphs.nodes import argument as argument
 from rolora_passes.graphs.nodes import is_op as is_op
@@ -219,34 +218,6 @@ def finish(graph: fx.GraphModule) -> fx.GraphModule:
     graph.graph.lint()
     graph.recompile()
     return graph
-
-
-def run(graph: fx.GraphModule, tokens: Tensor, decoder_tokens: Tensor | None = None) -> Tensor:
-    """Logits [B, S, V] for tokens int64 [B, S] at positions 0, 1, 2, …
-
-    An encoder gives what its head does. A graph with a decoder gives logits [B, T, V] for decoder_tokens
-    int64 [B, T]: the later half of tokens, if not given.
-    """
-    with torch.no_grad():
-        result: Tensor = graph(*inputs_for(graph, tokens, decoder_tokens).values())
-    return result
-
-
-def values(graph: fx.GraphModule, tokens: Tensor) -> Iterator[tuple[fx.Node, Any]]:
-    """Every node with its value, in graph order, each freed when its last user has run."""
-    interpreter = _Stream(graph)
-    interpreter.env = {}
-    interpreter.args_iter = iter(inputs_for(graph, tokens).values())
-    for node in graph.graph.nodes:
-        with torch.no_grad():  # not around the yield: two streams in step would end in each other's mode
-            interpreter.env[node] = interpreter.run_node(node)
-        yield node, interpreter.env[node]
-        for dead in interpreter.user_to_last_uses.get(node, ()):
-            del interpreter.env[dead]
-
-
-class _Stream(fx.Interpreter):
-    """An interpreter driven from outside, one node at a time."""
 
 
 old_names(globals())

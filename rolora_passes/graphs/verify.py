@@ -12,10 +12,10 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import VerificationError
 from rolora_passes.graphs.bases.inference import describe
-from rolora_passes.graphs.evaluate import values_in
 from rolora_passes.graphs.graph import is_op, parameters
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.operators import Trait, has
+from rolora_passes.graphs.running import values
 from rolora_passes.graphs.shapes import infer_shapes
 
 # Of logits in float64, relative to the largest: rounding over the depth of a model stays below it.
@@ -143,7 +143,7 @@ def _logits(graph: fx.GraphModule, tokens: Tensor, rounded: set[str] | None = No
         return signs.sub_(0.5).mul_(torch.finfo(value.dtype).eps).add_(1).mul_(value)
 
     result: Tensor | None = None
-    for _, value in values_in(graph, tokens, torch.float64, perturbed):
+    for _, value in values(graph, tokens, torch.float64, perturbed):
         result = value
     assert result is not None
     return result
@@ -154,8 +154,8 @@ def _first_difference(
 ) -> str:
     """Both graphs run in step: values wait only where the order of the two differs."""
     names = {n.name for n in before.graph.nodes if n.op == "call_function"} - moved
-    theirs, waiting = values_in(before, tokens, torch.float64), dict[str, Tensor]()
-    for node, value in values_in(after, tokens, torch.float64):
+    theirs, waiting = values(before, tokens, torch.float64), dict[str, Tensor]()
+    for node, value in values(after, tokens, torch.float64):
         if node.name not in names or node.op != "call_function":
             continue
         while node.name not in waiting:

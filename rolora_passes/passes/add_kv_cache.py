@@ -13,9 +13,10 @@ from rolora_passes.decoding.ready import ready
 from rolora_passes.decoding.state import require_state
 from rolora_passes.errors import VerificationError
 from rolora_passes.graphs.buffers import written
-from rolora_passes.graphs.graph import get_tensor, parameters, run, set_tensor
+from rolora_passes.graphs.graph import get_tensor, parameters, set_tensor
 from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.inputs import require_decoder
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.verify import relative_error, sample_tokens
 from rolora_passes.passes.base import Pass, Report
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.graphs.evaluate import compute
-from rolora_passes.graphs.graph import values
+from rolora_passes.graphs.running import values
 from rolora_passes.numerics.affine import fake_quantize
 
 CLIPS = [1 - i / 20 for i in range(11)]  # 1.00, 0.95, …, 0.50

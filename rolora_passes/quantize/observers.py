@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.graph import finish, get_tensor, is_op, values
+from rolora_passes.graphs.graph import finish, get_tensor, is_op
+from rolora_passes.graphs.running import values
 
 
 class Observer(Protocol):

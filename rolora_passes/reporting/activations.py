@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.debugging.pairing import layers_of, sites_of
-from rolora_passes.graphs.graph import constants, is_op, linears, values
+from rolora_passes.graphs.graph import constants, is_op, linears
+from rolora_passes.graphs.running import values
 from rolora_passes.graphs.sites import is_head
 from rolora_passes.reporting.arrays import Arrays, bounds
 

@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from rolora_passes.debugging.pairing import layers_of, sites_of
 from rolora_passes.graphs.evaluate import compute
-from rolora_passes.graphs.graph import KEPT, argument, get_tensor, is_op, linears, values
+from rolora_passes.graphs.graph import KEPT, argument, get_tensor, is_op, linears
+from rolora_passes.graphs.running import values
 from rolora_passes.numerics.affine import limits, qparams
 from rolora_passes.reporting.activations import activation_sites
 from rolora_passes.reporting.arrays import Arrays

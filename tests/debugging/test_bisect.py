@@ -25,7 +25,8 @@ from torch import fx
 from rolora_passes import Pass, Report
 from rolora_passes.debugging.bisect import PassLoss, bisect_passes, bisect_recipe, bisect_sites, costliest
 from rolora_passes.errors import GraphFormatError
-from rolora_passes.graphs.graph import finish, parameters, run, set_tensor
+from rolora_passes.graphs.graph import finish, parameters, set_tensor
+from rolora_passes.graphs.running import run
 from rolora_passes.passes.base import Calibration
 
 UP = "model.layers.1.mlp.up_proj"

@@ -14,7 +14,7 @@ from torch import fx
 from rolora_passes import apply_passes
 from rolora_passes.debugging.counterfactuals import bare_recipe, sites_in_float, without_hadamards
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.running import run
 
 SITE = "model.layers.1.self_attn.v_proj"
 CACHE = [*GROUPS, {"quantize-kv-cache": {"keys": 3, "values": 4}}]

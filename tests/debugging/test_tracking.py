@@ -18,7 +18,8 @@ from rolora_passes.debugging import ErrorTrace, float_twin_recipe, track_errors,
 from rolora_passes.debugging.tables import trace_table
 from rolora_passes.errors import GraphFormatError, PassError
 from rolora_passes.evaluation.sensitivity import split_recipe
-from rolora_passes.graphs.graph import parameters, run, values
+from rolora_passes.graphs.graph import parameters
+from rolora_passes.graphs.running import run, values
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.passes.rilq import RILQ
 from rolora_passes.passes.tune_lora import TuneLoRA

@@ -15,7 +15,8 @@ from rolora_passes.errors import CaptureError, LoweringError, PassOrderError
 from rolora_passes.export import AddKVCache, to_executorch
 from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.graph import get_tensor, is_op, parameters, run, set_tensor
+from rolora_passes.graphs.graph import get_tensor, is_op, parameters, set_tensor
+from rolora_passes.graphs.running import run
 
 
 def test_a_graph_with_caches(tmp_path: Path) -> None:

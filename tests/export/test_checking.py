@@ -21,7 +21,8 @@ from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.dtypes import convert
-from rolora_passes.graphs.graph import is_op, run
+from rolora_passes.graphs.graph import is_op
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.verify import relative_error
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -17,8 +17,9 @@ from torch import Tensor, fx
 from rolora_passes import FoldConstants, InsertHadamard, QuantizeKVCache, apply_passes
 from rolora_passes.export.executorch.lower import to_executorch
 from rolora_passes.export.executorch.xnnpack import delegate as xnnpack_graph
-from rolora_passes.graphs.graph import copy_graph, is_op, parameters, run, set_tensor
+from rolora_passes.graphs.graph import copy_graph, is_op, parameters, set_tensor
 from rolora_passes.graphs.info import info
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.verify import relative_error
 
 CACHES = pytest.mark.parametrize("cache", [False, True], ids=["float cache", "int8 cache"])

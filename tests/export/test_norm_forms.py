@@ -15,7 +15,7 @@ from rolora_passes.export import to_executorch, to_onnx
 from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs import operators as _operators  # noqa: F401  (registers the operators)
-from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.verify import relative_error
 
 FORMS: dict[str, Any] = {

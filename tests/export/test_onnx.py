@@ -21,9 +21,10 @@ from rolora_passes.export.onnx.lower import OnnxReport, to_onnx
 from rolora_passes.export.onnx.runner import OnnxProgram
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.dtypes import convert
-from rolora_passes.graphs.graph import copy_graph, insert_after, is_op, parameters, run
+from rolora_passes.graphs.graph import copy_graph, insert_after, is_op, parameters
 from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.inputs import inputs_for
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.verify import relative_error
 from rolora_passes.passes.manager import PassLike
 

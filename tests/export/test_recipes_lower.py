@@ -13,7 +13,7 @@ from rolora_passes import apply_passes
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.executorch.lower import to_executorch
 from rolora_passes.export.executorch.runner import load_pte
-from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.verify import relative_error
 from rolora_passes.recipes import load_recipe, recipe_names
 

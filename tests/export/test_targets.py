@@ -27,7 +27,8 @@ import torch
 from rolora_passes.errors import LoweringError, PluginError
 from rolora_passes.export import Target
 from rolora_passes.graphs import load_graph, save_graph
-from rolora_passes.graphs.graph import is_op, run
+from rolora_passes.graphs.graph import is_op
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.info import info, set_info
 
 

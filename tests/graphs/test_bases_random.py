@@ -13,7 +13,7 @@ from rolora_passes import Rotate
 from rolora_passes.graphs.bases.inference import BasisClass, Group, infer_bases
 from rolora_passes.graphs.expressions import Expressions
 from rolora_passes.graphs.graph import add_parameter, copy_graph, finish
-from rolora_passes.graphs.graph import run as logits
+from rolora_passes.graphs.running import run as logits
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.graphs.verify import relative_error
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from rolora_passes.errors import CaptureError
 from rolora_passes.graphs.capture import from_exported
-from rolora_passes.graphs.graph import is_op, parameters, run
+from rolora_passes.graphs.graph import is_op, parameters
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.text import graph_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute")

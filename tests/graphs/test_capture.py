@@ -27,10 +27,9 @@ from rolora_passes.graphs.graph import (
     linears,
     op_name,
     parameters,
-    run,
-    values,
 )
 from rolora_passes.graphs.info import info
+from rolora_passes.graphs.running import run, values
 from rolora_passes.graphs.shapes import BATCH, SEQUENCE, infer_shapes
 from rolora_passes.graphs.verify import relative_error
 

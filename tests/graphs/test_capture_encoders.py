@@ -13,8 +13,9 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import CaptureError, GraphFormatError
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.graph import is_op, linears, op_name, parameters, run, values
+from rolora_passes.graphs.graph import is_op, linears, op_name, parameters
 from rolora_passes.graphs.inputs import input_names, inputs_for
+from rolora_passes.graphs.running import run, values
 from rolora_passes.graphs.shapes import DECODER_SEQUENCE, SEQUENCE, infer_shapes
 from rolora_passes.graphs.verify import relative_error
 

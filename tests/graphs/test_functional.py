@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rolora_passes import apply_passes
 from rolora_passes.errors import CaptureError, GraphFormatError
 from rolora_passes.graphs.capture import from_exported
-from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.running import run
 
 
 def exported(body: Callable[[Tensor], Tensor]) -> tuple[torch.export.ExportedProgram, nn.Module]:

@@ -21,11 +21,10 @@ from rolora_passes.graphs.graph import (
     insert,
     linears,
     parameters,
-    run,
     set_tensor,
     site_names,
-    values,
 )
+from rolora_passes.graphs.running import run, values
 from rolora_passes.graphs.verify import relative_error
 from rolora_passes.numerics import affine
 from rolora_passes.numerics.affine import Integers

@@ -24,7 +24,8 @@ from rolora_passes import (
 )
 from rolora_passes.errors import RoloraError
 from rolora_passes.graphs.bases.inference import infer_bases
-from rolora_passes.graphs.graph import linears, values
+from rolora_passes.graphs.graph import linears
+from rolora_passes.graphs.running import values
 from rolora_passes.passes.add_kv_cache import AddKVCache
 from rolora_passes.quantize.stages import Stages
 

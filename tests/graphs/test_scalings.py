@@ -19,8 +19,9 @@ from torch import Tensor, fx
 from rolora_passes.graphs.bases.inference import ParameterAxis
 from rolora_passes.graphs.bases.scalings import Scaling, apply_scaling, find_scalings, largest
 from rolora_passes.graphs.expressions import Expressions
-from rolora_passes.graphs.graph import add_parameter, constants, copy_graph, finish, site_names, values
-from rolora_passes.graphs.graph import run as logits
+from rolora_passes.graphs.graph import add_parameter, constants, copy_graph, finish, site_names
+from rolora_passes.graphs.running import run as logits
+from rolora_passes.graphs.running import values
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.graphs.verify import relative_error
 

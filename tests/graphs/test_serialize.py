@@ -31,8 +31,9 @@ from rolora_passes import (
 from rolora_passes.errors import GraphFormatError
 from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.graphs.facts import facts
-from rolora_passes.graphs.graph import copy_graph, insert_after, parameters, run
+from rolora_passes.graphs.graph import copy_graph, insert_after, parameters
 from rolora_passes.graphs.info import GraphInfo, info, set_info
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.serialize import load_graph, save_graph
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.graphs.verify import relative_error
@@ -165,7 +166,7 @@ def test_loads_without_transformers(tmp_path: Path) -> None:
     code = f"""
 import sys, torch
 from rolora_passes.graphs.serialize import load_graph
-from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.running import run
 torch.set_num_threads(1)
 tokens, expected = torch.load({str(tmp_path / "expected.pt")!r})
 torch.testing.assert_close(run(load_graph({str(path)!r}), tokens), expected, rtol=1e-12, atol=1e-12)

@@ -10,7 +10,8 @@ from helpers import captured
 from torch import Tensor, fx
 
 from rolora_passes.errors import GraphFormatError
-from rolora_passes.graphs.graph import parameters, run
+from rolora_passes.graphs.graph import parameters
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.shapes import BATCH, SEQUENCE, infer_shapes, infer_static, infer_symbols
 
 aten = torch.ops.aten

@@ -9,8 +9,9 @@ from torch import fx
 
 from rolora_passes import FuseNorm, InsertHadamard, Rotate, apply_passes
 from rolora_passes.graphs.bases.rotations import dense
-from rolora_passes.graphs.graph import get_tensor, parameters, run
+from rolora_passes.graphs.graph import get_tensor, parameters
 from rolora_passes.graphs.inputs import inputs_for
+from rolora_passes.graphs.running import run
 from rolora_passes.learning.layered import LayeredGraph
 from rolora_passes.passes.setting import Setting, quantizers
 from rolora_passes.quantize.quantizers import straighten

@@ -23,10 +23,9 @@ from rolora_passes.graphs.graph import (
     insert,
     is_op,
     linears,
-    run,
     upstream,
-    values,
 )
+from rolora_passes.graphs.running import run, values
 from rolora_passes.numerics.affine import Integers, quantize
 from rolora_passes.quantize import stages as module
 from rolora_passes.quantize.stages import Stages

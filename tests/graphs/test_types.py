@@ -16,7 +16,8 @@ from rolora_passes.errors import CaptureError
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.capture.attention import static_experts
 from rolora_passes.graphs.dtypes import convert, dtype_of
-from rolora_passes.graphs.graph import is_op, op_name, parameters, run, set_tensor
+from rolora_passes.graphs.graph import is_op, op_name, parameters, set_tensor
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.verify import relative_error
 
 HALF = [torch.bfloat16, torch.float16]

@@ -15,8 +15,8 @@ from tiny_checkpoint import TEXT, save_checkpoint
 from rolora_passes import apply_passes
 from rolora_passes.graphs.bases.rotations import load_rotations
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.graph import run
 from rolora_passes.graphs.info import info
+from rolora_passes.graphs.running import run
 from rolora_passes.loading.models import load_model
 from rolora_passes.recipes import load_recipe
 

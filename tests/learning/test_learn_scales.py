@@ -25,7 +25,8 @@ from rolora_passes import (
 )
 from rolora_passes.adapters.exchange import save_adapter
 from rolora_passes.errors import PassError, PassOrderError
-from rolora_passes.graphs.graph import parameters, run
+from rolora_passes.graphs.graph import parameters
+from rolora_passes.graphs.running import run
 from rolora_passes.learning import loop
 from rolora_passes.passes.base import Calibration, Pass
 

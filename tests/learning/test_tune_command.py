@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from rolora_passes import apply_passes
 from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.running import run
 from rolora_passes.graphs.verify import relative_error
 from rolora_passes.loading.models import load_model
 from rolora_passes.recipes import load_recipe

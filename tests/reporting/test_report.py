@@ -28,7 +28,8 @@ from rolora_passes.debugging import track_errors, with_float_twin
 from rolora_passes.errors import MissingExtraError
 from rolora_passes.graphs.accounting import weigh
 from rolora_passes.graphs.evaluate import compute
-from rolora_passes.graphs.graph import is_op, linears, site_names, values
+from rolora_passes.graphs.graph import is_op, linears, site_names
+from rolora_passes.graphs.running import values
 from rolora_passes.recipes import load_recipe
 from rolora_passes.reporting import gather, write_page
 from rolora_passes.reporting.activations import activation_sites, measure

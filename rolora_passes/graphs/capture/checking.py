@@ -11,9 +11,9 @@ from rolora_passes.errors import CaptureError, one_line
 from rolora_passes.graphs.capture.attention import static_experts
 from rolora_passes.graphs.capture.kinds import Kind
 from rolora_passes.graphs.capture.precision import InFloat32
-from rolora_passes.graphs.evaluate import values_in
 from rolora_passes.graphs.graph import is_op
 from rolora_passes.graphs.inputs import inputs_for
+from rolora_passes.graphs.running import values
 from rolora_passes.graphs.verify import relative_error, sample_tokens
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def compare(graph: fx.GraphModule, model: PreTrainedModel, kind: Kind) -> None:
         if expected.dtype.itemsize < torch.float32.itemsize:
             with InFloat32():
                 expected = kind.call(model, own)
-            for _, value in values_in(graph, tokens, torch.float32):
+            for _, value in values(graph, tokens, torch.float32):
                 found = value
     error, allowed = relative_error(found, expected), 1e-4  # the model's own float32 islands bound it
     if not error <= allowed:

@@ -10,7 +10,16 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs.bases.variables import Axis, Group, limit, unify
 from rolora_passes.graphs.nodes import is_op, op_name
 from rolora_passes.graphs.operators.places import pointwise, unmoved
-from rolora_passes.graphs.operators.record import Call, Operator, Scope, Spans, Trait, Words, alike, always
+from rolora_passes.graphs.operators.record import (
+    Call,
+    Operator,
+    Scope,
+    Spans,
+    Trait,
+    Words,
+    alike,
+    every_operand,
+)
 from rolora_passes.graphs.operators.steps import CHANGED, AxisMap, NoMap, Step, WeightReader, still
 
 # Bases.
@@ -182,7 +191,7 @@ ARITHMETIC = (
         basis=_sum,
         axis_map=_ADD,
         positions=pointwise,
-        by_row=always,
+        by_row=every_operand,
         words=_arithmetic,
         sign="+",
         traits=Trait.ON_SCORES,
@@ -202,7 +211,7 @@ ARITHMETIC = (
         scaling=_product_scales,
         axis_map=_MUL,
         positions=pointwise,
-        by_row=always,
+        by_row=every_operand,
         words=_arithmetic,
         sign="*",
         traits=_LOGITS,
@@ -212,7 +221,7 @@ ARITHMETIC = (
         basis=_quotient,
         axis_map=_DIV,
         positions=pointwise,
-        by_row=always,
+        by_row=every_operand,
         words=_arithmetic,
         sign="/",
         traits=_LOGITS,
@@ -254,7 +263,9 @@ POINTWISE = (
 )
 _STILL: dict[str, Any] = {"basis": same, "positions": unmoved}
 CASTS = (
-    Operator("aten::to", **_STILL, axis_map=AxisMap(still), by_row=always, traits=Trait.CAST | _LOGITS),
+    Operator(
+        "aten::to", **_STILL, axis_map=AxisMap(still), by_row=every_operand, traits=Trait.CAST | _LOGITS
+    ),
     Operator("aten::_to_copy", **_STILL, traits=Trait.CAST),
     Operator("aten::type_as", **_STILL, traits=Trait.CAST | _LOGITS),
     Operator("aten::float", positions=unmoved),

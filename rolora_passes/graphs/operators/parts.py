@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from rolora_passes.graphs.bases.variables import Axis, Group, limit, unify
 from rolora_passes.graphs.nodes import argument, op_name
 from rolora_passes.graphs.operators.places import Mixes, Place, Places, away_from, filled, plain, unmoved
-from rolora_passes.graphs.operators.record import Call, Operator, Scope, Trait, alike, always
+from rolora_passes.graphs.operators.record import Call, Operator, Scope, Trait, alike, every_operand
 from rolora_passes.graphs.operators.steps import AxisMap, NoMap, Step, WeightReader
 
 # Bases.
@@ -190,7 +190,9 @@ OPERATORS = (
     Operator("aten::select", basis=_select, positions=_selected, traits=Trait.ON_LOGITS),
     *alike("chunk split split_with_sizes", basis=_split, positions=_taken_apart),
     Operator("aten::unbind", positions=_taken_apart),
-    Operator("operator.getitem", basis=_getitem, positions=unmoved, by_row=always, traits=Trait.ON_SCORES),
+    Operator(
+        "operator.getitem", basis=_getitem, positions=unmoved, by_row=every_operand, traits=Trait.ON_SCORES
+    ),
     *alike("cat stack", basis=_concatenate, positions=_joined),
     Operator("aten::concat", positions=_joined),
     Operator("aten::repeat_interleave", basis=_repeat_interleave, positions=_interleaved),

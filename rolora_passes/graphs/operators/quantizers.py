@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from rolora_passes.graphs.nodes import argument
 from rolora_passes.graphs.operators.places import Place, Places, away_from, pointwise
-from rolora_passes.graphs.operators.record import Call, Operator, Trait, Words, always
+from rolora_passes.graphs.operators.record import Call, Operator, Trait, Words, every_operand
 from rolora_passes.graphs.operators.steps import AxisMap, still
 from rolora_passes.numerics import affine, codebooks
 
@@ -88,7 +88,7 @@ WEIGHTS = (
         "(Tensor weight, int? group_size, int bits, bool symmetric=True, bool clip_search=False,"
         " bool bfloat16=False) -> (Tensor, Tensor)",
         affine.choose_qparams,
-        by_row=always,
+        by_row=every_operand,
         folded=("_scale", "_zero"),
     ),
     Operator(
@@ -96,7 +96,7 @@ WEIGHTS = (
         "(Tensor weight, Tensor scale, Tensor zero, int bits, bool symmetric=True) -> Tensor",
         affine.quantize,
         **_STILL,
-        by_row=always,
+        by_row=every_operand,
         folded=("_q",),
         traits=Trait.QUANTIZES,
     ),
@@ -105,6 +105,7 @@ WEIGHTS = (
         "(Tensor integers, Tensor scale, Tensor? zero=None, int bits=8) -> Tensor",
         dequantize,
         **_STILL,
+        by_row=every_operand,
         words=_dequantize_words,
         traits=Trait.KEPT | Trait.INSERTED,
     ),
@@ -112,7 +113,7 @@ WEIGHTS = (
         "rolora::absmax",
         "(Tensor weight, int? group_size) -> Tensor",
         codebooks.absmax,
-        by_row=always,
+        by_row=every_operand,
         folded=("_scale",),
     ),
     Operator(
@@ -120,7 +121,7 @@ WEIGHTS = (
         "(Tensor weight, Tensor scale, Tensor table) -> Tensor",
         codebooks.encode,
         **_STILL,
-        by_row=always,
+        by_row=every_operand,
         folded=("_q",),
         traits=Trait.QUANTIZES,
     ),
@@ -129,6 +130,7 @@ WEIGHTS = (
         "(Tensor codes, Tensor scale, Tensor table, int bits=8) -> Tensor",
         decode,
         **_STILL,
+        by_row=every_operand,
         words=_decode_words,
         traits=Trait.KEPT | Trait.INSERTED,
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Any, Protocol
@@ -124,7 +124,8 @@ class Operator:
             equation.
         axis_map: how it maps one axis of a weight, its first operand.
         positions: where positions run in its result.
-        by_row: whether it works on every row of a matrix for itself, so that a table can be done in blocks.
+        by_row: the operands whose rows its own are made of, each for itself, so that a matrix can be done in
+            blocks of rows; none if it mixes rows.
         words: what it is, in words, where its name, parameters and numbers do not say it; of a KEPT operator,
             how it stores a weight.
         sign: what stands between its operands in a formula: "*". Without one it is written as a call.
@@ -144,7 +145,7 @@ class Operator:
     scaling: Callable[[Call, Spans], list[tuple[fx.Node, ...]]] | None = None
     axis_map: AxisMap | None = None
     positions: Callable[[Places, Call], Place | None] | None = None
-    by_row: Callable[[Call], bool] | None = None
+    by_row: Callable[[Call], Sequence[fx.Node]] | None = None
     words: Callable[[Words, Call], str] | None = None
     sign: str = ""
     shown: int | None = None
@@ -170,6 +171,7 @@ def alike(names: str, **known: Any) -> Iterator[Operator]:
         yield Operator(f"aten::{name}", **known)
 
 
-def always(node: Call) -> bool:
-    """For `by_row`: whatever the arguments."""
-    return True
+def every_operand(node: Call) -> list[fx.Node]:
+    """For `by_row`: an operator that works element by element, or along rows."""
+    found: list[fx.Node] = node.all_input_nodes
+    return found

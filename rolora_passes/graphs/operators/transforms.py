@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from rolora_passes.graphs.bases.variables import Group, limit
 from rolora_passes.graphs.nodes import argument
@@ -116,8 +116,9 @@ def _kronecker_words(words: Words, node: Call) -> str:
     return f"kronecker {sizes} of {words.size(node.args[0])}"
 
 
-def _along_rows(node: Call) -> bool:
-    return argument(node, "dim") in (1, -1)
+def _along_rows(node: Call) -> list[fx.Node]:
+    """A transform of the last axis; of a matrix that is each row for itself."""
+    return [node.args[0]] if argument(node, "dim") in (1, -1) else []
 
 
 _KNOWN: dict[str, Any] = {
