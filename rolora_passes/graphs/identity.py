@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from rolora_passes.graphs.graph import get_tensor, parameters
 from rolora_passes.graphs.info import info, set_info
+from rolora_passes.ondisk import rest
 
 _SAMPLE = 64
 
@@ -77,7 +78,9 @@ def _sampled(value: Tensor) -> Tensor:
         return torch.empty(0)
     count = min(_SAMPLE, value.numel())
     places = torch.arange(count, device=value.device) * (value.numel() - 1) // max(1, count - 1)
-    return value.detach().reshape(-1)[places]
+    found = value.detach().reshape(-1)[places]
+    rest(value)
+    return found
 
 
 def fingerprint(value: Tensor) -> str:

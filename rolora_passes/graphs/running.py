@@ -21,7 +21,11 @@ def run(graph: fx.GraphModule, tokens: Tensor, decoder_tokens: Tensor | None = N
     An encoder gives what its head does. A graph with a decoder gives logits [B, T, V] for decoder_tokens
     int64 [B, T]: the later half of tokens, if not given. Weights on disk are read as they are needed.
     """
-    inputs = inputs_for(graph, tokens, decoder_tokens)
+    return run_on(graph, inputs_for(graph, tokens, decoder_tokens))
+
+
+def run_on(graph: fx.GraphModule, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What a graph gives for inputs by name."""
     if not any(map(is_on_disk, parameters(graph).values())):
         with torch.no_grad():
             result: Tensor = graph(*inputs.values())

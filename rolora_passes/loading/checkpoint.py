@@ -45,7 +45,7 @@ def require_loadable(folder: Path) -> None:
                 f"{method.get('quant_method', 'an unnamed method')} (quantization_config in config.json): "
                 "give the model that they were quantized from"
             )
-    files = _files(folder)
+    files = tensor_files(folder)
     if missing := [path.name for path in files if not path.is_file()]:
         raise CaptureError(
             f"expected the files of the index in {folder}, found no {some(missing)}: fetch them"
@@ -64,7 +64,7 @@ def require_enough(folder: Path) -> None:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    files = _files(folder)
+    files = tensor_files(folder)
     if not files:
         return  # transformers says which files it looks for
     with torch.device("meta"):
@@ -92,7 +92,7 @@ def require_read(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> 
     where, kind = f"in {folder}", type(model).__name__
     _require_none_missing(info["missing_keys"], folder, model)
     _require_shapes(info["mismatched_keys"], folder, model)
-    files = _files(folder)
+    files = tensor_files(folder)
     names = {name: path for path in files for name in _kinds(path)}
     unread = {str(name) for name in info["unexpected_keys"]} | _dropped(model, names)
     if unread := {name for name in unread if not _without_effect(name, names.get(name), model)}:
@@ -132,7 +132,7 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _files(folder: Path) -> list[Path]:
+def tensor_files(folder: Path) -> list[Path]:
     """The files of weights that transformers reads, in the order in which it looks for them."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
@@ -231,6 +231,12 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         return {name: list(value.shape) for name, value in _unpickled(path).items()}
     with _open(path) as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped: nothing is read yet."""
+    with _open(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _read(path: Path, name: str) -> Tensor:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from rolora_passes.errors import CaptureError, RoloraError, one_line
 from rolora_passes.extras import require
 from rolora_passes.loading import gguf_tokens
 from rolora_passes.loading.checkpoint import require_enough, require_loadable, require_read
 from rolora_passes.loading.gguf_file import GgufFile
+from rolora_passes.loading.stored import load_stored
 from rolora_passes.loading.tokens import end_tokens
 
 if TYPE_CHECKING:
@@ -34,10 +36,34 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     place = _resolve(source)
     tokenizer = load_tokenizer(source)
     model = _load_gguf(place, dtype) if place.suffix == ".gguf" else _load_checkpoint(source, place, dtype)
-    if model.generation_config is not None:
-        ends = end_tokens(model, tokenizer, _gguf_ends(place))
-        model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    _keep_ends(model, tokenizer, place)
     return model.eval(), tokenizer
+
+
+def load_outlined(
+    source: str, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, Any, dict[str, Tensor]]:
+    """`load_model` that leaves the weights in their files, where it can.
+
+    Returns: the model, its tokenizer, and its weights by name, mapped, in the files' types: give them to
+        `capture` with the model, whose parameters have no values. No weights: the model has them itself, for
+        it is of a GGUF file, of pickled tensors, or of tensors that transformers joins.
+    """
+    place = _resolve(source)
+    folder = place if place.is_dir() else None if place.suffix == ".gguf" else _snapshot(source)
+    stored = None
+    if folder is not None:
+        require_loadable(folder)
+        with _explained(f"a causal language model from {source}"):
+            require_enough(folder)
+            stored = load_stored(folder, dtype)
+    if folder is None or stored is None:
+        return *load_model(source, dtype), {}
+    require_read(folder, stored.model, stored.info)
+    _untie(stored.model)
+    tokenizer = load_tokenizer(source)
+    _keep_ends(stored.model, tokenizer, place)
+    return stored.model.eval(), tokenizer, stored.weights
 
 
 def load_tokenizer(source: str) -> Any:
@@ -105,12 +131,21 @@ def _load_checkpoint(source: str, place: Path, dtype: torch.dtype) -> PreTrained
         if (folder := place if place.is_dir() else _snapshot(source)) is not None:
             require_loadable(folder)
             require_read(folder, model, info)
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if (
-        head is not None and head.weight is not table.weight
-    ):  # the files hold a head of its own, which is used
-        model.config.tie_word_embeddings = False
+    _untie(model)
     return model
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Say so where the files hold a head of its own, which is used."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not table.weight:
+        model.config.tie_word_embeddings = False
+
+
+def _keep_ends(model: PreTrainedModel, tokenizer: Any, place: Path) -> None:
+    if model.generation_config is not None:
+        ends = end_tokens(model, tokenizer, _gguf_ends(place))
+        model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.dtypes import convert
 from rolora_passes.graphs.facts import facts
 from rolora_passes.graphs.serialize import load_graph
-from rolora_passes.loading.models import load_model
+from rolora_passes.loading.models import load_outlined
 from rolora_passes.loading.models import load_tokenizer as load_model_tokenizer
 from rolora_passes.passes.base import Calibration, Pass
 from rolora_passes.passes.manager import check_order, require_calibration
@@ -94,9 +94,9 @@ def open_source(
         graph = load_graph(path)
         check_order(passes, facts(graph, {f for step in passes for f in (*step.requires, *step.forbids)}))
         return Opened(graph if dtype is None else convert(graph, dtype), passes, words, data)
-    model, own = load_model(str(source), dtype or torch.float32)
+    model, own, weights = load_outlined(str(source), dtype or torch.float32)
     on_stage("capturing")
-    return Opened(capture(model), passes, own if words is None else words, data)
+    return Opened(capture(model, weights=weights), passes, own if words is None else words, data)
 
 
 def checked_recipe(

@@ -8,7 +8,7 @@ where the model has a head, else the last hidden state. Rows are unpadded: there
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,12 @@ from rolora_passes.graphs.capture.canonical import canonicalize
 from rolora_passes.graphs.capture.checking import compare, compare_exported, ropes
 from rolora_passes.graphs.capture.kinds import Kind, kind_of
 from rolora_passes.graphs.capture.masks import Masks
+from rolora_passes.graphs.capture.stored import put_stored
 from rolora_passes.graphs.identity import remember_weights
 from rolora_passes.graphs.info import set_info
 from rolora_passes.graphs.sources import raised_at
 from rolora_passes.moved import old_names
+from rolora_passes.ondisk import rest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +40,9 @@ _CHANGING = ("dynamic",)
 _one_at_a_time = threading.Lock()
 
 
-def capture(model: PreTrainedModel, *, check: bool = True) -> fx.GraphModule:
+def capture(
+    model: PreTrainedModel, *, check: bool = True, weights: Mapping[str, Tensor] | None = None
+) -> fx.GraphModule:
     """Capture a language model as `forward(tokens, positions) -> logits` in canonical form.
 
     Tokens and positions are int64 [B, S], both dimensions dynamic; logits are [B, S, V]. An encoder becomes
@@ -50,6 +54,9 @@ def capture(model: PreTrainedModel, *, check: bool = True) -> fx.GraphModule:
         model: a transformers model of text, in eval mode or not (dropout is off).
         check: run graph and model once on two rows of random tokens and compare, in float32 if the model is
             narrower. 12 tokens a row, or as many as show every window of up to 78.
+        weights: what the model's parameters are, by name, where they have no values themselves
+            (`loading.models.load_outlined`). They may be of another type, in which they stay: the graph casts
+            what it reads.
 
     Raises:
         CaptureError: not a model of text, or a decoder without its head; weights that are NaN or infinite;
@@ -57,15 +64,18 @@ def capture(model: PreTrainedModel, *, check: bool = True) -> fx.GraphModule:
             a graph that does not agree.
     """
     kind = kind_of(model)
-    _require_finite(model)
+    held = dict(model.named_parameters())
+    _require_finite({**held, **(weights or {})})
+    stored = {id(held[name]): value for name, value in (weights or {}).items()}
     _require_fixed_angles(model)
     with _one_at_a_time, _evaluating(model):
         exported = _export(model, kind)
         graph = canonicalize(exported.module(check_guards=False))
         set_info(graph, config=_config(model))
+        put_stored(graph, stored)
         remember_weights(graph, exported.state_dict)
         if check:
-            compare(graph, model, kind)
+            compare(graph, model, kind, stored)
     return graph
 
 
@@ -154,11 +164,13 @@ def _same_attributes(model: PreTrainedModel) -> Iterator[None]:
             vars(module).update(kept)
 
 
-def _require_finite(model: PreTrainedModel) -> None:
-    for name, value in model.named_parameters():
+def _require_finite(weights: Mapping[str, Tensor]) -> None:
+    for name, value in weights.items():
         if value.is_meta:
             raise CaptureError(f"expected weights, found {name} on the meta device; load them first")
-        if value.is_floating_point() and not torch.isfinite(value.sum()):
+        sound = not value.is_floating_point() or bool(torch.isfinite(value.sum()))
+        rest(value)
+        if not sound:
             count = int((~torch.isfinite(value)).sum())
             if count:
                 raise CaptureError(

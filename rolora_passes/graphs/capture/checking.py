@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,10 @@ from rolora_passes.errors import CaptureError, one_line
 from rolora_passes.graphs.capture.attention import static_experts
 from rolora_passes.graphs.capture.kinds import Kind
 from rolora_passes.graphs.capture.precision import InFloat32
+from rolora_passes.graphs.capture.stored import Reading
 from rolora_passes.graphs.graph import is_op
 from rolora_passes.graphs.inputs import inputs_for
-from rolora_passes.graphs.running import values
+from rolora_passes.graphs.running import run_on, values
 from rolora_passes.graphs.verify import relative_error, sample_tokens
 
 if TYPE_CHECKING:
@@ -56,9 +58,7 @@ def compare_exported(graph: fx.GraphModule, exported: torch.export.ExportedProgr
 
 def _run(graph: fx.GraphModule, inputs: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
     try:
-        with torch.no_grad():
-            result: Tensor = graph(*inputs.values())
-        return result
+        return run_on(graph, inputs)
     except RuntimeError as error:
         raise CaptureError(
             f"the graph of {type(model).__name__} does not run at another sequence length than it was "
@@ -66,16 +66,23 @@ def _run(graph: fx.GraphModule, inputs: dict[str, Tensor], model: PreTrainedMode
         ) from error
 
 
-def compare(graph: fx.GraphModule, model: PreTrainedModel, kind: Kind) -> None:
+def compare(
+    graph: fx.GraphModule, model: PreTrainedModel, kind: Kind, weights: Mapping[int, Tensor] | None = None
+) -> None:
     """Compare graph and model on random tokens; in float32 where the model is narrower, as rounding hides
-    what is wrong."""
+    what is wrong.
+
+    Args:
+        weights: what parameters of the model hold, by `id`, where they have no values themselves.
+    """
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     tokens = torch.randint(0, vocabulary, (2, _length(graph, model)), generator=generator)
     inputs = inputs_for(graph, tokens)
     own = {name: value for name, value in inputs.items() if name != "positions"}  # the model counts them too
     with torch.no_grad(), static_experts(model):
-        expected = kind.call(model, own)
+        with Reading(weights or {}):
+            expected = kind.call(model, own)
         found = _run(graph, inputs, model)
         for what, logits in (("itself", expected), ("as a graph", found)):
             if not bool(torch.isfinite(logits).all()):
@@ -85,7 +92,7 @@ def compare(graph: fx.GraphModule, model: PreTrainedModel, kind: Kind) -> None:
                     "fetch it again, or load it in torch.float32"
                 )
         if expected.dtype.itemsize < torch.float32.itemsize:
-            with InFloat32():
+            with InFloat32(), Reading(weights or {}):
                 expected = kind.call(model, own)
             for _, value in values(graph, tokens, torch.float32):
                 found = value
