@@ -634,7 +634,7 @@ def test_an_interruption_says_what_is_left(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rolora_passes.export.compile.load_recipe", stop)
+    monkeypatch.setattr("rolora_passes.recipes.opening.load_recipe", stop)
     arguments = ("compile", "./none", "-o", tmp_path / "out", "--log", tmp_path / "log")
     assert rolora(*arguments) == (
         130,
@@ -655,7 +655,7 @@ def test_a_compile_that_is_told_to_end_leaves_nothing(
         os.kill(os.getpid(), signal.SIGTERM)
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("rolora_passes.export.compile.load_model", stop)
+    monkeypatch.setattr("rolora_passes.recipes.opening.load_model", stop)
     arguments = ("compile", checkpoint, "-o", tmp_path / "out", "--recipe", "float", "--max-length", 16)
     assert rolora(*arguments)[0] == 130
     assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) is handler
@@ -667,7 +667,7 @@ def test_an_error_of_torch_that_is_not_about_memory_is_not_hidden(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr("rolora_passes.export.compile.load_recipe", fail)
+    monkeypatch.setattr("rolora_passes.recipes.opening.load_recipe", fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         rolora("compile", "./none", "-o", tmp_path / "out")
 
