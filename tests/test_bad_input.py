@@ -308,8 +308,11 @@ OPTIONS: dict[str, tuple[Callable[[], Any], str]] = {
     "bits of activations": (lambda: QuantizeActivations(bits=2), "bits must be 3 to 8, found 2"),
     "clip": (lambda: QuantizeActivations(clip=0.0), "clip must be above 0 and at most 1, found 0.0"),
     "bits of keys": (lambda: QuantizeKVCache(keys=16), "keys must be 2 to 8, found 16"),
-    "target": (lambda: QuantizeWeights(group_size=None, targets="qproj"), "no linear matches 'qproj'; sites"),
-    "target of adapters": (lambda: AddLoRA(targets=("qproj",)), r"no linear matches \('qproj',\); sites are"),
+    "target": (
+        lambda: QuantizeWeights(group_size=None, targets="qproj"),
+        "no linear matches 'qproj'; there are q_proj, k",
+    ),
+    "target of adapters": (lambda: AddLoRA(targets=("qproj",)), r"no linear matches \('qproj',\); a branch"),
     "pattern": (lambda: AddLoRA(targets="re:("), r"'re:\(' is not a regular expression"),
     "rank": (lambda: AddLoRA(rank=99), "rank 99 exceeds .*q_proj, which is 32 x 24"),
     "block does not divide": (lambda: InsertHadamard(block=16), "blocks of 16 do not divide an axis of 8"),
