@@ -6,17 +6,21 @@ import gc
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import CONFIGS, OTHERS
+from packages import ACME, THIRD_PARTY, Groups, write_metadata
 from transformers import PreTrainedModel
 
 from rolora_passes.cli import main
+from rolora_passes.graphs.operators import operators
 
 torch.set_num_threads(1)  # tiny models compute slower on several
 Run = Callable[..., tuple[int, str, str]]
+Install = Callable[..., None]
 _TRACED: dict[str, tuple[PreTrainedModel, Any]] = {}
 
 
@@ -72,16 +76,38 @@ def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def rolora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def rolora(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command in this process: its status, what it printed, what it said on standard error."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def command(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
+        capfd.readouterr()
         try:
             status = main([str(a) for a in arguments])
         except SystemExit as stop:  # argparse
             status = int(stop.code or 0)
-        return (status, *capsys.readouterr())
+        return (status, *capfd.readouterr())
 
     return command
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Install packages: `acme` of the folder `third_party`, or others, by name, entry points and modules."""
+    written: set[str] = set()
+
+    def installed(name: str = "acme", groups: Groups = ACME["entry-points"], **modules: str) -> None:
+        folder = tmp_path / f"site-{name}"  # of its own: what a path was found to hold is remembered
+        folder.mkdir()
+        write_metadata(folder, name, ACME["version"], groups)
+        for module, text in modules.items():
+            (folder / f"{module}.py").write_text(text)
+            written.add(module)
+        for place in (THIRD_PARTY, folder):
+            monkeypatch.syspath_prepend(place)
+        operators.cache_clear()
+
+    yield installed
+    operators.cache_clear()
+    for module in written:
+        sys.modules.pop(module, None)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from packages import write_metadata
 
 from rolora_passes.cli.main import main
 from rolora_passes.graphs.operators import operators
@@ -76,14 +77,7 @@ def run_command(line: str) -> None:
 def install(text: str) -> None:
     """Have a package's entry points found, as its pyproject.toml has them: as if it were installed."""
     project = tomllib.loads(text)["project"]
-    about = Path(PACKAGES) / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    about.mkdir()
-    about.joinpath("METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    )
-    groups = project["entry-points"].items()
-    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in named.items()) for group, named in groups]
-    about.joinpath("entry_points.txt").write_text("\n".join(lines))
+    write_metadata(Path(PACKAGES), project["name"], project["version"], project["entry-points"])
     sys.path.insert(0, str(Path(PACKAGES).resolve()))  # once more, so that what was found before is not kept
     operators.cache_clear()
 

@@ -99,10 +99,13 @@ def test_a_split_projection_is_meant_by_its_whole_name() -> None:
 
 
 def test_targets_that_match_nothing() -> None:
-    with pytest.raises(PassError, match="no linear matches 'wq'; sites are named like model"):
-        apply_passes(captured("llama"), [AddLoRA(targets="wq")])
-    with pytest.raises(PassError, match="no linear matches"):
-        apply_passes(captured("llama"), [AddLoRA(targets="lm_head")])
+    for targets in ("wq", ("head",), "lm_head"):
+        with pytest.raises(PassError, match="no linear matches") as error:
+            apply_passes(captured("llama"), [AddLoRA(targets=targets)])
+        assert "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, and" in str(error.value)
+        assert "and by what they make, queries, keys and values; lm_head, the head, takes none" in str(
+            error.value
+        )
 
 
 def test_options_are_checked() -> None:

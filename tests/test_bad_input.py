@@ -308,8 +308,11 @@ OPTIONS: dict[str, tuple[Callable[[], Any], str]] = {
     "bits of activations": (lambda: QuantizeActivations(bits=2), "bits must be 3 to 8, found 2"),
     "clip": (lambda: QuantizeActivations(clip=0.0), "clip must be above 0 and at most 1, found 0.0"),
     "bits of keys": (lambda: QuantizeKVCache(keys=16), "keys must be 2 to 8, found 16"),
-    "target": (lambda: QuantizeWeights(group_size=None, targets="qproj"), "no linear matches 'qproj'; sites"),
-    "target of adapters": (lambda: AddLoRA(targets=("qproj",)), r"no linear matches \('qproj',\); sites are"),
+    "target": (
+        lambda: QuantizeWeights(group_size=None, targets="qproj"),
+        "no linear matches 'qproj'; there are q_proj, k",
+    ),
+    "target of adapters": (lambda: AddLoRA(targets=("qproj",)), r"no linear matches \('qproj',\); a branch"),
     "pattern": (lambda: AddLoRA(targets="re:("), r"'re:\(' is not a regular expression"),
     "rank": (lambda: AddLoRA(rank=99), "rank 99 exceeds .*q_proj, which is 32 x 24"),
     "block does not divide": (lambda: InsertHadamard(block=16), "blocks of 16 do not divide an axis of 8"),
@@ -634,7 +637,7 @@ def test_an_interruption_says_what_is_left(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rolora_passes.export.compile.load_recipe", stop)
+    monkeypatch.setattr("rolora_passes.recipes.opening.load_recipe", stop)
     arguments = ("compile", "./none", "-o", tmp_path / "out", "--log", tmp_path / "log")
     assert rolora(*arguments) == (
         130,
@@ -655,7 +658,7 @@ def test_a_compile_that_is_told_to_end_leaves_nothing(
         os.kill(os.getpid(), signal.SIGTERM)
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("rolora_passes.export.compile.load_model", stop)
+    monkeypatch.setattr("rolora_passes.recipes.opening.load_model", stop)
     arguments = ("compile", checkpoint, "-o", tmp_path / "out", "--recipe", "float", "--max-length", 16)
     assert rolora(*arguments)[0] == 130
     assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) is handler
@@ -667,7 +670,7 @@ def test_an_error_of_torch_that_is_not_about_memory_is_not_hidden(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr("rolora_passes.export.compile.load_recipe", fail)
+    monkeypatch.setattr("rolora_passes.recipes.opening.load_recipe", fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         rolora("compile", "./none", "-o", tmp_path / "out")
 

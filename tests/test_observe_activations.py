@@ -224,7 +224,7 @@ def test_no_windows_and_no_match() -> None:
         apply_passes(tiny(), [ObserveActivations()])
     with pytest.raises(PassError, match="a was empty in all 0 windows"):
         ObserveActivations().calibrate(tiny(), Calibration(torch.zeros(0, 3, dtype=torch.int64)))
-    with pytest.raises(PassError, match="no linear matches 'd'; sites are named like a, b, c"):
+    with pytest.raises(PassError, match="no linear matches 'd'; there are a, b, c"):
         observe(tiny(), targets="d")
 
 

@@ -21,6 +21,7 @@ from rolora_passes.graphs.buffers import constant_nodes
 from rolora_passes.graphs.operators import operator_of
 from rolora_passes.graphs.operators.places import Mixes, Place, Places, pointwise
 from rolora_passes.graphs.shapes import SEQUENCE, infer_shapes
+from rolora_passes.graphs.sources import source_of
 
 
 def require_state(graph: fx.GraphModule) -> None:
@@ -32,7 +33,7 @@ def require_state(graph: fx.GraphModule) -> None:
     found = mixing(graph)
     if found:
         lines = "\n".join(
-            f"  `{node.name}` ({node.target}){_source(node)}: {why}" for node, why in found.items()
+            f"  `{node.name}` ({node.target}){source_of(node)}: {why}" for node, why in found.items()
         )
         raise LoweringError(
             f"{len(found)} operators mix positions, or count them, and have no state in a cache, as "
@@ -45,10 +46,6 @@ def require_state(graph: fx.GraphModule) -> None:
 def mixing(graph: fx.GraphModule) -> dict[fx.Node, str]:
     """The first operators on every path that mix positions, with how; what reads them is not judged."""
     return _Inference(graph).run()
-
-
-def _source(node: fx.Node) -> str:
-    return f", {node.meta['source']}" if "source" in node.meta else ""
 
 
 class _Inference(Places):

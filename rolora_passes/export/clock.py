@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 
 class Clock:
@@ -27,3 +27,14 @@ class Clock:
         start = self._read()
         yield
         self.seconds[name] = round(self.seconds.get(name, 0.0) + self._read() - start, 3)
+
+    @contextmanager
+    def stages(self, names: Mapping[str, str]) -> Iterator[Callable[[str], None]]:
+        """Time work that says which stage begins, to the function given: a step each, by these names."""
+        with ExitStack() as current:
+
+            def begin(stage: str) -> None:
+                current.close()
+                current.enter_context(self.step(names[stage]))
+
+            yield begin

@@ -23,16 +23,15 @@ from rolora_passes.export.target import TARGETS, Lowered, Target, make_target
 from rolora_passes.export.tokenizers import require_tokenizer, save_tokenizer
 from rolora_passes.files import writing_folder
 from rolora_passes.graphs.accounting import Weights, weigh
-from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import copy_graph
 from rolora_passes.graphs.identity import Untouched
 from rolora_passes.graphs.info import info
-from rolora_passes.loading.models import load_model, load_tokenizer
+from rolora_passes.loading.models import load_tokenizer
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Calibration
 from rolora_passes.passes.manager import Applied, Record, apply_passes, history, require_calibration, steps
 from rolora_passes.passes.registry import PASSES
-from rolora_passes.recipes import load_recipe
+from rolora_passes.recipes.opening import load_passes, open_source
 from rolora_passes.version import versions
 
 # Of a program from its graph, in nats per token: kernels round otherwise by a few hundredths at most.
@@ -97,12 +96,12 @@ def compile_model(
 
     Raises:
         FileExistsError: `folder` is something else than a compiled folder.
-        RoloraError: what `Order`, `load_model`, `load_recipe`, `capture`, `apply_passes`, `judge` and the
-            lowerings raise.
+        RoloraError: what `Order`, `load_recipe`, `open_source`, `apply_passes`, `judge` and the lowerings
+            raise.
     """
     chosen = _targets(targets, fast_prefill, flavor, accuracy_level)
     printing = {"verify": verify, "on_pass": on_pass, **(printing or {})}
-    passes = load_recipe(recipe, seed)
+    passes = load_passes(recipe, seed)
     order = Order(
         source, passes, chosen, max_length, adapters or {}, calibration, run, judge, check, printing
     )
@@ -163,12 +162,10 @@ def _preflight(order: Order, clock: Clock) -> tuple[list[str], Calibration | Non
 
 
 def _make(order: Order, calibration: Calibration | None, clock: Clock) -> Made:
-    """Load and capture the model, and apply the passes, whose graphs are kept if there is a judge."""
-    with clock.step("load"):
-        model, tokenizer = load_model(order.source)
-    with clock.step("capture"):
-        captured = capture(model)
-        del model
+    """Open the model, and apply the passes, whose graphs are kept if there is a judge."""
+    with clock.stages({"loading": "load", "capturing": "capture"}) as stage:
+        opened = open_source(order.source, order.passes, calibration=calibration, on_stage=stage)
+        captured = opened.graph
         for positions in captured.graph.find_nodes(op="placeholder", target="positions"):
             tabulate(captured, positions, order.max_length)  # refuses a context beyond learned positions
     graph, kept, how = captured, list[Applied](), {**order.printing}
@@ -183,7 +180,7 @@ def _make(order: Order, calibration: Calibration | None, clock: Clock) -> Made:
             name: apply_passes(graph, [AddLoRA(adapter=adapter)], **own)
             for name, adapter in order.adapters.items()
         }
-    return Made(captured, graph, kept, tokenizer, calibration, methods)
+    return Made(captured, graph, kept, opened.tokenizer, calibration, methods)
 
 
 def _judge(order: Order, made: Made, clock: Clock) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from rolora_passes.errors import LoweringError
 from rolora_passes.export.preflight import require_files
 from rolora_passes.export.target import TARGETS, Target, loadable_targets
 from rolora_passes.passes.base import Calibration, Pass
-from rolora_passes.passes.manager import Applied, check_order, require_calibration
+from rolora_passes.passes.manager import Applied
+from rolora_passes.recipes.opening import checked_recipe
 
 Check = Callable[[fx.GraphModule, fx.GraphModule, Path, Any], list[dict[str, Any]]]
 """(captured graph, graph as lowered, folder with the programs, tokenizer) -> rows of a table."""
@@ -90,9 +91,7 @@ class Order:
         for target in self.targets:
             target.require()
         self._require_adapters(names)
-        check_order(self.passes, ["canonical"])
-        if self.calibration is None:
-            require_calibration(self.passes, None)
+        checked_recipe(self.passes, calibration=self.calibration)
         require_files(self.passes)
 
     def _require_adapters(self, names: Sequence[str]) -> None:

@@ -177,8 +177,7 @@ def compute(
                 else:
                     done[step] = call(step, done.__getitem__, dtype)
             for value in dead[step]:
-                del done[value]
-                if value.op == "get_attr" and (inputs is None or value not in inputs):
+                if done.pop(value, None) is not None and value.op == "get_attr":
                     let_go(graph, value, rows)
     return [done[node] for node in nodes]
 

@@ -32,11 +32,16 @@ def require_match(name: str, targets: str | Sequence[str], sites: Iterable[str])
     """Refuse targets that mean nothing in a graph: a misspelt one would pass unnoticed.
 
     Raises:
-        PassError: from the pass `name`; says how sites are named.
+        PassError: from the pass `name`; says which there are.
     """
     known = list(sites)
     if not any(matches(site, targets) for site in known):
-        raise PassError(f"{name}: no linear matches {targets!r}; sites are named like {', '.join(known[:4])}")
+        raise PassError(f"{name}: no linear matches {targets!r}; there are {', '.join(last_parts(known))}")
+
+
+def last_parts(sites: Iterable[str]) -> list[str]:
+    """The shortest targets by which sites are meant, each once; a split projection's is the whole's."""
+    return [*dict.fromkeys(re.sub(r"\.\d+$", "", site).rpartition(".")[2] for site in sites)]
 
 
 def _ends(name: str, pattern: str) -> bool:

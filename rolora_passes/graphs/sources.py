@@ -39,6 +39,11 @@ def take_source(node: fx.Node, other: fx.Node) -> None:
         node.meta["source"] = other.meta["source"]
 
 
+def source_of(node: fx.Node) -> str:
+    """What follows a node's name in an error: ", " and its line of the model, or ""."""
+    return f", {node.meta['source']}" if "source" in node.meta else ""
+
+
 def keep_only_source(node: fx.Node) -> None:
     """Let go of everything else that export noted: values, and whole stack traces."""
     node.meta = {key: value for key, value in node.meta.items() if key == "source"}

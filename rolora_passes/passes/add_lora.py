@@ -26,7 +26,7 @@ from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.graphs.evaluate import compute
 from rolora_passes.graphs.graph import constants, finish, is_op, site_names
 from rolora_passes.graphs.shapes import infer_shapes
-from rolora_passes.graphs.sites import attention_roles, by_name_only, is_head, matches, named
+from rolora_passes.graphs.sites import attention_roles, by_name_only, is_head, last_parts, matches, named
 from rolora_passes.passes.base import Kind, Pass, Report
 
 _INITS = ("zero", "gaussian", "svd", "loftq")
@@ -148,8 +148,12 @@ class AddLoRA(Pass):
                 continue
             chosen[node] = name, shapes[node]
         if not chosen:
-            some = ", ".join(list(names.values())[:4])
-            raise PassError(f"add-lora: no linear matches {self.targets!r}; sites are named like {some}")
+            able = last_parts(name for n, name in names.items() if not is_head(n) and n not in others)
+            head = "".join(f"; {name}, the head, takes none" for n, name in names.items() if is_head(n))
+            raise PassError(
+                f"add-lora: no linear matches {self.targets!r}; a branch can stand beside {', '.join(able)}, "
+                f"and by what they make, queries, keys and values{head}"
+            )
         return chosen
 
     def _from_weight(self, graph: fx.GraphModule, node: Any, name: str) -> LowRank:

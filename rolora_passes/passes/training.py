@@ -153,7 +153,7 @@ class Training(Pass):
         calibration: Calibration,
     ) -> dict[str, Any]:
         """Train the variables of a student in place; returns the account of it, for a report's notes."""
-        windows, work = self._windows(calibration), calibration.work
+        windows, work = self.windows(calibration), calibration.work
         trace = train(
             self._layered(student, variables.names),
             None if teacher is None else self._layered(teacher, []),
@@ -167,8 +167,12 @@ class Training(Pass):
         held = {"validation": trace.validation, "best": trace.best} if windows.held else {}
         return {**account, **held, "peak_mb": peak_mb(), "processes": processes.count()}
 
-    def _windows(self, calibration: Calibration) -> Windows:
-        """What to learn from, and what is held out."""
+    def windows(self, calibration: Calibration) -> Windows:
+        """What to learn from, and what is held out.
+
+        Raises:
+            PassError: labels that are not the tokens', or nothing to learn from.
+        """
         tokens, labels = calibration.tokens, calibration.labels
         labels = tokens if labels is None else labels
         if labels.shape != tokens.shape:
@@ -181,7 +185,8 @@ class Training(Pass):
         if len(tokens) - held < 1 or not windows.at(torch.arange(len(tokens) - held)).predicted:
             raise PassError(
                 f"{self.name}: expected windows to learn from, found {len(tokens)}, {held} of them held out, "
-                "and no token to predict in the others"
+                "and no token to predict in the others: give more examples, shorter windows, or a smaller "
+                "validation"
             )
         return windows
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -144,9 +143,9 @@ class _Training:
         processes.join()
 
     @property
-    def step(self) -> Pass:
+    def step(self) -> Training:
         """The pass that trains."""
-        return self.passes[self.end]
+        return cast(Training, self.passes[self.end])
 
     def run(
         self,
@@ -158,6 +157,7 @@ class _Training:
 
         def make(tokenizer: Any) -> Calibration:
             self.data = data(tokenizer)
+            self.step.windows(self.data)  # refused before the model is loaded, if they are too few
             return self.data if calibration is None else calibration(tokenizer)
 
         opened = open_source(self.source, self.passes, calibration=make, on_stage=self.on_stage)
@@ -175,10 +175,9 @@ class _Training:
         return apply_passes(graph, [self.step], **how)
 
     def _train_for(self, epochs: float) -> None:
-        step: Any = self.step
-        count = len(self.data.tokens) - math.ceil(step.validation * len(self.data.tokens))
-        steps = max(1, round(epochs * count / step.batch))
-        self.passes[self.end] = dataclasses.replace(step, steps=steps)
+        windows = self.step.windows(self.data)
+        steps = max(1, round(epochs * (len(windows.tokens) - windows.held) / self.step.batch))
+        self.passes[self.end] = dataclasses.replace(self.step, steps=steps)
 
     def written(self, graph: fx.GraphModule, write: Callable[[Path], list[Pass]]) -> Record:
         """Write the folder: what `write` puts there, the recipe that it returns, and the account."""

@@ -36,7 +36,7 @@ class Opened:
         graph: before the recipe.
         passes: the recipe's; empty without one.
         tokenizer: the model's, or the one asked for; None for a saved graph opened without.
-        calibration: None if no pass looks at data.
+        calibration: None if no pass looks at data and none were given.
     """
 
     graph: fx.GraphModule
@@ -50,7 +50,7 @@ def open_source(
     recipe: Recipe = None,
     *,
     seed: int | None = None,
-    calibration: MakeCalibration | None = None,
+    calibration: MakeCalibration | Calibration | None = None,
     tokenizer: str | Path | None = None,
     dtype: torch.dtype | None = None,
     with_tokenizer: bool = True,
@@ -64,7 +64,7 @@ def open_source(
         source: a model folder, hub name or `.gguf` file, which is captured; or a saved graph.
         recipe: what will be applied to it; nothing is applied here.
         seed: replaces the seed of every pass in the recipe that has one; None keeps them.
-        calibration: called only if a pass needs data.
+        calibration: the data, or what makes it, which is called only if a pass needs any.
         tokenizer: where to find the tokenizer, in place of the model's; a saved graph has none of its own.
         dtype: compute in this type; None means float32 for a model, and the saved type for a graph.
         with_tokenizer: refuse a saved graph opened without a tokenizer even if no pass needs one.
@@ -85,8 +85,8 @@ def open_source(
     if saved and tokenizer is None and (needed or with_tokenizer):
         raise EvaluationError(f"a saved graph has no tokenizer: give --tokenizer FOLDER with {source}")
     words = None if tokenizer is None else load_tokenizer(tokenizer)
-    data = None
-    if calibration is not None and needed:
+    data = calibration if isinstance(calibration, Calibration) else None
+    if callable(calibration) and needed:
         words = load_model_tokenizer(str(source)) if words is None else words
         data = calibration(words)
     on_stage("loading")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,20 @@ def test_perplexity_of_either_program(twin: Path, tmp_path: Path) -> None:
         assert result["program"] == {"executorch": "model.pte", "onnx": "model.onnx"}[target]
     assert found["onnx"] == pytest.approx(found["executorch"], rel=0.02)
     assert found["onnx"] != found["executorch"]
+
+
+def test_a_program_that_holds_rounded_weights_in_floating_point_says_so(
+    checkpoint: Path, tmp_path: Path, rolora: Callable[..., tuple[int, str, str]]
+) -> None:
+    """XNNPACK has no kernel of 4 bits that reads activations in floating point; ONNX Runtime has."""
+    recipe = tmp_path / "w4a16.yaml"
+    recipe.write_text("passes: [quantize-weights: {bits: 4, group_size: 32, head: null}, fold-constants]")
+    both = ("--target", "executorch", "--target", "onnx", "--max-length", 32, "--no-check")
+    status, printed, said = rolora("compile", checkpoint, "--recipe", recipe, *both, "-o", tmp_path / "out")
+    assert status == 0, said
+    assert printed.count("14 linears with rounded weights stored in float32: no kernel reads them") == 1
+    sizes = [(tmp_path / "out" / name).stat().st_size for name in ("model.pte", "model.onnx.data")]
+    assert sizes[0] > 2 * sizes[1]
 
 
 def test_onnx_alone(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ import torch
 from architectures import CONFIGS, chosen
 from helpers import captured
 from tiny_llama import aten, rolora, tiny_llama
-from torch import fx
+from torch import Tensor, fx
 
 from rolora_passes import apply_passes
 from rolora_passes.decoding.state import mixing
 from rolora_passes.errors import LoweringError
 from rolora_passes.export import AddKVCache, to_executorch, to_onnx
+from rolora_passes.export.onnx.lower import Flavor
 from rolora_passes.graphs.graph import insert, insert_after, is_op
+from rolora_passes.graphs.operators import Operator, operators
+from rolora_passes.graphs.operators.places import pointwise
 
 Rewrite = Callable[[fx.GraphModule, fx.Node], fx.Node]
 
@@ -134,6 +137,36 @@ def test_what_works_by_position_is_not(name: str) -> None:
 @pytest.mark.parametrize("name", chosen(CONFIGS))
 def test_decoders_that_need_no_other_state(name: str) -> None:
     assert not mixing(captured(name, torch.float32))
+
+
+@torch.library.custom_op("strange::double", mutates_args=())
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@double.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_an_operator_that_is_one_piece_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its positions are known, so a cache may be made; but no runtime has it."""
+    monkeypatch.setitem(operators(), "strange::double", Operator("strange::double", positions=pointwise))
+    graph = tiny_llama(layers=1)
+    node = next(n for n in graph.graph.nodes if is_op(n, "silu"))
+    new = insert_after(graph, node, torch.ops.strange.double.default, node)
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    new.meta["source"] = "model.py:12: x = double(x)"
+    named = r"1 nodes have operators .*\n  strange.double.default: `double_default`, model.py:12: x = double"
+    with pytest.raises(LoweringError, match=named):
+        to_executorch(graph, tmp_path / "model.pte", max_length=16)
+    flavors: tuple[Flavor, ...] = ("ort", "portable")
+    for flavor in flavors:
+        with pytest.raises(LoweringError, match=named):
+            to_onnx(graph, tmp_path / "model", flavor, max_length=16)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_convolution_is_refused_by_every_lowering(tmp_path: Path) -> None:

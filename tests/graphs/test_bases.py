@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,7 @@ def test_a_llamas_inner_axes_are_rigid_with_the_reason() -> None:
     assert len(inner) == 2
     for cls in inner:
         assert not cls.free and "element by element" in cls.why_rigid()
+        assert re.match(r"silu(_1)? acts on every element for itself", cls.why_rigid()), "no name twice"
 
 
 def test_a_llamas_queries_and_keys_are_held_by_rotary_embedding() -> None:

@@ -64,6 +64,16 @@ def test_instructions_that_are_missing_are_found_before_the_model_is_loaded(
     assert status == 2 and re.search(r"error: DataError: expected .*none\.jsonl", said), said
 
 
+def test_too_few_instructions_are_refused_before_the_model_is_loaded(
+    tune: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rolora_passes.recipes.opening.load_model", None)
+    status, _, said = tune("--set", "validation=0.99")
+    assert status == 2 and re.search("error: PassError: tune-lora: expected windows to learn from", said), (
+        said
+    )
+
+
 def test_an_adapter_that_peft_loads(tune: Run, checkpoint: Path, tmp_path: Path) -> None:
     status, _, said = tune("--recipe", "rolora-rtn:W4A4", "--epochs", 1)
     assert status == 0, said

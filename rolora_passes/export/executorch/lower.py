@@ -23,6 +23,7 @@ from rolora_passes.export.clock import Clock
 from rolora_passes.export.executorch.embeddings import fuse_embeddings
 from rolora_passes.export.executorch.rotary import expand_rotary
 from rolora_passes.export.executorch.runner import load_pte
+from rolora_passes.export.executorch.variants import require_variants
 from rolora_passes.export.fuse_heads import fuse_heads
 from rolora_passes.extras import require
 from rolora_passes.files import writing
@@ -36,6 +37,7 @@ CANONICAL: dict[str, Shape] = {"tokens": (1, None), "positions": (1, None)}
 CACHED: dict[str, Shape] = {"tokens": (1, None), "input_pos": (1,)}
 # How the names of the methods begin that the runner reads its metadata from.
 _RUNNERS = ("get_", "use_", "enable_")
+_WIDENED = "{} linears with rounded weights stored in float32: no kernel reads them as the recipe rounds them"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class LoweringReport:
             f"{self.path.name}, {self.bytes / 1e6:.1f} MB",
             f"{self.delegates} XNNPACK delegates",
             f"{sum(self.operators.values())} instructions outside: {outside}",
-            *([f"{self.widened} linears with rounded weights stored in float32"] if self.widened else []),
+            *([_WIDENED.format(self.widened)] if self.widened else []),
             *rows(self.checks),
         ]
 
@@ -163,6 +165,7 @@ def _method(
 
     with clock.step("prepare"):
         given = _ready(graph)
+        require_variants(given)
         prepared = _prepare(given, max_length, last_token, fused)
     with clock.step("delegate"):
         lowered, delegates = delegate_to_xnnpack(prepared, CACHED, fast_prefill)

@@ -10,6 +10,7 @@ from rolora_passes.errors import LoweringError
 from rolora_passes.export.onnx.emitter import Kernels, Match, OnnxEmitter, Result
 from rolora_passes.export.onnx.prepared import Prepared
 from rolora_passes.graphs.graph import KEPT, op_name
+from rolora_passes.graphs.sources import source_of
 
 _LEAVES = ("get_attr", "placeholder")  # which are made where they are first read
 
@@ -82,5 +83,4 @@ def _require_lowerings(graph: Prepared, kernels: Kernels) -> None:
 
 def _where(node: fx.Node) -> str:
     """The line of the model that made a node, where capture has kept it."""
-    source = node.meta.get("source")
-    return f"`{node.name}`" + (f", {source}" if source else "")
+    return f"`{node.name}`{source_of(node)}"

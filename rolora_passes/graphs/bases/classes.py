@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,9 +108,11 @@ class Bases:
 
 
 def describe(node: fx.Node | None) -> str:
-    """An operator and the parameters it reads: `mul (model.norm.weight)`."""
+    """A node, the operator if its name is another, and the parameters it reads: `mul (model.norm.weight)`."""
     if node is None:
         return "the graph"
     known = constants(node.graph.owning_module) if node.graph.owning_module else set()
     roots = [root_names(a)[0] for a in node.all_input_nodes if a in known]
-    return f"{op_name(node)} {node.name}" + (f" ({', '.join(roots)})" if roots else "")
+    operator = op_name(node)
+    said = re.sub(r"_\d+$", "", node.name) == operator
+    return (node.name if said else f"{operator} {node.name}") + (f" ({', '.join(roots)})" if roots else "")
