@@ -97,6 +97,9 @@ def brought(extra: str) -> set[str]:
 
 def build() -> Path:
     """The wheel of this checkout, in dist/."""
+    shutil.rmtree(
+        ROOT / "build" / "lib", ignore_errors=True
+    )  # setuptools packs all that an earlier build left
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "dist", "."]
     subprocess.run(pip, cwd=ROOT, check=True)
     return max((ROOT / "dist").glob("*.whl"), key=lambda path: path.stat().st_mtime)
