@@ -44,7 +44,7 @@ Path("questions.jsonl").write_text(json.dumps(question))
 """
 GRAPH = """
 import torch
-from rolora_passes import FoldConstants, FuseNorm, QuantizeWeights, Rotate, apply_passes
+from rolora_passes import FoldConstants, FuseNorm, Rotate, apply_passes
 from rolora_passes.graphs import load_graph, run
 graph = load_graph("graph.safetensors")
 """
@@ -62,12 +62,6 @@ TO_ONNX = """
 from rolora_passes.export import to_onnx
 to_onnx(graph, "onnx", max_length=64)
 """
-REPORT = """
-from rolora_passes.debugging.opening import Subject
-from rolora_passes.reporting.report import report_html
-subject = Subject(graph, [FuseNorm(), QuantizeWeights(4, 32)], None, None, torch.randint(0, 250, (1, 32)))
-report_html(subject, "report.html", {"model": "tiny", "recipe": "rounded", "text": "random", "seed": 0})
-"""
 # By extra, the commands that use what it brings. Where that is missing, they name the extra.
 USES: dict[str, list[list[str]]] = {
     "none": [["rolora", "--help"], ["rolora", "passes"], ["python", "-c", GRAPH + RUN]],
@@ -83,7 +77,9 @@ USES: dict[str, list[list[str]]] = {
         ["rolora", "learn", "MODEL", "--recipe", "spinquant:W4A4KV4", "--set", "steps=2", "-o", "learned",
          "--calibration", "text.txt", "--samples", "4", "--length", "32"],
     ],
-    "report": [["python", "-c", GRAPH + REPORT]],
+    "report": [
+        ["rolora", "inspect", "MODEL", "--recipe", "8da4w", "--html", "report.html", "--text", "text.txt"],
+    ],
     "docs": [["mkdocs", "build", "--strict", "-f", str(ROOT / "mkdocs.yml"), "--site-dir", "site"]],
 }  # fmt: skip
 
