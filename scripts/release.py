@@ -80,7 +80,7 @@ USES: dict[str, list[list[str]]] = {
     "report": [
         ["rolora", "inspect", "MODEL", "--recipe", "8da4w", "--html", "report.html", "--text", "text.txt"],
     ],
-    "docs": [["mkdocs", "build", "--strict", "-f", str(ROOT / "mkdocs.yml"), "--site-dir", "site"]],
+    "docs": [["mkdocs", "build", "--strict", "-f", str(ROOT / "mkdocs.yml")]],
 }  # fmt: skip
 
 
