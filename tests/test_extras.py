@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -118,11 +121,63 @@ def test_all_is_all_extras_for_users() -> None:
     assert set(listed) == EXTRAS.keys() - {"all", "dev", "docs"}
 
 
-def test_the_release_script_tries_every_extra() -> None:
-    sys.path.insert(0, str(ROOT.parent / "scripts"))
-    import release
+def test_an_extra_brings_all_that_its_commands_need() -> None:
+    for extra in ("gguf", "eval", "learn", "report"):  # with tokenizers, which are transformers'
+        assert "transformers" in brought(extra)
 
-    assert set(release.extras()) == release.TRIED.keys()
-    assert set(release.extras()) == EXTRAS.keys() - {"dev", "docs"} | {"none"}
-    for code in (release.FIXTURE, *(release.ALWAYS + code for code in release.TRIED.values())):
-        compile(code, "release", "exec")
+
+@pytest.fixture
+def release(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The release script."""
+    monkeypatch.syspath_prepend(str(ROOT.parent / "scripts"))
+    return importlib.import_module("release")
+
+
+def test_the_release_script_uses_what_every_extra_brings(release: ModuleType) -> None:
+    assert release.USES.keys() == EXTRAS.keys() - {"all", "dev"} | {"none"}
+    assert release.brought("all") == EXTRAS.keys() - {"dev", "docs"} | {"none"}
+    assert release.brought("learn") == {"none", "transformers", "learn"}
+    code = [c[2] for uses in release.USES.values() for c in uses if c[:2] == ["python", "-c"]]
+    assert len(code) == 3
+    for one in (release.FIXTURE, *code):
+        compile(one, "release", "exec")
+
+
+@pytest.mark.parametrize(
+    ("said", "missing", "good"),
+    [
+        (
+            "error: MissingExtraError: x is not installed: run `pip install rolora-passes[onnx]`",
+            {"onnx"},
+            True,
+        ),
+        (
+            "error: MissingExtraError: x is not installed: run `pip install rolora-passes[onnx]`",
+            {"eval"},
+            False,
+        ),
+        ("error: MissingExtraError: x is not installed: run `pip install rolora-passes[onnx]`", set(), False),
+        ("ModuleNotFoundError: No module named 'onnx'", {"onnx"}, False),
+        ("", {"onnx"}, False),
+    ],
+)
+def test_the_release_script_wants_the_extra_named(
+    release: ModuleType, said: str, missing: set[str], good: bool
+) -> None:
+    environment = object.__new__(release.Environment)
+    environment.call = lambda command: subprocess.CompletedProcess(command, 2, "", f"a warning\n{said}\n")
+    with nullcontext() if good else pytest.raises(SystemExit, match="found 2"):
+        environment.use(["rolora", "compile"], missing)
+
+
+def test_the_wheel_has_no_module_that_an_earlier_build_left(
+    release: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("build/lib", "build/site", "dist"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "build" / "lib" / "deleted.py").touch()
+    wheel = tmp_path / "dist" / "new.whl"
+    monkeypatch.setattr(release, "ROOT", tmp_path)
+    monkeypatch.setattr(release.subprocess, "run", lambda *_, **__: wheel.touch())
+    assert release.build() == wheel
+    assert [path.name for path in (tmp_path / "build").iterdir()] == ["site"]

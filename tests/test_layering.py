@@ -170,6 +170,8 @@ def test_importing_the_package_is_light() -> None:
     code = (
         "import sys, rolora_passes, rolora_passes.graphs, rolora_passes.export, rolora_passes.recipes\n"
         "import rolora_passes.loading.data, rolora_passes.evaluation, rolora_passes.cli\n"
+        "import rolora_passes.passes.catalogue\n"
+        "assert 'torch.distributed.fsdp' not in sys.modules, 'it takes as long as all of torch'\n"
         f"print(sorted({{m.split('.')[0] for m in sys.modules}} & {EXTRAS!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

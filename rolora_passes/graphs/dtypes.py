@@ -16,7 +16,7 @@ from rolora_passes.graphs.shapes import infer_shapes
 
 
 def dtype_of(graph: fx.GraphModule) -> torch.dtype:
-    """The working precision: the floating-point type that most of the parameters' elements have.
+    """The working precision: the floating-point type that most of the parameters' elements are read in.
 
     Rotations that are not folded yet do not count: they are held in float64.
     """
@@ -25,10 +25,18 @@ def dtype_of(graph: fx.GraphModule) -> torch.dtype:
         value = get_tensor(graph, str(node.target))
         turns = all(is_op(user, "rotate") and user.args[1] is node for user in node.users)
         if value.is_floating_point() and not (turns and node.users):
-            elements[value.dtype] = elements.get(value.dtype, 0) + value.numel()
+            dtype = _read_as(node) or value.dtype
+            elements[dtype] = elements.get(dtype, 0) + value.numel()
     if not elements:
         raise GraphFormatError("expected a graph with floating-point parameters, found none")
     return max(elements, key=lambda dtype: elements[dtype])
+
+
+def _read_as(node: fx.Node) -> torch.dtype | None:
+    """The type that every reader of a parameter casts it to, as of a checkpoint in another type."""
+    types = {user.args[1] if is_op(user, "to") else None for user in node.users}
+    (only,) = types if len(types) == 1 else (None,)
+    return only if isinstance(only, torch.dtype) else None
 
 
 def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
@@ -49,7 +57,7 @@ def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     for node in result.graph.nodes:
         if node.op == "get_attr":
             value = get_tensor(result, node.target)
-            if value.is_floating_point():
+            if value.is_floating_point() and not _read_as(node):  # else the cast changes
                 set_tensor(result, node.target, value.detach().to(change(node, value.dtype)))
         else:
             node.args, node.kwargs = retyped((node.args, node.kwargs), partial(change, node))

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from rolora_passes.learning.layered import LayeredGraph
@@ -56,5 +55,7 @@ def from_first(value: Any) -> Any:
 
 def shard(graph: LayeredGraph) -> None:
     """Divide every layer's weights between the processes (FSDP2); they meet while the layer is computed."""
+    from torch.distributed.fsdp import fully_shard  # takes as long to import as all of torch
+
     for layer in graph.layers:
         fully_shard(layer)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora_passes.errors import DataError, MissingExtraError, one_line
+from rolora_passes.errors import DataError, one_line
+from rolora_passes.extras import require
 from rolora_passes.loading.chats import examples, turns_of
 from rolora_passes.loading.tokens import beginning
 
@@ -171,10 +172,7 @@ def _hub(source: str) -> list[str]:
             f"{HUB}Salesforce/wikitext/wikitext-2-raw-v1:test, found {source} (a data set without "
             'configurations has one that is named "default")'
         )
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("datasets is not installed: run `pip install rolora-passes[eval]`") from error
+    datasets = require("datasets", "eval")
     try:
         rows = datasets.load_dataset("/".join(name), configuration, split=split)
     except Exception as error:  # whatever the hub's client raises
