@@ -132,6 +132,12 @@ def _rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> _Rows | None:
     return _Rows(len(largest), largest.dim(), largest.numel(), [*whole, *sides], aligned)
 
 
+def rows_apart(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether every row of a large constant expression can be computed for itself."""
+    found = _rows(graph, [node])
+    return found is not None and not any(n in found.aligned for n in found.whole)
+
+
 def _whole(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None, change: Change | None) -> Tensor:
     """The value of an operator that mixes rows; what it reads may still be evaluated in blocks."""
     if node.op == "get_attr":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,16 @@ def ways(graph: fx.GraphModule) -> dict[fx.Node, Way]:
     """
     reader = _Reader(graph)
     return {node: reader.way(node) for node in linears(graph)}
+
+
+def expressions(graph: fx.GraphModule) -> Callable[[fx.Node], Way]:
+    """What gives the way of a linear's weight from the parameter that the graph has now.
+
+    That is what is written on the parameter, and nothing that was folded before.
+    """
+    reader = _Reader(graph)
+    reader.kept = {}
+    return reader.way
 
 
 def keep_ways(graph: fx.GraphModule, known: Mapping[fx.Node, Way]) -> None:

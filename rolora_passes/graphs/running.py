@@ -14,6 +14,9 @@ from rolora_passes.graphs.graph import argument, get_tensor, is_op, parameters, 
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.ondisk import is_on_disk
 
+Linear = Callable[[fx.GraphModule, fx.Node, Tensor], Tensor | None]
+"""(graph, linear, its input [.., in]) -> [.., out]."""
+
 
 def run(graph: fx.GraphModule, tokens: Tensor, decoder_tokens: Tensor | None = None) -> Tensor:
     """Logits [B, S, V] for tokens int64 [B, S] at positions 0, 1, 2, …
@@ -40,6 +43,7 @@ def values(
     dtype: torch.dtype | None = None,
     change: Change | None = None,
     inputs: Mapping[str, Tensor] | None = None,
+    linear: Linear | None = None,
 ) -> Iterator[tuple[fx.Node, Any]]:
     """Every node that computes with its value, each freed when its last reader has run.
 
@@ -51,6 +55,7 @@ def values(
         dtype: of every floating-point value; None: each in its own.
         change: see `Change`.
         inputs: by name, in place of tokens.
+        linear: gives the product of a linear with a large weight, without its bias; None where it does not.
     """
     given = iter((inputs or inputs_for(graph, cast(Tensor, tokens))).values())
     fixed = constant_nodes(graph.graph)
@@ -68,7 +73,7 @@ def values(
             elif step.op == "output":
                 done[step] = fx.node.map_arg(step.args[0], value_of)
             elif step in weights:
-                done[step] = _applied(graph, step, weights[step], value_of, dtype, change)
+                done[step] = _applied(graph, step, weights[step], value_of, dtype, change, linear)
             else:
                 done[step] = call(step, value_of, dtype)
             if dtype is not None:
@@ -99,6 +104,7 @@ def _applied(
     value_of: Callable[[fx.Node], Any],
     dtype: torch.dtype | None,
     change: Change | None,
+    linear: Linear | None,
 ) -> Tensor:
     """A linear or an embedding, of whose weight a block of rows is in memory at a time."""
     result: Tensor | None = None
@@ -108,6 +114,8 @@ def _applied(
         ((place, (part,)),) = blocks(graph, [weight], dtype, change, only)
         return part[numbers if place.rows is only else tokens]
     x, bias = value_of(argument(node, "input")), argument(node, "bias")
+    if linear is not None and (product := linear(graph, node, x)) is not None:
+        return product if bias is None else product + value_of(bias)
     for place, (part,) in blocks(graph, [weight], dtype, change):
         shift = None if bias is None else value_of(bias)[place.rows]
         found = torch.nn.functional.linear(x, part, shift)
