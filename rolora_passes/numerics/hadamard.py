@@ -21,7 +21,8 @@ from rolora_passes.numerics import constructions
 
 _DENSE_ORDER = 128  # up to here one product is as fast as several, in the runtimes' kernels
 _FACTOR_ORDER = 48  # beyond, Kronecker factors of at most this order
-_RADIX = 16  # factor size of the transform: few multiplications, and still efficient small GEMMs
+# Factor size of the transform: few multiplications, and still efficient small products.
+_RADIX = {torch.float64: 16, torch.float32: 32}
 _WIDE = 32  # elements behind an axis from which on products of batches are fast
 _CHUNK = 1 << 17  # elements that a thread transforms at a time: what stays in its cache
 _CHUNK_ELSEWHERE = 1 << 24  # on other devices: what keeps them busy, and the working memory bounded
@@ -119,8 +120,8 @@ def transform(x: Tensor, order: int, dim: int = -1, inner: int = 1, signs: Tenso
     eager = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not torch.compiler.is_compiling()
     orthonormal = (_orthonormal if eager else _orthonormal.__wrapped__)(order, dtype, x.device)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, signs))
-    if eager and not recorded:
-        return _multiply_in_chunks(split, orthonormal, signs).reshape(x.shape)
+    if eager and not recorded and x.numel() > (chunk := _chunk(x.device)):
+        return _multiply_in_chunks(split, orthonormal, signs, chunk).reshape(x.shape)
     split = split.to(dtype) if signs is None else split * signs
     return _multiply(split.flatten(0, 1), orthonormal).to(x.dtype).reshape(x.shape)
 
@@ -151,8 +152,10 @@ def _multiply(x: Tensor, matrices: list[Tensor]) -> Tensor:
             # each product is of a small matrix with one long one, and all are in order after the last
             x = factor.t() @ x.reshape(-1, len(factor)).t()
         return x.reshape(order, outer, right).transpose(0, 1)
+    left = outer * order
     for factor in reversed(matrices):
-        k, left = len(factor), x.numel() // (len(factor) * right)
+        k = len(factor)
+        left //= k
         if right == 1:
             x = x.reshape(left, k) @ factor
         else:  # bmm and not matmul, which may fold the batch by copying a transpose
@@ -161,13 +164,16 @@ def _multiply(x: Tensor, matrices: list[Tensor]) -> Tensor:
     return x.reshape(shape)
 
 
-def _multiply_in_chunks(x: Tensor, matrices: list[Tensor], signs: Tensor | None) -> Tensor:
+def _chunk(device: torch.device) -> int:
+    return _CHUNK * torch.get_num_threads() if device.type == "cpu" else _CHUNK_ELSEWHERE
+
+
+def _multiply_in_chunks(x: Tensor, matrices: list[Tensor], signs: Tensor | None, chunk: int) -> Tensor:
     """x [outer, blocks, order, right] times signs, and `_multiply`, into one new tensor.
 
     Chunk by chunk, so that what passes between the first read and the last write stays in the cache.
     """
     outer, blocks, order, right = x.shape
-    chunk = _CHUNK * torch.get_num_threads() if x.device.type == "cpu" else _CHUNK_ELSEWHERE
     columns = max(1, min(right, max(_WIDE, chunk // order)))
     rows = max(1, min(outer, chunk // (order * columns)))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -183,7 +189,7 @@ def _multiply_in_chunks(x: Tensor, matrices: list[Tensor], signs: Tensor | None)
 @functools.cache
 def _orthonormal(order: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Factors of matrix(order) / sqrt(order). Tracers call the uncached function: tensors are theirs."""
-    first, *rest = _factor_rows(order, _RADIX)
+    first, *rest = _factor_rows(order, _RADIX[dtype])
     scaled = [[sign / math.sqrt(order) for sign in row] for row in first]
     with torch.inference_mode(False):
         return [torch.tensor(rows, dtype=dtype, device=device) for rows in (scaled, *rest)]
