@@ -43,15 +43,10 @@ def rotate(x: Tensor, rotation: Tensor, dim: int = -1, inner: int = 1) -> Tensor
             applied by the fast transform (H in blocks of the largest order that divides n, where
             none of order n is known). Cast to x's dtype.
     """
-    dim = dim % x.dim()
-    n = rotation.shape[0]
-    split = x.unflatten(dim, (x.shape[dim] // (n * inner), n, inner))
     rotation = rotation.to(x.dtype)
     if rotation.dim() == 1:
-        signs = rotation.reshape([n, 1] + [1] * (x.dim() - dim - 1))
-        return hadamard((split * signs).flatten(dim, dim + 2), _hadamard.largest_order(n), dim, inner)
-    moved: Tensor = split.movedim(dim + 1, -1) @ rotation
-    return moved.movedim(-1, dim + 1).flatten(dim, dim + 2)
+        return _hadamard.transform(x, _hadamard.largest_order(len(rotation)), dim, inner, rotation)
+    return _hadamard.multiply(x, [rotation], dim, inner)
 
 
 def _transform(s: Scope, node: Call) -> Any:
@@ -97,10 +92,7 @@ def _turned_back(x: Tensor, dim: int, inner: int, rotation: Tensor) -> Tensor:
 def _hadamard_back(x: Tensor, dim: int, order: int, inner: int) -> Tensor:
     """Times the transpose, by its Kronecker factors."""
     factors = [m.T.to(x.dtype) / len(m) ** 0.5 for m in _hadamard.factors(order)]
-    if inner == 1:
-        return _hadamard.multiply(x, factors, dim)
-    split = x.unflatten(dim, (-1, order, inner)).movedim(dim + 2, dim)
-    return _hadamard.multiply(split, factors, dim + 2).movedim(dim, dim + 2).flatten(dim, dim + 2)
+    return _hadamard.multiply(x, factors, dim, inner)
 
 
 # Words.
