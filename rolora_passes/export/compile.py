@@ -27,6 +27,7 @@ from rolora_passes.graphs.graph import copy_graph
 from rolora_passes.graphs.identity import Untouched
 from rolora_passes.graphs.info import info
 from rolora_passes.loading.models import load_tokenizer
+from rolora_passes.ondisk import spilling
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Calibration
 from rolora_passes.passes.manager import Applied, Record, apply_passes, history, require_calibration, steps
@@ -110,7 +111,7 @@ def compile_model(
     tell = on_warning or (lambda warning: None)
     for warning in warnings:
         tell(warning)
-    with writing_folder(folder) as temporary:
+    with writing_folder(folder) as temporary, spilling(temporary.parent):
         made = _make(order, data, clock)
         loss = _judge(order, made, clock)
         lowered = _lower(order, made, temporary, clock)

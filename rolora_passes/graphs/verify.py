@@ -19,6 +19,7 @@ from rolora_passes.graphs.operators import Trait, has
 from rolora_passes.graphs.products import Products
 from rolora_passes.graphs.running import values
 from rolora_passes.graphs.shapes import infer_shapes
+from rolora_passes.memory import release
 
 # Of logits in float64, relative to the largest: rounding over the depth of a model stays below it.
 EXACT = 1e-9
@@ -93,6 +94,7 @@ def verify_same(before: fx.GraphModule, after: fx.GraphModule, name: str, moved:
             f"allowed {allowed:.0e}). {_first_difference(before, after, tokens, moved, allowed)}"
         )
     last.graph, last.logits = after, found
+    release()
     return error
 
 
