@@ -14,6 +14,9 @@ from rolora_passes.graphs.graph import argument, get_tensor, is_op, parameters, 
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.ondisk import is_on_disk
 
+# Bytes of parameters of a graph that is run at once: at most three times as many are in memory then.
+_FEW = 1 << 28
+
 Linear = Callable[[fx.GraphModule, fx.Node, Tensor], Tensor | None]
 """(graph, linear, its input [.., in]) -> [.., out]."""
 
@@ -28,8 +31,9 @@ def run(graph: fx.GraphModule, tokens: Tensor, decoder_tokens: Tensor | None = N
 
 
 def run_on(graph: fx.GraphModule, inputs: Mapping[str, Tensor]) -> Tensor:
-    """What a graph gives for inputs by name."""
-    if not any(map(is_on_disk, parameters(graph).values())):
+    """What a graph gives for inputs by name, in its order."""
+    tensors = parameters(graph).values()
+    if sum(tensor.nbytes for tensor in tensors) <= _FEW and not any(map(is_on_disk, tensors)):
         with torch.no_grad():
             result: Tensor = graph(*inputs.values())
         return result
