@@ -154,7 +154,7 @@ def basis_hash(graph: fx.GraphModule) -> str:
         if node not in branches:
             digest.update(json.dumps([way.root, [plain(s) for s in way.steps], way.reason]).encode())
             for name in sorted(way.tensors):
-                digest.update(way.tensors[name].detach().float().contiguous().numpy().tobytes())
+                digest.update(way.tensors[name].detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

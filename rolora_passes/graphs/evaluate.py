@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from rolora_passes.graphs.devices import place_of, written_for
 from rolora_passes.graphs.dtypes import retyped
 from rolora_passes.graphs.graph import constants, get_tensor, upstream
 from rolora_passes.graphs.inputs import inputs_for
@@ -49,26 +50,36 @@ def compute(
         dtype: the type to compute in: floating-point parameters are cast to it, and casts to others are to
             it. None: in their own.
         rows: of every parameter that has some; None for all.
+
+    Returns: values where the graph is computed (`graphs.devices`).
     """
-    steps = sorted(upstream(nodes))
+    steps, place = sorted(upstream(nodes)), place_of(graph, dtype)
     dead = deaths(steps, nodes)
     done: dict[fx.Node, Any] = dict(inputs or {})
     with torch.no_grad():
         for step in steps:
             if step.op == "get_attr":
-                tensor = get_tensor(graph, str(step.target)).detach()
+                tensor = place.fetch(get_tensor(graph, str(step.target))).detach()
                 tensor = tensor[rows] if rows is not None and tensor.dim() > 1 else tensor
                 done[step] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
             elif step not in done:
-                done[step] = call(step, done.__getitem__, dtype)
+                done[step] = call(step, done.__getitem__, dtype, place.device)
             for value in dead[step]:
                 del done[value]
     return [done[node] for node in nodes]
 
 
-def call(node: fx.Node, value_of: Callable[[fx.Node], Any], dtype: torch.dtype | None = None) -> Any:
-    """What a node's operator gives for the values of its operands; computed in `dtype`, if one is given."""
+def call(
+    node: fx.Node,
+    value_of: Callable[[fx.Node], Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Any:
+    """What a node's operator gives for the values of its operands; computed in `dtype`, and on `device`, if
+    they are given."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    if device is not None:
+        kwargs = written_for(kwargs, device)
     if dtype is not None:
         args, kwargs = retyped((args, kwargs), lambda _: dtype)
     return cast(Callable[..., Any], node.target)(*args, **kwargs)
@@ -90,23 +101,25 @@ def values_in(
         dtype: of every floating-point value.
         changed: what to compute with in place of a parameter, given its name and its value in its own type.
     """
-    steps = _just_in_time(graph)
-    dead, inputs = deaths(steps, ()), iter(inputs_for(graph, tokens).values())
+    steps, place = _just_in_time(graph), place_of(graph, dtype)
+    dead, given = deaths(steps, ()), iter(inputs_for(graph, tokens).values())
     done: dict[fx.Node, Any] = {}
 
     def value_of(node: fx.Node) -> Any:
         if node.op != "get_attr":
             return done[node]
-        return _cast(changed(str(node.target), get_tensor(graph, str(node.target)).detach()), dtype)
+        tensor = place.fetch(get_tensor(graph, str(node.target))).detach()
+        return _cast(changed(str(node.target), tensor), dtype)
 
     for step in steps:
         with torch.no_grad():
             if step.op == "placeholder":
-                done[step] = next(inputs)
+                done[step] = next(given).to(place.device)
             elif step.op == "output":
                 done[step] = fx.node.map_arg(step.args[0], value_of)
             else:
-                done[step] = fx.node.map_aggregate(call(step, value_of, dtype), lambda v: _cast(v, dtype))
+                found = call(step, value_of, dtype, place.device)
+                done[step] = fx.node.map_aggregate(found, lambda v: _cast(v, dtype))
         yield step, done[step]
         for value in dead[step]:
             done.pop(value, None)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rolora_passes.graphs.devices import Place, device_of, place_of, written_for
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.inputs import positions_like as positions_like
@@ -25,6 +26,7 @@ from rolora_passes.graphs.nodes import op_name as op_name
 from rolora_passes.graphs.operators import OURS, Trait, has
 from rolora_passes.graphs.sources import take_source
 from rolora_passes.moved import old_names
+from rolora_passes.numerics.exact import has_type
 
 aten = torch.ops.aten
 
@@ -94,7 +96,7 @@ def add_parameter(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
 
     What is named as part of a tensor, which has no parts, is named beside it: "w.lora_A.weight" of a linear
     whose weight is "w" becomes "w_lora_A.weight". The node stands before every node that is not a `get_attr`,
-    so any expression may read it.
+    so any expression may read it. The tensor is put where the graph's others are.
     """
     taken, count = parameter_names(graph), 0
     for dot in [i for i, letter in enumerate(name) if letter == "."]:
@@ -104,9 +106,16 @@ def add_parameter(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     while unique in taken:
         count += 1
         unique = f"{name}_{count}"
-    set_tensor(graph, unique, value)
+    set_tensor(graph, unique, beside(graph, value))
     with graph.graph.inserting_before(first_compute(graph)):
         return graph.graph.create_node("get_attr", unique, name=unique.replace(".", "_"))
+
+
+def beside(graph: fx.GraphModule, value: Tensor) -> Tensor:
+    """A tensor where those of a graph are, unless they have no place yet, or none for its type."""
+    device = device_of(graph)
+    kept = device == value.device or device.type == "meta" or not has_type(device, value.dtype)
+    return value if kept else value.to(device)
 
 
 def first_compute(graph: fx.GraphModule) -> fx.Node:
@@ -222,19 +231,21 @@ def finish(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def run(graph: fx.GraphModule, tokens: Tensor, decoder_tokens: Tensor | None = None) -> Tensor:
-    """Logits [B, S, V] for tokens int64 [B, S] at positions 0, 1, 2, …
+    """Logits [B, S, V] for tokens int64 [B, S] at positions 0, 1, 2, …, on the device that computed them.
 
     An encoder gives what its head does. A graph with a decoder gives logits [B, T, V] for decoder_tokens
     int64 [B, T]: the later half of tokens, if not given.
     """
+    inputs, place = inputs_for(graph, tokens, decoder_tokens), place_of(graph)
     with torch.no_grad():
-        result: Tensor = graph(*inputs_for(graph, tokens, decoder_tokens).values())
+        here = place.device == device_of(graph)
+        result: Tensor = (graph if here else _Stream(graph, place).run)(*inputs.values())
     return result
 
 
 def values(graph: fx.GraphModule, tokens: Tensor) -> Iterator[tuple[fx.Node, Any]]:
     """Every node with its value, in graph order, each freed when its last user has run."""
-    interpreter = _Stream(graph)
+    interpreter = _Stream(graph, place_of(graph))
     interpreter.env = {}
     interpreter.args_iter = iter(inputs_for(graph, tokens).values())
     for node in graph.graph.nodes:
@@ -246,7 +257,17 @@ def values(graph: fx.GraphModule, tokens: Tensor) -> Iterator[tuple[fx.Node, Any
 
 
 class _Stream(fx.Interpreter):
-    """An interpreter driven from outside, one node at a time."""
+    """An interpreter that fetches every tensor when it is read, and may be driven one node at a time."""
+
+    def __init__(self, graph: fx.GraphModule, place: Place) -> None:
+        super().__init__(graph)
+        self._graph, self._place = graph, place
+
+    def fetch_attr(self, target: str) -> Any:
+        return self._place.fetch(get_tensor(self._graph, target))
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(target, args, written_for(kwargs, self._place.device))
 
 
 old_names(globals())

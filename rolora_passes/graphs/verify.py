@@ -140,6 +140,7 @@ def _logits(graph: fx.GraphModule, tokens: Tensor, rounded: set[str] | None = No
         if not rounded or name not in rounded:
             return value
         signs = torch.randint(0, 2, value.shape, generator=generator, dtype=torch.int8).double()
+        signs = signs.to(value.device)
         return signs.sub_(0.5).mul_(torch.finfo(value.dtype).eps).add_(1).mul_(value)
 
     result: Tensor | None = None

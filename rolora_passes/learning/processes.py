@@ -15,9 +15,13 @@ from rolora_passes.learning.layered import LayeredGraph
 
 
 def join() -> None:
-    """Join the other processes, if torchrun started this one."""
+    """Join the other processes, if torchrun started this one: NCCL for what is on a GPU, gloo for the rest.
+
+    torch takes the one or the other by where a tensor is.
+    """
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        both = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo")
 
 
 def rank() -> int:
@@ -56,5 +60,6 @@ def from_first(value: Any) -> Any:
 
 def shard(graph: LayeredGraph) -> None:
     """Divide every layer's weights between the processes (FSDP2); they meet while the layer is computed."""
+    graph.settle()
     for layer in graph.layers:
         fully_shard(layer)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rolora_passes.errors import PassError
 from rolora_passes.numerics import affine
+from rolora_passes.numerics.exact import exact
 
 _BLOCK = 128  # columns that are kept up to date while they are rounded; the rest, once a block
 
@@ -59,11 +60,11 @@ def gptq(
     _check_shapes(weight, hessian, grid)
     group = grid.group_size or weight.shape[1]
     diagonal = hessian.diagonal()
-    order = _order(diagonal, group) if act_order else torch.arange(weight.shape[1])
+    order = _order(diagonal, group) if act_order else torch.arange(weight.shape[1], device=weight.device)
     columns = weight.detach().t().clone(memory_format=torch.contiguous_format)  # a column is a row here
     columns[diagonal == 0] = 0
     columns = columns[order]
-    updates = _updates(hessian.detach(), order, damping).to(columns.dtype)
+    updates = _updates(hessian.detach(), order, damping).to(columns)
     scales, zeros = _round_columns(columns, updates, grid)
     back = order.argsort()
     # Groups were met in the order of their first columns.
@@ -93,7 +94,7 @@ def _order(diagonal: Tensor, group: int) -> Tensor:
     """Columns by descending diagonal within each group, groups by their largest."""
     values, within = diagonal.unflatten(0, (-1, group)).sort(dim=1, descending=True, stable=True)
     groups = values[:, 0].argsort(descending=True, stable=True)
-    columns: Tensor = within + torch.arange(0, diagonal.numel(), group)[:, None]
+    columns: Tensor = within + torch.arange(0, diagonal.numel(), group, device=diagonal.device)[:, None]
     return columns[groups].flatten()
 
 
@@ -104,7 +105,7 @@ def _updates(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     be all but singular, is never inverted.
     """
     last_first = order.flip(0)
-    upside_down = hessian[last_first[:, None], last_first].double()
+    upside_down = exact(hessian[last_first[:, None], last_first])
     diagonal = upside_down.diagonal()
     if not torch.isfinite(upside_down).all():
         raise PassError(
@@ -127,7 +128,7 @@ def _updates(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
             f"gptq: expected a positive definite Hessian, found one that is not, with damping {damping}: "
             "raise the damping or calibrate on more tokens"
         )
-    identity = torch.eye(len(factor), dtype=factor.dtype)
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     upper: Tensor = torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
     return upper.div_(upper.diagonal().clone().unsqueeze(1))
 
@@ -138,9 +139,9 @@ def _round_columns(columns: Tensor, updates: Tensor, grid: affine.Integers) -> t
     group = grid.group_size or width
     # A block of whole groups: a group's columns have had every update when its scale is chosen.
     block = group * max(1, _BLOCK // group) if grid.group_size else _BLOCK
-    scales = torch.empty(width // group, rows, dtype=torch.float32)
-    zeros = torch.empty(width // group, rows, dtype=torch.int8)
-    errors = torch.empty(block, rows, dtype=columns.dtype)
+    scales = columns.new_empty(width // group, rows, dtype=torch.float32)
+    zeros = columns.new_empty(width // group, rows, dtype=torch.int8)
+    errors = columns.new_empty(block, rows)
     for start in range(0, width, block):
         stop = min(start + block, width)
         for i in range(start, stop):

@@ -111,7 +111,7 @@ class LearnRotation(Training):
         for key, entry in entries.items():
             value, old = found[entry.tensor].detach(), get_tensor(graph, entry.tensor)
             value = value if _is_scale(key) else check_orthogonal(value, len(value), key)
-            set_tensor(graph, entry.tensor, value.to(old.dtype))
+            set_tensor(graph, entry.tensor, value.to(old))
             value = value.double().exp() if _is_scale(key) else value
             began = {"began": entry.method} if entry.method != "learned" else {}
             learned = Rotation("learned", entry.tensor, value, {**entry.about, **began})

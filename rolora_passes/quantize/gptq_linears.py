@@ -193,7 +193,7 @@ def _fingerprint(graph: fx.GraphModule, sites: Sites, tokens: Tensor, damping: f
     digest = hashlib.sha256(repr((graph_text(graph), named, damping, act_order)).encode())
     for tensor in (*parameters(graph).values(), tokens):
         digest.update(repr((tensor.dtype, tensor.shape)).encode())
-        flat = tensor.detach().contiguous().flatten()
+        flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 

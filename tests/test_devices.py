@@ -1,0 +1,116 @@
+"""Every pass, and what is learned, measured and shown, on a device: no tensor of the CPU strays there.
+
+The device is `simulated`. Where a graph lies on it, and where a graph lies on the CPU and is computed on it,
+the results are those of the CPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import tiny_wide
+from helpers import tokens_for
+from simulated import DEVICE
+from torch import fx
+
+from rolora_passes import Calibration, apply_passes, history
+from rolora_passes.graphs import to_device
+from rolora_passes.graphs.capture import capture
+from rolora_passes.graphs.graph import parameters
+from rolora_passes.graphs.info import info
+from rolora_passes.passes.manager import PassLike
+from rolora_passes.passes.registry import PASSES
+
+_ROUNDED: list[PassLike] = ["fuse-norm", {"quantize-weights": {"group_size": 32}}]
+_TRAIN = {"steps": 2, "batch": 2, "under": "W8A8"}
+_OPEN: list[PassLike] = [
+    "fuse-norm",
+    {"insert-scaling": {"balance": True}},
+    {"rotate": {"heads": "orthogonal"}},
+]
+# What stands before a pass for it to find a site, and its options: those that compute most.
+PIPELINES: dict[str, list[list[PassLike]]] = {
+    "fuse-norm": [["fuse-norm"], [{"fuse-norm": {"tied": "keep"}}]],
+    "insert-scaling": [_OPEN[:2], ["fuse-norm", "insert-scaling"]],
+    "rotate": [["fuse-norm", "rotate"], ["fuse-norm", {"rotate": {"residual": "orthogonal"}}]],
+    "insert-hadamard": [["insert-hadamard"], [{"insert-hadamard": {"factors": True}}]],
+    "learn-rotation": [
+        [
+            *_OPEN,
+            {"insert-hadamard": {"factors": True}},
+            {"learn-rotation": {**_TRAIN, "method": method, **more}},
+        ]
+        for method, more in (
+            ("cayley-adam", {"validation": 0.4, "evaluate_every": 1}),
+            ("cayley-sgd", {"recompute": True, "loss": "cross-entropy"}),
+        )
+    ],
+    "learn-scales": [[*_ROUNDED, "fold-constants", {"learn-scales": _TRAIN}]],
+    "add-lora": [[{"add-lora": {"rank": 4, "init": init}}] for init in ("gaussian", "svd")]
+    + [[*_ROUNDED, {"add-lora": {"rank": 4, "init": "loftq"}}]],
+    "tune-lora": [
+        [{"add-lora": {"rank": 4}}, *_ROUNDED, "fold-constants", {"tune-lora": {**_TRAIN, "dropout": 0.0}}]
+    ],
+    "rilq": [[{"add-lora": {"rank": 4}}, *_ROUNDED, "fold-constants", {"rilq": _TRAIN}]],
+    "loftq": [["fuse-norm", {"loftq": {"rank": 4, "grid": grid}}] for grid in ("nf", "int")],
+    "merge-lora": [[{"add-lora": {"rank": 4, "init": "gaussian"}}, "merge-lora"]],
+    "observe-activations": [
+        [{"observe-activations": {"method": method}}] for method in ("minmax", "percentile", "histogram")
+    ],
+    "smooth-quant": [[{"observe-activations": {"per": "channel"}}, "smooth-quant"]],
+    "quantize-weights": [
+        _ROUNDED,
+        ["fuse-norm", {"quantize-weights": {"grid": "nf", "group_size": 32}}],
+        ["fuse-norm", {"quantize-weights": {"method": "gptq", "act_order": True}}],
+    ],
+    "quantize-activations": [
+        [*_ROUNDED, {"quantize-activations": {"clip_search": True}}],
+        ["observe-activations", *_ROUNDED, {"quantize-activations": {"static": True}}],
+    ],
+    "quantize-kv-cache": [["quantize-kv-cache"]],
+    "quantize-embedding": [["quantize-embedding"]],
+    "fold-constants": [["fuse-norm", "rotate", "fold-constants"], [*_ROUNDED, "fold-constants"]],
+    "add-kv-cache": [["add-kv-cache"]],
+}
+CASES = [
+    pytest.param(steps, id=f"{name}-{number}")
+    for name in PASSES
+    for number, steps in enumerate(PIPELINES.get(name, [[name]]))
+]
+
+
+@pytest.fixture(scope="module")
+def graph() -> fx.GraphModule:
+    return capture(tiny_wide())
+
+
+def places(graph: fx.GraphModule) -> set[str]:
+    return {value.device.type for value in parameters(graph).values()}
+
+
+def require_equal(found: fx.GraphModule, expected: fx.GraphModule) -> None:
+    """Every tensor of a graph is that of another; what it remembers is on the CPU."""
+    theirs = parameters(expected)
+    # Kernels add in another order, and an optimiser's first steps show the sign of the least gradient.
+    trained = any("losses" in record.report.notes for record in history(expected))
+    allowed = {"rtol": 1e-4, "atol": 2e-3 if trained else 1e-5}
+    assert parameters(found).keys() == theirs.keys()
+    for name, value in parameters(found).items():
+        assert value.dtype == theirs[name].dtype
+        assert torch.allclose(value.detach().cpu().double(), theirs[name].detach().double(), **allowed), name
+    kept = info(found)
+    held = [r.matrix for r in kept.rotations.values()]
+    held += [tensor for way in kept.ways.values() for tensor in way.tensors.values()]
+    assert all(tensor.device.type == "cpu" for tensor in held)
+
+
+@pytest.mark.parametrize("steps", CASES)
+def test_a_pass_there_and_for_weights_that_travel(graph: fx.GraphModule, steps: list[PassLike]) -> None:
+    data = Calibration(tokens_for(graph, 5, 12))
+    expected = apply_passes(graph, steps, calibration=data)
+    there = apply_passes(to_device(graph, DEVICE), steps, calibration=data)
+    assert places(there) == {DEVICE.type}
+    require_equal(there, expected)
+    travelled = apply_passes(graph, steps, calibration=data, device=DEVICE)
+    assert places(travelled) == {"cpu"}
+    require_equal(travelled, expected)
