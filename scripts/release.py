@@ -95,9 +95,10 @@ save_graph(graph, "graph.safetensors")
 
 
 def extras() -> list[str]:
-    """The extras for users, as pyproject has them, and none."""
+    """The extras for users, as pyproject has them, and none; but "cuda", which only builds beside a GPU."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    return ["none", *(name for name in project["optional-dependencies"] if name not in ("dev", "docs"))]
+    beside = ("dev", "docs", "cuda")
+    return ["none", *(name for name in project["optional-dependencies"] if name not in beside)]
 
 
 def build() -> Path:

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from rolora_passes.numerics import constructions
+from rolora_passes.numerics import constructions, cuda_hadamard
 
 _DENSE_ORDER = 128  # up to here one product is as fast as several, in the runtimes' kernels
 _FACTOR_ORDER = 48  # beyond, Kronecker factors of at most this order
@@ -93,14 +93,15 @@ def transform(x: Tensor, order: int, dim: int = -1, inner: int = 1) -> Tensor:
     y[.., j, ..] = sum_i x[.., i, ..] * matrix(order)[i, j] / sqrt(order).
 
     Args:
-        x: any shape, floating dtype and device. Half precisions are computed in float32.
+        x: any shape, floating dtype and device. Half precisions are computed in float32. On CUDA the last
+            axis goes through `fast_hadamard_transform` where that is installed (extra "cuda").
 
     Returns: a new tensor, shape and dtype of x. Differentiable; traces as a few matrix products.
 
     Raises: ValueError: no known construction, order * inner does not divide the axis, or x is not a
         real floating tensor.
     """
-    _require(order)
+    base, m = _require(order)
     dim, size = dim % x.dim(), x.shape[dim]
     if inner < 1 or size % (order * inner):
         raise ValueError(f"order {order} * inner {inner} does not divide axis {dim} of {list(x.shape)}")
@@ -109,6 +110,8 @@ def transform(x: Tensor, order: int, dim: int = -1, inner: int = 1) -> Tensor:
     outer, right = math.prod(x.shape[:dim]) * (size // (order * inner)), inner * math.prod(x.shape[dim + 1 :])
     split = x.reshape(outer, order, right)
     eager = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not torch.compiler.is_compiling()
+    if eager and cuda_hadamard.serves(x, m, right):
+        return cuda_hadamard.transform(x.reshape(-1, order), base, m).reshape(x.shape)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     orthonormal = (_orthonormal if eager else _orthonormal.__wrapped__)(order, dtype, x.device)
     if eager and x.numel() > _CHUNK and not (x.requires_grad and torch.is_grad_enabled()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -27,20 +26,15 @@ def placed(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model
 
 
-def plain(text: str) -> str:
-    """The text of a graph without the devices that are written in it."""
-    return re.sub(r"(cpu|simulated:0)", "device", text)
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "mixtral", "bert", "bart"])
 def test_a_graph_is_where_its_model_is(name: str, tmp_path: Path) -> None:
     expected, found = capture(tiny(name, torch.float32)), capture(placed(name))
     assert {value.device for value in parameters(found).values()} == {DEVICE}
-    assert plain(graph_text(found)) == plain(graph_text(expected))
     assert run(found, TOKENS).device == DEVICE
     back = to_device(found, "cpu")
+    assert graph_text(back) == graph_text(expected)
     assert relative_error(run(back, TOKENS), run(expected, TOKENS)) < 1e-5
-    save_graph(back, tmp_path / "graph.safetensors")
+    save_graph(found, tmp_path / "graph.safetensors")
     assert graph_text(load_graph(tmp_path / "graph.safetensors")) == graph_text(expected)
 
 
