@@ -44,6 +44,9 @@ class _OnDevice(Tensor):
         made.held = held
         return made
 
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _compute(func, *args, **(kwargs or {}))
@@ -102,6 +105,8 @@ backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
 DEVICE = torch.device(NAME, 0)
 _every = torch.library.Library("_", "IMPL", "PrivateUse1")
 _every.fallback(_compute)
+_cast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+_cast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 _own = torch.library.Library("aten", "IMPL", "PrivateUse1")  # `torch.tensor(…, device=…)` finds no fallback
 _own.impl("_to_copy", partial(_compute, _aten._to_copy.default))
 

@@ -94,7 +94,7 @@ class Place:
             return tensor
         if (known := self._kept.get(tensor)) is not None:
             return known  # type: ignore[no-any-return]
-        copy = moved_to(tensor, self.device).detach()
+        copy = moved_to(tensor.detach(), self.device)
         if copy.nbytes + sum(kept.nbytes for kept in self._kept.values()) <= self._room:
             self._kept[tensor] = copy
         return copy
