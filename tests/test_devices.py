@@ -6,18 +6,22 @@ the results are those of the CPU.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from architectures import tiny_wide
 from helpers import tokens_for
-from simulated import DEVICE
+from simulated import DEVICE, StrayTensor, without
 from torch import fx
 
 from rolora_passes import Calibration, apply_passes, history
-from rolora_passes.graphs import to_device
+from rolora_passes.evaluation import GraphScorer, perplexity
+from rolora_passes.graphs import computing_on, devices, run, to_device
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.graph import parameters
+from rolora_passes.graphs.graph import parameters, set_tensor
 from rolora_passes.graphs.info import info
+from rolora_passes.numerics import exact
 from rolora_passes.passes.manager import PassLike
 from rolora_passes.passes.registry import PASSES
 
@@ -114,3 +118,89 @@ def test_a_pass_there_and_for_weights_that_travel(graph: fx.GraphModule, steps: 
     travelled = apply_passes(graph, steps, calibration=data, device=DEVICE)
     assert places(travelled) == {"cpu"}
     require_equal(travelled, expected)
+
+
+FEW: dict[str, list[PassLike]] = {
+    "folded": ["fuse-norm", "rotate", "insert-hadamard", "fold-constants"],
+    "gptq": ["fuse-norm", {"quantize-weights": {"method": "gptq"}}],
+    "smoothed": PIPELINES["smooth-quant"][0],
+    "scaled": [*_OPEN, "fold-constants"],
+    "learned": PIPELINES["learn-rotation"][1],
+    "tuned": PIPELINES["rilq"][0],
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_without_float64_exact_work_is_done_on_the_cpu(
+    name: str, graph: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on MPS: nothing in float64 may be on the device, and nothing is computed in less than it was."""
+    monkeypatch.setattr(exact, "_WITHOUT_FLOAT64", {DEVICE.type})
+    data = Calibration(tokens_for(graph, 5, 12))
+    with without(torch.float64):
+        found = apply_passes(graph, FEW[name], calibration=data, device=DEVICE)
+        logits = run(found, data.tokens)
+    require_equal(found, apply_passes(graph, FEW[name], calibration=data))
+    assert logits.device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_with_no_room_for_copies_all_travel_again(
+    name: str, graph: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_PART", 0)
+    data = Calibration(tokens_for(graph, 5, 12))
+    found = apply_passes(graph, FEW[name], calibration=data, device=DEVICE)
+    require_equal(found, apply_passes(graph, FEW[name], calibration=data))
+
+
+def test_gptq_that_was_stopped_goes_on_elsewhere(graph: fx.GraphModule, tmp_path: Path) -> None:
+    """What is finished lies in files, which no device changes."""
+    steps, tokens = FEW["gptq"], tokens_for(graph, 5, 12)
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply_passes(graph, steps, calibration=Calibration(tokens, tmp_path, stop), device=DEVICE)
+    assert list(tmp_path.iterdir())
+    found = apply_passes(graph, steps, calibration=Calibration(tokens, tmp_path))
+    resumed = [stage["resumed"] for stage in history(found)[-1].report.notes["stages"]]
+    assert resumed[0] and not resumed[-1]
+    require_equal(found, apply_passes(graph, steps, calibration=tokens))
+
+
+def test_learning_that_was_stopped_goes_on_elsewhere(graph: fx.GraphModule, tmp_path: Path) -> None:
+    steps, tokens = FEW["learned"], tokens_for(graph, 5, 12)
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done == 1 and name.startswith("learn-rotation"):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rolora_passes.learning.loop._SAVE_SECONDS", 0)
+        with pytest.raises(KeyboardInterrupt):
+            apply_passes(graph, steps, calibration=Calibration(tokens, tmp_path, stop), device=DEVICE)
+    assert list(tmp_path.iterdir())
+    found = apply_passes(graph, steps, calibration=Calibration(tokens, tmp_path))
+    require_equal(found, apply_passes(graph, steps, calibration=tokens))
+
+
+def test_what_is_measured_is_that_of_the_cpu(graph: fx.GraphModule) -> None:
+    stream = tokens_for(graph, 1, 64)[0]
+    expected = perplexity(GraphScorer(graph), stream, 16)
+    there = perplexity(GraphScorer(to_device(graph, DEVICE)), stream, 16)
+    with computing_on(DEVICE):
+        travelled = perplexity(GraphScorer(graph), stream, 16)
+    assert [there.nll, travelled.nll] == pytest.approx([expected.nll] * 2, rel=1e-5)
+
+
+def test_a_stray_tensor_is_noticed(graph: fx.GraphModule) -> None:
+    """The device is as strict as CUDA: else the tests above would show nothing."""
+    placed = to_device(graph, DEVICE)
+    name = next(iter(parameters(placed)))
+    set_tensor(placed, name, parameters(graph)[name])
+    with pytest.raises(StrayTensor):
+        run(placed, tokens_for(graph))
+    assert run(to_device(placed, "cpu"), tokens_for(graph)).device.type == "cpu"

@@ -30,6 +30,7 @@ class LayeredGraph(nn.Module):
     Attributes:
         parts: before the first layer, one a layer, after the last.
         layers: those that are layers.
+        device: where they are computed.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class LayeredGraph(nn.Module):
         """
         super().__init__()
         place = place_of(graph)
-        self._device, self._place = place.device, None if place.device == device_of(graph) else place
+        self.device, self._place = place.device, None if place.device == device_of(graph) else place
         found = find_layers(graph)
         segments = [s for s in (found.before, *found.layers, found.after) if s]
         stream = {node for segment in segments for node in segment}
@@ -86,7 +87,7 @@ class LayeredGraph(nn.Module):
 
     def settle(self) -> None:
         """Move every weight to where the graph is computed, to stay there."""
-        self.to(self._device)
+        self.to(self.device)
         self._place = None
 
     def _call(self, part: nn.Module, *values: Any) -> Any:
@@ -111,7 +112,7 @@ class LayeredGraph(nn.Module):
         for node in graph.graph.nodes:
             if node in needed:
                 copies[node] = part.graph.node_copy(node, copies.__getitem__)
-                copies[node].kwargs = written_for(copies[node].kwargs, self._device)
+                copies[node].kwargs = written_for(copies[node].kwargs, self.device)
                 if node.op == "get_attr":
                     set_tensor(part, str(node.target), _frozen(get_tensor(graph, str(node.target))))
         part.graph.output(tuple(copies[n] for n in gives))

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,5 +62,6 @@ def from_first(value: Any) -> Any:
 def shard(graph: LayeredGraph) -> None:
     """Divide every layer's weights between the processes (FSDP2); they meet while the layer is computed."""
     graph.settle()
+    mesh = init_device_mesh(graph.device.type, (count(),))
     for layer in graph.layers:
-        fully_shard(layer)
+        fully_shard(layer, mesh=mesh)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_WITHOUT_FLOAT64 = {"mps"}
+
 
 def has_type(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a device computes in a type."""
-    return device.type != "mps" or dtype != torch.float64
+    return device.type not in _WITHOUT_FLOAT64 or dtype != torch.float64
 
 
 def exact_device(device: torch.device) -> torch.device:
