@@ -3,6 +3,9 @@
 torch lets Python be a backend (PrivateUse1). A tensor of this one holds a tensor of the CPU, on which every
 operator is computed: values are real, `item()` and gradients included. A tensor of the CPU that meets one of
 the device raises `StrayTensor`. As on CUDA, only numbers without dimensions may meet.
+
+(Fake tensors of a CUDA device would not do: where torch is built without CUDA they cannot be indexed, and a
+gradient of one ends the process.)
 """
 
 from __future__ import annotations

@@ -204,3 +204,10 @@ def test_a_stray_tensor_is_noticed(graph: fx.GraphModule) -> None:
     with pytest.raises(StrayTensor):
         run(placed, tokens_for(graph))
     assert run(to_device(placed, "cpu"), tokens_for(graph)).device.type == "cpu"
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_is_where_the_hardware_has_it(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert devices.has_bfloat16(torch.device("cuda")) == supported
+    assert devices.has_bfloat16(torch.device("cpu"))
