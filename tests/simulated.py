@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 
 NAME = "simulated"
-
 _aten = torch.ops.aten
 _MOVES = (_aten.copy_.default, _aten._to_copy.default)
 _missing: set[torch.dtype] = set()

@@ -51,8 +51,9 @@ def find_device(name: Device) -> torch.device:
     if device.type == "cpu":
         return _CPU
     if best is None or device.type != best.type:
-        why = "this torch is built for others" if not _built(device.type) else "no driver has one"
-        raise DeviceError(f"expected a device that torch has here ({_names(best)}), found {device}: {why}")
+        why = "finds no such hardware, or no driver" if _built(device.type) else "is built without it"
+        known = f"expected a device that torch has here ({_names(best)})"
+        raise DeviceError(f"{known}, found {device}: torch {why}; give one of these, or auto")
     index = device.index
     if index is None:
         own = os.environ.get("LOCAL_RANK")  # torchrun's
