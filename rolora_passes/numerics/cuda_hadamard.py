@@ -7,7 +7,6 @@ a product with H_K; the kernel's own functions for such orders have matrices of 
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Callable
 
@@ -47,12 +46,10 @@ def transform(rows: Tensor, base: Construction, m: int) -> Tensor:
 def _kernel() -> Callable[[Tensor, float], Tensor] | None:
     """The kernel; None where it is not installed, or is built for another torch."""
     try:
-        found: Callable[[Tensor, float], Tensor] = importlib.import_module(
-            "fast_hadamard_transform"
-        ).hadamard_transform
+        from fast_hadamard_transform import hadamard_transform
     except ImportError:
         return None
-    return found
+    return hadamard_transform  # type: ignore[no-any-return]
 
 
 @functools.cache
