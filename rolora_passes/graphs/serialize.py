@@ -235,5 +235,7 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
         return named_type(content)
     if kind == "node" and content not in nodes:
         raise GraphFormatError(f"a node reads {content!r}, which does not come before it")
-    decoders: dict[str, Any] = {"node": nodes.get, "device": torch.device, "float": float.fromhex}
+    if kind == "device":
+        return torch.device("cpu")  # wherever it was saved: tensors are read to there
+    decoders: dict[str, Any] = {"node": nodes.get, "float": float.fromhex}
     return decoders[kind](content)

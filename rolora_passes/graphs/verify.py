@@ -165,7 +165,7 @@ def _perturbing(names: set[str], seed: int) -> Change:
         if drawn is None:
             start = start % (_POOL - value.numel() + 1)
             drawn = signs[start : start + value.numel()]
-        return (drawn * torch.finfo(value.dtype).eps).add_(1).view(value.shape).mul_(value)
+        return (drawn.to(value.device) * torch.finfo(value.dtype).eps).add_(1).view(value.shape).mul_(value)
 
     return changed
 
