@@ -40,7 +40,7 @@ def write_tensors(
 
     Args:
         path: the file to write; nothing is moved, see `files.writing`.
-        forms: of every tensor by name. Wide types come first, so that every tensor is aligned to its type.
+        forms: of every tensor by name, in order; but wide types come first, so that all are aligned to their type.
         read: gives a tensor of that form, in the order of the file; it is let go once it is written.
         metadata: text by name.
 
@@ -48,7 +48,7 @@ def write_tensors(
         GraphFormatError: a type that the format lacks, or `read` gives another form than was said.
         OSError: the file cannot be written.
     """
-    names = sorted(forms, key=lambda name: (-forms[name][0].itemsize, name))
+    names = sorted(forms, key=lambda name: -forms[name][0].itemsize)
     with path.open("wb") as file:
         file.write(_header({name: forms[name] for name in names}, metadata))
         for name in names:

@@ -8,11 +8,12 @@ from typing import Any
 from torch import fx
 
 from rolora_passes.errors import LoweringError
-from rolora_passes.export.checkpoint.matching import quantizes
+from rolora_passes.export.checkpoint.matching import ROUNDING, quantizes, stored
+from rolora_passes.graphs.expressions import merge_equal
 from rolora_passes.graphs.graph import copy_graph, finish, is_op
 from rolora_passes.graphs.operators import Trait, has
 
-LEFT_OUT = ("activation-quantizers", "cache-quantizers")
+LEFT_OUT = tuple(ROUNDING)
 """What can be left out on request. Without it the graph rounds less; nothing else of its function changes."""
 
 
@@ -44,6 +45,7 @@ def without(graph: fx.GraphModule, what: Collection[str]) -> tuple[fx.GraphModul
     for node in result.graph.nodes:
         if is_op(node, "attention"):
             _cancel(node)
+    merge_equal(result, stored(result))  # a table that two readers have alike is one table
     return finish(result), counts
 
 

@@ -23,6 +23,14 @@ from rolora_passes.graphs.graph import argument, constants, is_op, op_name, root
 from rolora_passes.graphs.inputs import input_names
 from rolora_passes.graphs.operators import Trait, has
 
+HADAMARD = "a Hadamard transform while the model runs (insert-hadamard)"
+BRANCH = "a low-rank branch beside a linear"
+BIAS = "a bias of a linear that has none in the model"
+CENTRING = "an RMS norm where the model's LayerNorm takes the mean again (fuse-norm's centring)"
+ROUNDING = {
+    "activation-quantizers": "a quantizer of activations (quantize-activations)",
+    "cache-quantizers": "a quantizer of keys or values (quantize-kv-cache)",
+}
 # What does nothing, by operator: what a gain or a bias that is gone becomes.
 NEUTRAL = {"mul": 1.0, "div": 1.0, "add": 0.0, "sub": 0.0}
 
@@ -107,7 +115,7 @@ class _Matcher:
             self._differ(node, own)  # a constant where the other computes
         elif node in self.branches:
             linear = self.branches[node].linear
-            self.problem("a low-rank branch beside a linear (merge-lora)", root_names(linear.args[1])[0])
+            self.problem(BRANCH, root_names(linear.args[1])[0])
             self._left.append((linear, own))
         elif added := _added(node):
             self.problem(added, _where(own))
@@ -169,7 +177,7 @@ class _Matcher:
             else:
                 self._constants(bias, known, own)
         elif bias is not None:
-            self.problem("a bias of a linear that has none in the model", root_names(own.args[1])[0])
+            self.problem(BIAS, root_names(own.args[1])[0])
 
     def _constants(self, node: fx.Node, own: fx.Node, reader: fx.Node) -> None:
         """Equate two constants; where both are the same expression, the parameters under them."""
@@ -185,8 +193,7 @@ class _Matcher:
 
     def _differ(self, node: fx.Node, own: fx.Node) -> None:
         if is_op(node, "rms_norm") and is_op(own, "layer_norm"):
-            what = "an RMS norm where the model's LayerNorm takes the mean again (fuse-norm's centring)"
-            self.problem(what, _where(own))
+            self.problem(CENTRING, _where(own))
             self._left.append((node.args[0], own.args[0]))
         else:
             self.problem(f"{_what(node)} where the model has {_what(own)}", _where(own))
@@ -195,16 +202,10 @@ class _Matcher:
 def _added(node: fx.Node) -> str:
     """What passes put on a value while the model runs, in words; nothing of all else."""
     if has(node, Trait.FAKE_QUANTIZES):
-        return _KINDS[quantizes(node)]
+        return ROUNDING[quantizes(node)]
     if is_op(node, "hadamard", "kronecker"):
-        return "a Hadamard transform while the model runs (insert-hadamard)"
+        return HADAMARD
     return ""
-
-
-_KINDS = {
-    "activation-quantizers": "a quantizer of activations (quantize-activations)",
-    "cache-quantizers": "a quantizer of keys or values (quantize-kv-cache)",
-}
 
 
 def quantizes(node: fx.Node) -> str:
