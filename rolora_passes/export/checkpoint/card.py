@@ -43,7 +43,9 @@ def model_card(origin: Origin, done: Transformed) -> str:
 def _passes(done: Transformed) -> str:
     rows = []
     for record in done.history:
-        options = ", ".join(f"{k}: {v}" for k, v in record.options.items() if isinstance(v, (int, float, str)))
+        options = ", ".join(
+            f"{k}: {v}" for k, v in record.options.items() if isinstance(v, (int, float, str))
+        )
         sites = f"{len(record.report.changed)} sites"
         rows.append(f"- `{record.name}`{f' ({options})' if options else ''}: {sites}, {record.kind}")
     return "\n".join(rows or ["Nothing: the weights are the original's."]) + "\n"

@@ -20,7 +20,7 @@ from rolora_passes.graphs.info import info
 from rolora_passes.tensor_files import Form, form
 
 _REMEDIES = {
-    matching.HADAMARD: "its inverse is in the weight; leave insert-hadamard out of the recipe (r4: false)",
+    matching.HADAMARD: "its inverse is in the weight, so it cannot be left out; set r4: false in the recipe",
     matching.BRANCH: "add merge-lora to the recipe",
     matching.BIAS: "leave fuse-norm and rotate out of the recipe",
     matching.CENTRING: "leave fuse-norm and rotate out of the recipe",
@@ -36,6 +36,7 @@ class Plan:
         graph: which the checkpoint is to compute.
         origin: the model, with a head of its own if the graph needs one.
         equations: by the name of a tensor of the model's state; what is not there stays as it was.
+        computed: by the name of what the model computes from its configuration (frequencies): unchanged.
         forms: of the files' tensors, in order.
         owners: by the name of a file's tensor, the one of the model's state that it is of.
     """
@@ -43,6 +44,7 @@ class Plan:
     graph: fx.GraphModule
     origin: Origin
     equations: dict[str, list[Equation]]
+    computed: dict[str, list[Equation]]
     forms: dict[str, Form]
     owners: dict[str, str]
 
@@ -83,11 +85,12 @@ def make_plan(graph: fx.GraphModule, origin: Origin, dtype: torch.dtype | None =
     held, by_root = dict(origin.outline.state_dict()), dict[str, list[Equation]]()
     for equation in found.equations:
         by_root.setdefault(root_names(equation.own)[0], []).append(equation)
-    equations, untied = dict[str, list[Equation]](), False
+    equations, computed, untied = dict[str, list[Equation]](), dict[str, list[Equation]](), False
     for root, own in by_root.items():
         names = [root, *(other for other, name in info(origin.graph).tied.items() if name == root)]
         if not held.keys() & {*names}:
             _require_unchanged(graph, origin.graph, root, own)
+            computed[root] = own
         elif len(names) == 1:
             equations[root] = own
         else:
@@ -95,7 +98,7 @@ def make_plan(graph: fx.GraphModule, origin: Origin, dtype: torch.dtype | None =
             untied |= len(parts) > 1
             equations |= parts
     origin = origin.untied() if untied else origin
-    return Plan(graph, origin, equations, *_forms(origin, dtype))
+    return Plan(graph, origin, equations, computed, *_forms(origin, dtype))
 
 
 def _refusal(problems: dict[str, list[str]]) -> str:

@@ -7,7 +7,6 @@ the model's own code computes with, has no length, and needs the model's graph b
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,7 +18,7 @@ import torch
 from torch import fx
 
 from rolora_passes.adapters.exchange import load_adapter
-from rolora_passes.errors import LoweringError, PassError
+from rolora_passes.errors import LoweringError
 from rolora_passes.export.checkpoint.card import model_card
 from rolora_passes.export.checkpoint.checking import check_checkpoint
 from rolora_passes.export.checkpoint.leaving import without
@@ -38,6 +37,7 @@ from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Calibration, Pass
 from rolora_passes.passes.manager import apply_passes, check_order, require_calibration
 from rolora_passes.passes.merge_lora import MergeLoRA
+from rolora_passes.passes.registry import PASSES, make_pass
 from rolora_passes.recipes.opening import Recipe, load_passes
 from rolora_passes.tensor_files import size
 from rolora_passes.version import versions
@@ -123,7 +123,6 @@ def transform_model(
         graph,
         folder,
         origin,
-        passes=passes,
         dtype=dtype,
         shard_size=shard_size,
         leave_out=leave_out,
@@ -138,7 +137,6 @@ def to_checkpoint(
     folder: str | Path,
     source: str | Origin,
     *,
-    passes: Sequence[Pass] | None = None,
     dtype: torch.dtype | None = None,
     shard_size: int = SHARD_SIZE,
     leave_out: Collection[str] = (),
@@ -156,7 +154,6 @@ def to_checkpoint(
     Args:
         graph: `forward(tokens, positions)` as passes left it, folded or not; any dtype, on the CPU.
         source: the model that it was captured from: a folder, hub name or `.gguf` file.
-        passes: the recipe that is kept; None: what the graph's record says.
         dtype: of the floating-point tensors; None: that which the source's files have, float32 for a GGUF.
         shard_size: bytes of tensors in a file.
         leave_out: of `LEFT_OUT`: what the graph rounds while it runs, and the checkpoint will not.
@@ -191,7 +188,7 @@ def to_checkpoint(
             len([*temporary.glob("*.safetensors")]), {k: n for k, n in left.items() if n},
             plan.origin is not source, rounding, history(graph), clock.seconds,
         )  # fmt: skip
-        _describe(graph, source, done, passes, temporary)
+        _describe(graph, source, done, temporary)
     return done
 
 
@@ -233,14 +230,10 @@ def _save_config(plan: Plan, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _describe(
-    graph: fx.GraphModule, origin: Origin, done: Transformed, passes: Sequence[Pass] | None, folder: Path
-) -> None:
+def _describe(graph: fx.GraphModule, origin: Origin, done: Transformed, folder: Path) -> None:
     """Put beside the weights the recipe, the rotations, and what was done in words and figures."""
-    steps = [] if passes is None else passes
-    keep_inputs(folder, graph, steps, {})
-    if passes is None:
-        (folder / "recipe.yaml").unlink()
+    passes = [make_pass({r.name: dict(r.options)}) for r in done.history if r.name in PASSES]
+    keep_inputs(folder, graph, passes, {})
     about: dict[str, Any] = {
         "source": Path(origin.source).name,
         "dtype": str(done.dtype).removeprefix("torch."),
