@@ -1,4 +1,4 @@
-"""Write a safetensors file one tensor at a time: the header first, so that no two tensors need be in memory."""
+"""Write a safetensors file one tensor at a time, its header first: no two need be in memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_tensors(
 
     Args:
         path: the file to write; nothing is moved, see `files.writing`.
-        forms: of every tensor by name, in order; but wide types come first, so that all are aligned to their type.
+        forms: of every tensor by name, in order; wide types are put first, which aligns all to their type.
         read: gives a tensor of that form, in the order of the file; it is let go once it is written.
         metadata: text by name.
 

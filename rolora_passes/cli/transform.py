@@ -24,7 +24,7 @@ ORDER = 15
 SUMMARY = "write a checkpoint that transformers loads, rotated, merged or with rounded weights"
 EXAMPLES = (
     "rolora transform MODEL --recipe rotated.yaml -o ROTATED",
-    "rolora transform MODEL --recipe quarot:W4A8 --leave-out activation-quantizers --dtype bfloat16 -o ROUNDED",
+    "rolora transform MODEL --recipe rtn:W4A8 --leave-out activation-quantizers --dtype bfloat16 -o ROUNDED",
     "rolora transform MODEL --adapter tuned/adapter -o MERGED",
 )
 

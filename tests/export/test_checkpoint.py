@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def test_transformers_gives_the_graphs_logits(
 @pytest.mark.parametrize("name", sorted(LAYER_NORMS & {*NAMES}))
 def test_a_rotated_layer_norm_is_refused(name: str, places: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(
-        LoweringError, match="LayerNorm takes the mean again .* leave fuse-norm and rotate out"
+        LoweringError, match=r"LayerNorm takes the mean again .* leave fuse-norm and rotate out"
     ):
         transform_model(str(places(name)), ROTATED, tmp_path / "out", printing={"verify": False})
     assert not [*tmp_path.iterdir()]
@@ -194,7 +194,7 @@ def test_what_a_checkpoint_cannot_hold_is_refused_by_name(
         "--leave-out cache-quantizers",
     ):
         assert part in str(refusal.value)
-    with pytest.raises(LoweringError, match="a linear|linear where"):
+    with pytest.raises(LoweringError, match="linear where the model has"):
         transform_model(str(places("llama-tied")), [FuseNorm(tied="keep")], tmp_path / "out")
     assert not [*tmp_path.iterdir()]
 

@@ -61,7 +61,7 @@ def _notes(done: Transformed) -> list[str]:
         notes.append(f"Left out: {count} {kind.replace('-', ' ')}, which a checkpoint does not hold.\n")
     if done.rounding is not None:
         notes.append(
-            "transformers loads these files and gives the logits of the transformed graph. Storing the weights "
-            f"in {str(done.dtype).removeprefix('torch.')} moves them by {done.rounding:.1e} of the largest.\n"
+            "transformers loads these files and gives the logits of the transformed graph. Storing the "
+            f"weights in {str(done.dtype).removeprefix('torch.')} moves them by {done.rounding:.1e} of the largest.\n"
         )
     return notes

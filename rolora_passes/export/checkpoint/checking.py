@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+
 import torch
 from torch import Tensor, fx
 
@@ -22,9 +23,9 @@ _ROUNDED = 1e-2  # of buffers that a model in half precision rounds
 def check_checkpoint(plan: Plan, folder: Path, sums: Mapping[str, int]) -> float:
     """Load a checkpoint with transformers and compare it with its graph.
 
-    Every tensor must be the one that was written, bit for bit, under its own name. The model's logits on random
-    tokens must be, to 1e-4, those of the graph with these tensors, and these the graph's own, up to what
-    rounding its parameters to the files' type explains (`graphs.verify`).
+    Every tensor must be the one that was written, bit for bit, under its own name. The model's logits on
+    random tokens must be, to 1e-4, those of the graph with these tensors, and these the graph's own, up to
+    what rounding its parameters to the files' type explains (`graphs.verify`).
 
     Returns: how far this rounding moves the graph's logits, relative to the largest.
 
@@ -39,8 +40,8 @@ def check_checkpoint(plan: Plan, folder: Path, sums: Mapping[str, int]) -> float
     for name, expected in sums.items():
         if name not in state or check_sum(state[name], plan.type) != expected:
             raise LoweringError(
-                f"expected transformers to load {name} as it was written, found another value: this version of "
-                f"it reads checkpoints of {type(model).__name__} in another form than it writes them"
+                f"expected transformers to load {name} as it was written, found another value: this version "
+                f"reads checkpoints of {type(model).__name__} in another form than it writes them"
             )
     _require_same_buffers(plan, buffers)
     again = _restored(plan, {**buffers, **state})

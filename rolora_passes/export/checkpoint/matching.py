@@ -41,7 +41,7 @@ class Equation:
 
     Attributes:
         own: a constant node of the model's graph.
-        value: a node of the graph, which is constant or dequantizes what is; or a number, everywhere the same.
+        value: a node of the graph, constant or the dequantized half of what is; or a number, all over.
         reader: what reads `own` in the model's graph.
     """
 
@@ -101,7 +101,7 @@ class _Matcher:
 
     def run(self) -> None:
         ends = (g.graph.find_nodes(op="output")[0].args[0] for g in (self.graph, self.own))
-        self._left.append((*ends,))  # type: ignore[arg-type]
+        self._left.append((*ends,))
         while self._left:
             node, own = self._left.pop()
             if (node, own) not in self._seen:

@@ -61,7 +61,7 @@ class Origin:
 
     @property
     def type(self) -> torch.dtype:
-        """The type of most of its files' tensors; of a GGUF file, whose weights are dequantized, the graph's."""
+        """The type of most of its files' tensors; float32 for a GGUF, whose weights are dequantized."""
         counts = Counter(self.types.values())
         return counts.most_common(1)[0][0] if counts else torch.float32
 

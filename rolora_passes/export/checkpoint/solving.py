@@ -87,8 +87,8 @@ def _put(node: fx.Node, value: Tensor, parameter: Tensor) -> None:
     place = parameter if node.op == "get_attr" else _shown(node, parameter)
     if place.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
         raise LoweringError(
-            f"{node.format_node()}, which the model computes of a parameter, cannot be undone: a checkpoint of "
-            "the model cannot hold what passes made of it"
+            f"{node.format_node()}, which the model computes of a parameter, cannot be undone: a checkpoint "
+            "cannot hold what passes made of it"
         )
     place.copy_(value)
 

@@ -1,8 +1,8 @@
 """The whole way: a model in, a Hugging Face checkpoint of what a recipe made of it out.
 
-A checkpoint is not a `Target`: a target lowers a graph to a program of a runtime, which it can then score, run
-and ask for a tokenizer, at a context of a fixed length. A checkpoint is no program: it holds parameters that
-the model's own code computes with, has no length, and needs the model's graph beside the one to write.
+A checkpoint is not a `Target`. A target lowers a graph to a program of a runtime, for a context of a fixed
+length, and can run and score it. A checkpoint is no program: it holds the parameters of a model whose code
+is elsewhere, has no length, and takes the model's own graph beside the one that is written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from torch import fx
 
 from rolora_passes.adapters.exchange import load_adapter
-from rolora_passes.errors import LoweringError
 from rolora_passes.export.checkpoint.card import model_card
 from rolora_passes.export.checkpoint.checking import check_checkpoint
 from rolora_passes.export.checkpoint.leaving import without
@@ -163,9 +162,9 @@ def to_checkpoint(
 
     Raises:
         FileExistsError: `folder` holds something else than a checkpoint of ours, or is the source.
-        LoweringError: the graph has what a checkpoint cannot hold (a transform while the model runs, a branch, a
-            bias that the model lacks), named with what to do; or the checkpoint does not compute what the graph
-            does.
+        LoweringError: the graph has what a checkpoint cannot hold (a transform while the model runs, a
+            branch, a bias that the model lacks), named with what to do; or the checkpoint does not compute
+            what the graph does.
     """
     clock = clock or Clock()
     require_own(Path(folder), source if isinstance(source, str) else source.source)
