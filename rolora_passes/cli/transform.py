@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ORDER = 15
 SUMMARY = "write a checkpoint that transformers loads, rotated, merged or with rounded weights"
 EXAMPLES = (
-    "rolora transform MODEL --recipe rotated.yaml -o ROTATED",
+    "rolora transform MODEL --recipe rotated -o ROTATED",
     "rolora transform MODEL --recipe rtn:W4A8 --leave-out activation-quantizers --dtype bfloat16 -o ROUNDED",
     "rolora transform MODEL --adapter tuned/adapter -o MERGED",
 )

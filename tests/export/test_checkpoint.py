@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from rolora_passes import (
 from rolora_passes.adapters.exchange import save_adapter
 from rolora_passes.errors import LoweringError
 from rolora_passes.export import to_checkpoint, transform_model
-from rolora_passes.export.checkpoint import solving
+from rolora_passes.export.checkpoint import checking, plan, solving
 from rolora_passes.export.checkpoint.matching import Equation
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import run
@@ -187,7 +188,8 @@ def test_what_a_checkpoint_cannot_hold_is_refused_by_name(
     with pytest.raises(LoweringError) as refusal:
         transform_model(str(places("llama")), passes, tmp_path / "out", printing={"verify": False})
     for part in (
-        "a Hadamard transform while the model runs (insert-hadamard) at model.layers.0",
+        "(insert-hadamard's R4) at model.layers.0.mlp.down_proj.weight and 1 more",
+        "(insert-hadamard's R3) at model.layers.0.self_attn.k_proj.weight and 3 more",
         "its inverse is in the weight, so it cannot be left out; set r4: false in the recipe",
         "a low-rank branch beside a linear at model.layers.0",
         "--leave-out activation-quantizers",
@@ -277,8 +279,6 @@ def _off(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def test_a_checkpoint_that_computes_something_else_is_refused(
     places: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rolora_passes.export.checkpoint import plan
-
     monkeypatch.setattr(plan, "solve", _off(solving.solve))
     with pytest.raises(LoweringError, match="does not compute what its graph does"):
         transform_model(str(places("llama")), None, tmp_path / "out")
@@ -288,8 +288,6 @@ def test_a_checkpoint_that_computes_something_else_is_refused(
 def test_a_tensor_that_transformers_loads_otherwise_is_refused(
     places: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rolora_passes.export.checkpoint import checking
-
     def other(source: str, dtype: torch.dtype) -> Any:
         model, words = load_model(source, dtype)
         with torch.no_grad():
@@ -302,6 +300,22 @@ def test_a_tensor_that_transformers_loads_otherwise_is_refused(
     ):
         transform_model(str(places("llama")), None, tmp_path / "out")
     assert not [*tmp_path.iterdir()]
+
+
+def test_one_parameter_is_in_memory_at_a_time(
+    places: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = list[Any]()
+
+    def watched(*arguments: Any) -> Tensor:
+        assert not any(reference() is not None for reference in alive)
+        value = solving.solve(*arguments)
+        alive.append(weakref.ref(value))
+        return value
+
+    monkeypatch.setattr(plan, "solve", watched)
+    transform_model(str(places("phi3")), ROTATED, tmp_path / "out", dtype=torch.bfloat16, check=False)
+    assert len(alive) == len(in_files(places("phi3")))
 
 
 def test_tensors_are_written_one_at_a_time(tmp_path: Path) -> None:

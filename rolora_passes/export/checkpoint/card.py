@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from rolora_passes.graphs.info import info
 from rolora_passes.version import __version__
 
 if TYPE_CHECKING:
@@ -20,9 +19,10 @@ def model_card(origin: Origin, done: Transformed) -> str:
 
     It names no licence: the model's own holds.
     """
-    name = str(info(origin.graph).config.get("name") or Path(origin.source).name)
+    local = Path(origin.source).expanduser().exists()
+    name = Path(origin.source).name if local else origin.source
     front = {"library_name": "transformers", "tags": ["rolora-passes"]}
-    front |= {"base_model": name} if "/" in name else {}
+    front |= {} if local else {"base_model": name}
     dtype = str(done.dtype).removeprefix("torch.")
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
@@ -59,9 +59,10 @@ def _notes(done: Transformed) -> list[str]:
         notes.append("The head has a table of its own (`tie_word_embeddings` is false).\n")
     for kind, count in done.left_out.items():
         notes.append(f"Left out: {count} {kind.replace('-', ' ')}, which a checkpoint does not hold.\n")
+    dtype = str(done.dtype).removeprefix("torch.")
     if done.rounding is not None:
         notes.append(
             "transformers loads these files and gives the logits of the transformed graph. Storing the "
-            f"weights in {str(done.dtype).removeprefix('torch.')} moves them by {done.rounding:.1e} of the largest.\n"
+            f"weights in {dtype} moves them by {done.rounding:.1e} of the largest.\n"
         )
     return notes

@@ -23,7 +23,8 @@ from rolora_passes.graphs.graph import argument, constants, is_op, op_name, root
 from rolora_passes.graphs.inputs import input_names
 from rolora_passes.graphs.operators import Trait, has
 
-HADAMARD = "a Hadamard transform while the model runs (insert-hadamard)"
+HADAMARD = "a Hadamard transform while the model runs (insert-hadamard's R4)"
+QUERIES = "a Hadamard transform of queries or keys that are rounded (insert-hadamard's R3)"
 BRANCH = "a low-rank branch beside a linear"
 BIAS = "a bias of a linear that has none in the model"
 CENTRING = "an RMS norm where the model's LayerNorm takes the mean again (fuse-norm's centring)"
@@ -204,20 +205,25 @@ def _added(node: fx.Node) -> str:
     if has(node, Trait.FAKE_QUANTIZES):
         return ROUNDING[quantizes(node)]
     if is_op(node, "hadamard", "kronecker"):
-        return HADAMARD
+        return QUERIES if _serves_attention(node) else HADAMARD
     return ""
 
 
 def quantizes(node: fx.Node) -> str:
     """Which of what can be left out a fake quantizer is."""
+    return "cache-quantizers" if _serves_attention(node) else "activation-quantizers"
+
+
+def _serves_attention(node: fx.Node) -> bool:
+    """Whether attention reads a value, rounded or not."""
     readers = [*node.users]
     while readers:
         user = readers.pop()
         if is_op(user, "attention"):
-            return "cache-quantizers"
+            return True
         if has(user, Trait.VIEW) or has(user, Trait.FAKE_QUANTIZES):
             readers.extend(user.users)
-    return "activation-quantizers"
+    return False
 
 
 def _paired(values: Any, others: Any) -> list[tuple[Any, Any]] | None:

@@ -21,6 +21,7 @@ from rolora_passes.tensor_files import Form, form
 
 _REMEDIES = {
     matching.HADAMARD: "its inverse is in the weight, so it cannot be left out; set r4: false in the recipe",
+    matching.QUERIES: "set r3: false in the recipe; or leave the quantizers of keys out, and it cancels",
     matching.BRANCH: "add merge-lora to the recipe",
     matching.BIAS: "leave fuse-norm and rotate out of the recipe",
     matching.CENTRING: "leave fuse-norm and rotate out of the recipe",
@@ -103,7 +104,7 @@ def make_plan(graph: fx.GraphModule, origin: Origin, dtype: torch.dtype | None =
 
 def _refusal(problems: dict[str, list[str]]) -> str:
     lines = [
-        f"{what} at {where[-1]}{f' and {len(where) - 1} more' if len(where) > 1 else ''}"
+        f"{what} at {min(where)}{f' and {len(where) - 1} more' if len(where) > 1 else ''}"
         + (f": {_REMEDIES[what]}" if what in _REMEDIES else "")
         for what, where in problems.items()
     ]
