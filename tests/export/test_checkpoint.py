@@ -35,9 +35,9 @@ from rolora_passes.adapters.exchange import save_adapter
 from rolora_passes.errors import LoweringError
 from rolora_passes.export import to_checkpoint, transform_model
 from rolora_passes.export.checkpoint import checking, plan, solving
-from rolora_passes.export.checkpoint.matching import Equation
+from rolora_passes.export.checkpoint.solving import Equation
 from rolora_passes.graphs.capture import capture
-from rolora_passes.graphs.graph import run
+from rolora_passes.graphs.graph import aten, finish, get_tensor, insert_after, is_op, run, set_tensor
 from rolora_passes.graphs.serialize import load_graph, save_graph
 from rolora_passes.graphs.verify import relative_error
 from rolora_passes.loading.models import load_model
@@ -300,6 +300,45 @@ def test_a_tensor_that_transformers_loads_otherwise_is_refused(
     ):
         transform_model(str(places("llama")), None, tmp_path / "out")
     assert not [*tmp_path.iterdir()]
+
+
+def test_frequencies_that_no_file_holds_are_refused(
+    places: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(source: str, dtype: torch.dtype) -> Any:
+        model, words = load_model(source, dtype)
+        model.model.rotary_emb.inv_freq.mul_(1.001)
+        return model, words
+
+    monkeypatch.setattr(checking, "load_model", other)
+    with pytest.raises(LoweringError, match=r"other values of model\.rotary_emb\.inv_freq"):
+        transform_model(str(places("llama")), None, tmp_path / "out")
+    graph = capture(load_model(str(places("llama")))[0])
+    set_tensor(graph, "model.rotary_emb.inv_freq", get_tensor(graph, "model.rotary_emb.inv_freq") * 1.001)
+    with pytest.raises(LoweringError, match=r"other values of model\.rotary_emb\.inv_freq"):
+        to_checkpoint(graph, tmp_path / "out", str(places("llama")))
+
+
+def test_values_that_a_type_cannot_hold_are_refused(places: Callable[[str], Path], tmp_path: Path) -> None:
+    graph = capture(load_model(str(places("llama")))[0])
+    name = "model.layers.1.mlp.up_proj.weight"
+    set_tensor(graph, name, get_tensor(graph, name).detach() * 1e6)
+    with pytest.raises(LoweringError, match=rf"float16 can hold, found larger ones in {name}"):
+        to_checkpoint(graph, tmp_path / "out", str(places("llama")), dtype=torch.float16)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_one_part_of_a_fused_projection_may_change(places: Callable[[str], Path], tmp_path: Path) -> None:
+    graph = capture(load_model(str(places("phi3")))[0])
+    slices = [n for n in graph.graph.nodes if is_op(n, "slice") and n.args[0].op == "get_attr"]
+    first = insert_after(graph, slices[0], aten.mul.Tensor, slices[0], 2.0)
+    slices[0].replace_all_uses_with(first, delete_user_cb=lambda user: user is not first)
+    done = to_checkpoint(finish(graph), tmp_path / "out", str(places("phi3")))
+    before, after = in_files(places("phi3")), in_files(done.folder)
+    name, (_, _, start, end) = str(slices[0].args[0].target), slices[0].args
+    expected = before[name].clone()
+    expected[start:end] *= 2
+    assert after[name].equal(expected)
 
 
 def test_one_parameter_is_in_memory_at_a_time(

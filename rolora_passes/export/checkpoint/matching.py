@@ -19,6 +19,7 @@ from typing import Any
 from torch import fx
 
 from rolora_passes.adapters.lora import find_branches
+from rolora_passes.export.checkpoint.solving import Equation, can_undo
 from rolora_passes.graphs.graph import argument, constants, is_op, op_name, root_names
 from rolora_passes.graphs.inputs import input_names
 from rolora_passes.graphs.operators import Trait, has
@@ -34,21 +35,6 @@ ROUNDING = {
 }
 # What does nothing, by operator: what a gain or a bias that is gone becomes.
 NEUTRAL = {"mul": 1.0, "div": 1.0, "add": 0.0, "sub": 0.0}
-
-
-@dataclass(frozen=True)
-class Equation:
-    """An expression over the model's parameters, and the value that it must have.
-
-    Attributes:
-        own: a constant node of the model's graph.
-        value: a node of the graph, constant or the dequantized half of what is; or a number, all over.
-        reader: what reads `own` in the model's graph.
-    """
-
-    own: fx.Node
-    value: fx.Node | float
-    reader: fx.Node
 
 
 @dataclass
@@ -156,8 +142,7 @@ class _Matcher:
             )
             pairs = [(value, own_value), (constant, own_constant)]
         elif is_op(own, "linear"):
-            self._biases(node, own)
-            pairs = [*zip(node.args[:2], own.args[:2], strict=True)]
+            pairs = [*zip(node.args[:2], own.args[:2], strict=True), *self._biases(node, own)]
         else:
             found = _paired((node.args, node.kwargs), (own.args, own.kwargs))
             if found is None:
@@ -170,19 +155,20 @@ class _Matcher:
             else:
                 self._left.append((one, other))
 
-    def _biases(self, node: fx.Node, own: fx.Node) -> None:
+    def _biases(self, node: fx.Node, own: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """The biases of two linears, if both have one."""
         bias, known = argument(node, "bias"), argument(own, "bias")
+        if bias is not None and known is not None:
+            return [(bias, known)]
         if known is not None:
-            if bias is None:
-                self._equation(known, 0.0, own)
-            else:
-                self._constants(bias, known, own)
+            self._equation(known, 0.0, own)
         elif bias is not None:
             self.problem(BIAS, root_names(own.args[1])[0])
+        return []
 
     def _constants(self, node: fx.Node, own: fx.Node, reader: fx.Node) -> None:
-        """Equate two constants; where both are the same expression, the parameters under them."""
-        found = _leaves(node, own)
+        """Equate two constants; or, where the model's cannot be undone, the parameters under the same one."""
+        found = None if can_undo(own) else _leaves(node, own)
         for value, constant in [(node, own)] if found is None else found:
             self._equation(constant, value, reader)
 

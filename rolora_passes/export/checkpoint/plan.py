@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.checkpoint import matching
-from rolora_passes.export.checkpoint.matching import Equation, match
+from rolora_passes.export.checkpoint.matching import match
 from rolora_passes.export.checkpoint.origin import Origin
-from rolora_passes.export.checkpoint.solving import solve, value_of
-from rolora_passes.graphs.graph import get_tensor, is_op, root_names
+from rolora_passes.export.checkpoint.solving import Equation, solve, value_of
+from rolora_passes.graphs.graph import is_op, root_names
 from rolora_passes.graphs.info import info
 from rolora_passes.tensor_files import Form, form
 
@@ -61,13 +62,19 @@ class Plan:
         """A tensor of the model's state, of the form that the plan says.
 
         Raises:
-            LoweringError: the graph has values for it that the model cannot have.
+            LoweringError: the graph has values for it that the model cannot have, or the type has not.
         """
         dtype = next(self.forms[part][0] for part, owner in self.owners.items() if owner == name)
         if name not in self.equations:
             return self.origin.unread[name].to(dtype)
         equations = self.equations[name]
-        return solve(self.graph, self.origin.graph, root_names(equations[0].own)[0], equations, dtype)
+        root = root_names(equations[0].own)[0]
+        value = solve(self.graph, self.origin.graph, root, equations, dtype)
+        if not torch.isfinite(value.sum(dtype=torch.float64)):
+            raise LoweringError(
+                f"expected values that {dtype} can hold, found larger ones in {name}: give another dtype"
+            )
+        return value
 
 
 def make_plan(graph: fx.GraphModule, origin: Origin, dtype: torch.dtype | None = None) -> Plan:
@@ -83,13 +90,11 @@ def make_plan(graph: fx.GraphModule, origin: Origin, dtype: torch.dtype | None =
     found = match(graph, origin.graph)
     if found.problems:
         raise LoweringError(_refusal(found.problems))
-    held, by_root = dict(origin.outline.state_dict()), dict[str, list[Equation]]()
-    for equation in found.equations:
-        by_root.setdefault(root_names(equation.own)[0], []).append(equation)
-    equations, computed, untied = dict[str, list[Equation]](), dict[str, list[Equation]](), False
-    for root, own in by_root.items():
+    held, untied = origin.outline.state_dict().keys(), False
+    equations, computed = dict[str, list[Equation]](), dict[str, list[Equation]]()
+    for root, own in _by_root(found.equations).items():
         names = [root, *(other for other, name in info(origin.graph).tied.items() if name == root)]
-        if not held.keys() & {*names}:
+        if not held & {*names}:
             _require_unchanged(graph, origin.graph, root, own)
             computed[root] = own
         elif len(names) == 1:
@@ -100,6 +105,15 @@ def make_plan(graph: fx.GraphModule, origin: Origin, dtype: torch.dtype | None =
             equations |= parts
     origin = origin.untied() if untied else origin
     return Plan(graph, origin, equations, computed, *_forms(origin, dtype))
+
+
+def _by_root(equations: Iterable[Equation]) -> dict[str, list[Equation]]:
+    """Equations by the parameter of the model that they are of; of several readers alike, the first."""
+    found: dict[str, dict[Any, Equation]] = {}
+    for each in equations:
+        alike = (each.own, each.value, is_op(each.reader, "embedding"))
+        found.setdefault(root_names(each.own)[0], {}).setdefault(alike, each)
+    return {root: [*own.values()] for root, own in found.items()}
 
 
 def _refusal(problems: dict[str, list[str]]) -> str:
@@ -118,11 +132,9 @@ def _require_unchanged(
     graph: fx.GraphModule, own: fx.GraphModule, name: str, equations: Sequence[Equation]
 ) -> None:
     """Refuse other values of what the model computes itself (frequencies) and no file holds."""
-    before = get_tensor(own, name)
     for equation in equations:
-        if equation.own.op != "get_attr" or not torch.equal(
-            value_of(graph, equation.value, before.shape).to(before.dtype), before
-        ):
+        before = value_of(own, equation.own, ())
+        if not torch.equal(value_of(graph, equation.value, before.shape).double(), before.double()):
             raise LoweringError(
                 f"the graph has other values of {name}, which the model computes from its configuration: a "
                 "checkpoint cannot hold them"

@@ -7,27 +7,51 @@ a part of a parameter (a slice of fused projections) is written into that part.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError
-from rolora_passes.export.checkpoint.matching import Equation
 from rolora_passes.graphs.evaluate import call, evaluate
-from rolora_passes.graphs.graph import get_tensor, is_op
-from rolora_passes.graphs.nodes import argument
+from rolora_passes.graphs.graph import get_tensor, is_op, op_name
 from rolora_passes.graphs.operators import Trait, has
 
 _SAME = 1e-9  # of values in float64 that went through an expression and back
 # Views that keep all elements in their order.
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view")
+_PARTS = ("slice", "select", "narrow")
 _INVERSE: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "add": lambda value, number: value - number,
     "sub": lambda value, number: value + number,
     "mul": lambda value, number: value / number,
     "div": lambda value, number: value * number,
 }
+
+
+@dataclass(frozen=True)
+class Equation:
+    """An expression over the model's parameters, and the value that it must have.
+
+    Attributes:
+        own: a constant node of the model's graph.
+        value: a node of the graph, constant or the dequantized half of what is; or a number, all over.
+        reader: what reads `own` in the model's graph.
+    """
+
+    own: fx.Node
+    value: fx.Node | float
+    reader: fx.Node
+
+
+def can_undo(node: fx.Node) -> bool:
+    """Whether an expression over parameters is made of one, and of steps that `solve` undoes."""
+    while node.op != "get_attr":
+        if len(node.all_input_nodes) != 1 or is_op(node, "expand") or not (_inverse(node) or _moves(node)):
+            return False
+        node = node.all_input_nodes[0]
+    return True
 
 
 def solve(
@@ -79,8 +103,8 @@ def _put(node: fx.Node, value: Tensor, parameter: Tensor) -> None:
         operand: Any = node.args[0]
         if is_op(node, *_RESHAPES):
             value = value if value.dim() == 0 else value.reshape(_shown(operand, parameter).shape)
-        elif is_op(node, *_INVERSE) and isinstance(node.args[1], (int, float)) and _unscaled(node):
-            value = _INVERSE[node.target._schema.name.partition("::")[2]](value, node.args[1])
+        elif inverse := _inverse(node):
+            value = inverse(value, node.args[1])
         elif not has(node, Trait.CAST):
             break
         node = operand
@@ -93,8 +117,16 @@ def _put(node: fx.Node, value: Tensor, parameter: Tensor) -> None:
     place.copy_(value)
 
 
-def _unscaled(node: fx.Node) -> bool:
-    return argument(node, "alpha", 1) == 1 and argument(node, "rounding_mode") is None
+def _moves(node: fx.Node) -> bool:
+    return has(node, Trait.VIEW | Trait.CAST) or is_op(node, *_RESHAPES, *_PARTS)
+
+
+def _inverse(node: Any) -> Callable[[Tensor, Any], Tensor] | None:
+    """What undoes a node that computes with a number."""
+    plain = is_op(node, *_INVERSE) and isinstance(node.args[0], fx.Node) and len(node.args) == 2
+    if not plain or node.kwargs or not isinstance(node.args[1], (int, float)):
+        return None
+    return _INVERSE[op_name(node)]
 
 
 def _shown(node: fx.Node, parameter: Tensor) -> Tensor:
