@@ -61,7 +61,6 @@ class _Maker:
 
     def part(self, name: str) -> Tensor:
         if name not in self._parts:
-            self._parts.clear()
             owner = self.plan.owners[name]
             value = self.plan.value(owner).contiguous()
             self.sums[owner] = check_sum(value, self.plan.type)
