@@ -85,12 +85,13 @@ class Spill:
         Raises:
             SpillError: there are more than the limit.
         """
-        self.used += nbytes
-        if self.limit is not None and self.used > self.limit:
+        total = self.used + nbytes
+        if self.limit is not None and total > self.limit:
             raise SpillError(
-                f"expected at most {self.limit / 1e9:.1f} GB of weights in {self.folder} (--spill-limit), "
-                f"found {self.used / 1e9:.1f} GB: raise the limit"
+                f"expected at most {self.limit / 1e9:.3g} GB of weights in {self.folder} (--spill-limit), "
+                f"found {total / 1e9:.3g} GB: raise the limit"
             )
+        self.used = total
 
     def free(self, nbytes: int) -> None:
         """Count bytes that are gone: nothing reads them any more."""

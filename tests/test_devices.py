@@ -95,8 +95,8 @@ def places(graph: fx.GraphModule) -> set[str]:
 def require_equal(found: fx.GraphModule, expected: fx.GraphModule) -> None:
     """Every tensor of a graph is that of another; what it remembers is on the CPU."""
     theirs = parameters(expected)
-    # Kernels add in another order, transforms have other factors, and the first steps of training show the sign
-    # of the least gradient.
+    # Kernels add in another order, transforms have other factors, and an optimiser's first steps show no more
+    # than the sign of the least gradient.
     trained = any("losses" in record.report.notes for record in history(expected))
     allowed = {"rtol": 1e-4, "atol": 1e-2 if trained else 1e-5}
     assert parameters(found).keys() == theirs.keys()

@@ -18,7 +18,7 @@ from rolora_passes.numerics.exact import exact_device
 from rolora_passes.passes.base import Pass
 from rolora_passes.passes.manager import apply_passes
 
-_ROWS = 128  # positions compared at once
+_COMPARED = 1 << 22  # logits compared at once
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,11 @@ def compare_logits(found: Tensor, expected: Tensor, row: Tensor) -> tuple[float,
     kl, nll, same, place = 0.0, 0.0, 0, exact_device(found.device)
     found, expected, row = found.to(place), expected.to(place), row.to(place)
     following = torch.cat([row[1:], row[:0]])
-    for start in range(0, len(row), _ROWS):
-        p, q = (x[start : start + _ROWS].log_softmax(-1, dtype=torch.float64) for x in (expected, found))
+    rows = max(1, _COMPARED // found.shape[-1])
+    for start in range(0, len(row), rows):
+        p, q = (x[start : start + rows].log_softmax(-1, dtype=torch.float64) for x in (expected, found))
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        target, loss = following[start : start + _ROWS, None], p - q
+        target, loss = following[start : start + rows, None], p - q
         nll += float(loss[: len(target)].gather(-1, target).sum())
         kl += float((p.exp() * loss).sum())
     return kl, nll, same

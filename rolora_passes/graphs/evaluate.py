@@ -56,19 +56,20 @@ def blocks(
 
     Yields: which rows of how many, and their values for every node.
     """
-    found = _rows(graph, nodes)
-    if found is None:
-        values = compute(graph, nodes, dtype=dtype, change=change)
+    found = _apart(graph, nodes)
+    given = {} if found is None else {node: _whole(graph, node, dtype, change) for node in found.whole}
+    rows = None if found is None else _rows(graph, found, given)
+    if rows is None:
+        values = compute(graph, nodes, given, dtype, change=change)
         count = len(values[0]) if values[0].dim() else 1
         yield Part(slice(0, count), count), values
         return
-    given = {node: _whole(graph, node, dtype, change) for node in found.whole}
-    step = max(1, _BLOCK * found.count // found.size)
-    places = [slice(start, min(start + step, found.count)) for start in range(0, found.count, step)]
-    for rows in places if only is None else [only]:
-        sliced = {node: _sliced(value, found, rows) for node, value in given.items() if node in found.aligned}
-        values = compute(graph, nodes, {**given, **sliced}, dtype, (found, rows), change)
-        yield Part(rows, found.count), values
+    step = max(1, _BLOCK * rows.count // rows.size)
+    places = [slice(start, min(start + step, rows.count)) for start in range(0, rows.count, step)]
+    for place in places if only is None else [only]:
+        sliced = {node: _sliced(value, rows, place) for node, value in given.items() if node in rows.aligned}
+        values = compute(graph, nodes, {**given, **sliced}, dtype, (rows, place), change)
+        yield Part(place, rows.count), values
 
 
 @dataclass(frozen=True)
@@ -87,23 +88,29 @@ class Part:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Apart:
     """Expressions that work on every row of tensors for itself.
 
     Attributes:
-        count, rank, size: how many rows, of tensors of so many axes and elements.
         whole: what is to be computed before that: what mixes rows, or is no row (a rotation).
-        aligned: of these, what is cut into rows.
+        aligned: what is cut into rows: parameters, and some of `whole`.
     """
 
-    count: int
-    rank: int
-    size: int
     whole: list[fx.Node]
     aligned: set[fx.Node]
 
 
-def _rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> _Rows | None:
+@dataclass(frozen=True)
+class _Rows:
+    """How many rows there are, of tensors of so many axes and elements; `aligned` as of `_Apart`."""
+
+    count: int
+    rank: int
+    size: int
+    aligned: set[fx.Node]
+
+
+def _apart(graph: fx.GraphModule, nodes: list[fx.Node]) -> _Apart | None:
     """How large expressions fall apart into rows; None if they are small, or do not."""
     roots = [get_tensor(graph, str(n.target)) for n in upstream(nodes) if n.op == "get_attr"]
     if sum(root.numel() for root in roots) <= SMALL:
@@ -124,18 +131,28 @@ def _rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> _Rows | None:
         inner.add(node)
         stack.extend(n for n in node.all_input_nodes if n in rows)
         sides.update(n for n in node.all_input_nodes if n not in rows)
-    if not inner or sides & (inner | aligned):
+    return None if not inner or sides & (inner | aligned) else _Apart([*whole, *sides], aligned)
+
+
+def _rows(graph: fx.GraphModule, found: _Apart, given: Mapping[fx.Node, Any]) -> _Rows | None:
+    """The rows of the largest tensor that is cut; None if it has none."""
+    tables = [given[n] if n in given else get_tensor(graph, str(n.target)) for n in found.aligned]
+    largest = max(tables, key=Tensor.numel)
+    lengths = {len(table) for table in tables if table.dim() == largest.dim()} - {1}
+    if largest.dim() < 2 or len(largest) < 2 or len(lengths) > 1:
         return None
-    tables = [get_tensor(graph, str(n.target)) for n in aligned if n.op == "get_attr"]
-    largest = max(tables or roots, key=Tensor.numel)
-    if largest.dim() < 2 or len(largest) < 2:
-        return None
-    return _Rows(len(largest), largest.dim(), largest.numel(), [*whole, *sides], aligned)
+    return _Rows(len(largest), largest.dim(), largest.numel(), found.aligned)
+
+
+def cut(graph: fx.GraphModule, node: fx.Node) -> frozenset[fx.Node]:
+    """What of a large expression is cut into rows: expressions of which it is the same go together."""
+    found = _apart(graph, [node])
+    return frozenset(() if found is None else found.aligned)
 
 
 def rows_apart(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Whether every row of a large constant expression can be computed for itself."""
-    found = _rows(graph, [node])
+    found = _apart(graph, [node])
     return found is not None and not any(n in found.aligned for n in found.whole)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.evaluate import blocks
+from rolora_passes.graphs.evaluate import blocks, cut
 from rolora_passes.graphs.expressions import merge_equal
 from rolora_passes.graphs.graph import (
     add_parameter,
@@ -48,12 +48,12 @@ def fold(graph: fx.GraphModule) -> list[str]:
     traced = _lasting(ways(graph), constants(graph))
     merge_equal(graph, constants(graph))  # a table that two readers quantize alike is one table
     types = infer_shapes(graph, only=constants(graph))
-    groups: dict[str, list[fx.Node]] = {}  # a quantizer's integers and scales come from one value
+    groups: dict[Any, list[fx.Node]] = {}  # a quantizer's integers and scales come from one value
     for node in leaves(graph):
         if node.op != "get_attr":
-            groups.setdefault(root_names(node)[0], []).append(node)
+            groups.setdefault((root_names(node)[0], cut(graph, node)), []).append(node)
     named: list[tuple[fx.Node, str]] = []
-    for number, (root, nodes) in enumerate(groups.items()):
+    for number, ((root, _), nodes) in enumerate(groups.items()):
         for node, value in zip(nodes, _folded(graph, nodes, root, types), strict=True):
             named.append((_replace(graph, node, root, value), root))
         if number % 8 == 7:
@@ -64,7 +64,7 @@ def fold(graph: fx.GraphModule) -> list[str]:
             _reclaim(graph, folded, root)
     finish(graph)
     keep_ways(graph, traced)
-    return changed
+    return list(dict.fromkeys(changed))
 
 
 def _folded(

@@ -65,7 +65,7 @@ def values(
     place = place_of(graph, dtype)
     given = iter((inputs or inputs_for(graph, cast(Tensor, tokens))).values())
     fixed = constant_nodes(graph.graph)
-    weights = {n: w for n in graph.graph.nodes if (w := _large_weight(graph, n, fixed)) is not None}
+    weights = {n: w for n in graph.graph.nodes if (w := _large_weight(graph, n, fixed, linear)) is not None}
     steps = _just_in_time(graph, fixed, weights)
     dead, done = deaths(steps, ()), dict[fx.Node, Any]()
 
@@ -91,15 +91,17 @@ def values(
                 let_go(graph, value)
 
 
-def _large_weight(graph: fx.GraphModule, node: fx.Node, fixed: set[fx.Node]) -> fx.Node | None:
-    """The weight of a linear or an embedding, if it is large and is an expression, or lies on disk."""
+def _large_weight(
+    graph: fx.GraphModule, node: fx.Node, fixed: set[fx.Node], linear: Linear | None
+) -> fx.Node | None:
+    """The weight of a linear or an embedding that is large, and an expression, or on disk, or known."""
     if not is_op(node, "linear", "embedding") or len(node.args) > 3 or node in fixed:
         return None
     weight = argument(node, "weight")
     if weight not in fixed or argument(node, "bias", None) is weight:
         return None
     roots = [get_tensor(graph, str(n.target)) for n in upstream([weight]) if n.op == "get_attr"]
-    plain = weight.op == "get_attr" and not any(map(is_on_disk, roots))
+    plain = weight.op == "get_attr" and not any(map(is_on_disk, roots)) and linear is None
     return None if plain or sum(root.numel() for root in roots) <= SMALL else weight
 
 
@@ -118,13 +120,14 @@ def _applied(
         tokens = value_of(argument(node, "indices"))
         only, numbers = tokens.unique(return_inverse=True)
         ((place, (part,)),) = blocks(graph, [weight], dtype, change, only)
+        part = part if dtype is None else _cast(part, dtype)
         return part[numbers if place.rows is only else tokens]
     x, bias = value_of(argument(node, "input")), argument(node, "bias")
     if linear is not None and (product := linear(graph, node, x)) is not None:
         return product if bias is None else product + value_of(bias)
     for place, (part,) in blocks(graph, [weight], dtype, change):
         shift = None if bias is None else value_of(bias)[place.rows]
-        found = torch.nn.functional.linear(x, part, shift)
+        found = torch.nn.functional.linear(x, part if dtype is None else _cast(part, dtype), shift)
         result = found.new_empty(*found.shape[:-1], place.count) if result is None else result
         result[..., place.rows] = found
     assert result is not None

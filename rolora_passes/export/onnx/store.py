@@ -9,6 +9,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from rolora_passes.ondisk import rest
+
 _INLINE = 1024  # bytes; shape inference reads constants inside the model alone
 _ALIGNMENT = 64  # bytes; what vector instructions load from a mapped file
 _TYPES = {
@@ -53,6 +55,7 @@ class Store:
             held = ir.Tensor(content.numpy(), name=name)
         else:
             place = self._place(content)
+            rest(tensor)
             held = ir.ExternalTensor(self.file, *place, known, shape=sizes, name=name, base_dir=self.folder)
         value = ir.Value(name=name, shape=sizes, type=ir.TensorType(known), const_value=held)
         self.values.append(value)

@@ -12,6 +12,7 @@ from rolora_passes.errors import LoweringError
 from rolora_passes.export.onnx.prepared import Node, Prepared, Reads
 from rolora_passes.graphs.graph import KEPT, argument, is_op
 from rolora_passes.numerics.packing import pack_nibbles
+from rolora_passes.ondisk import rest
 
 KERNEL_BITS = (4, 8)
 _SMALLEST, _LARGEST = 16, 256  # groups that MatMulNBits has: powers of two between these
@@ -96,6 +97,7 @@ def blocks(weight: KernelWeight, block: int, repeat: int) -> tuple[Tensor, Tenso
     count = -(-width // block)
     filled = weight.integers if width == count * block else F.pad(weight.integers, (0, count * block - width))
     packed = _pack(filled.reshape(rows, count, block), bits)
+    rest(weight.integers)
     scale = weight.scale.repeat_interleave(repeat, 1).contiguous()
     if weight.zero is None:
         return packed, scale, None
