@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import GraphFormatError
 from rolora_passes.graphs.devices import Device, find_device, moved_to, written_for
-from rolora_passes.graphs.graph import copy_graph, finish, get_tensor, is_op, set_tensor, upstream
+from rolora_passes.graphs.graph import argument, copy_graph, finish, get_tensor, is_op, set_tensor, upstream
 from rolora_passes.graphs.operators import Trait, has
 from rolora_passes.graphs.shapes import infer_shapes
 
@@ -35,7 +35,7 @@ def dtype_of(graph: fx.GraphModule) -> torch.dtype:
 
 def _read_as(node: fx.Node) -> torch.dtype | None:
     """The type that every reader of a parameter casts it to, as of a checkpoint in another type."""
-    types = {user.args[1] if is_op(user, "to") else None for user in node.users}
+    types = {argument(user, "dtype") if is_op(user, "to") else None for user in node.users}
     (only,) = types if len(types) == 1 else (None,)
     return only if isinstance(only, torch.dtype) else None
 

@@ -16,16 +16,21 @@ from rolora_passes.ondisk import rest
 _SAMPLE = 64
 
 
-def remember_weights(graph: fx.GraphModule, state: Mapping[str, Tensor]) -> None:
+def remember_weights(
+    graph: fx.GraphModule, state: Mapping[str, Tensor], stored: Mapping[int, Tensor] | None = None
+) -> None:
     """Keep a hash of every weight of a graph that was captured just now, and what else a tied weight
     is called in the model's state: `weights` and `tied` of its record.
+
+    Args:
+        stored: what parameters hold, by `id`, that have no values themselves.
     """
     found = {n: v for n, v in parameters(graph).items() if isinstance(v, torch.nn.Parameter)}
     names = {id(value): name for name, value in found.items()}
     called = {n.removeprefix("model."): names[id(v)] for n, v in state.items() if id(v) in names}
     set_info(
         graph,
-        weights={name: fingerprint(value) for name, value in found.items()},
+        weights={name: fingerprint((stored or {}).get(id(v), v)) for name, v in found.items()},
         tied={other: name for other, name in called.items() if other != name},
     )
 

@@ -73,8 +73,8 @@ def capture(
         exported = _export(model, kind)
         graph = canonicalize(exported.module(check_guards=False))
         set_info(graph, config=_config(model))
+        remember_weights(graph, exported.state_dict, stored)
         put_stored(graph, stored)
-        remember_weights(graph, exported.state_dict)
         if check:
             compare(graph, model, kind, stored)
     return graph

@@ -24,6 +24,7 @@ def put_stored(graph: fx.GraphModule, stored: Mapping[int, Tensor]) -> None:
     Args:
         stored: by the parameter's `id`.
     """
+    first = first_compute(graph)  # casts stand before it in the order of what they cast
     for node in graph.graph.find_nodes(op="get_attr"):
         hollow = get_tensor(graph, str(node.target))
         if id(hollow) not in stored:
@@ -34,7 +35,7 @@ def put_stored(graph: fx.GraphModule, stored: Mapping[int, Tensor]) -> None:
         parameter = torch.nn.Parameter(value, requires_grad=False)
         set_tensor(graph, str(node.target), on_disk(parameter) if value is stored[id(hollow)] else parameter)
         if value.dtype != hollow.dtype:
-            with graph.graph.inserting_before(first_compute(graph)):
+            with graph.graph.inserting_before(first):
                 cast = graph.graph.call_function(aten.to.dtype, (node, hollow.dtype))
             node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
     graph.recompile()
