@@ -20,6 +20,7 @@ from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.sites import is_head
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.learning import processes
+from rolora_passes.learning.end_to_end import EndToEnd
 from rolora_passes.learning.layered import LayeredGraph
 from rolora_passes.learning.loop import Windows, train
 from rolora_passes.memory import peak_mb
@@ -112,7 +113,6 @@ class Training(Pass):
     def _require(self, graph: fx.GraphModule) -> None:
         """Join the processes of torchrun, and refuse what cannot be trained by them."""
         require_float32(graph, self.name)
-        require_decoder(graph, self.name)
         processes.join()
         if self.batch % (processes.count() * self.accumulate):
             raise PassError(
@@ -122,6 +122,7 @@ class Training(Pass):
 
     def _under(self, graph: fx.GraphModule, tokens: Tensor) -> fx.GraphModule:
         """A copy with the quantizers to come."""
+        require_decoder(graph, self.name)
         twin = apply_passes(graph, self._quantizers(), verify=False, calibration=tokens)
         straighten(twin)
         return twin
@@ -154,9 +155,10 @@ class Training(Pass):
     ) -> dict[str, Any]:
         """Train the variables of a student in place; returns the account of it, for a report's notes."""
         windows, work = self.windows(calibration), calibration.work
+        layered = self._layered(student, variables.names)
+        taught = None if teacher is None else self._layered(teacher, [])
         trace = train(
-            self._layered(student, variables.names),
-            None if teacher is None else self._layered(teacher, []),
+            EndToEnd(layered, taught, self.loss, self.bfloat16, self.recompute),
             variables,
             windows,
             self,
