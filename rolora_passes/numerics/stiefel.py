@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 Method = Literal["cayley-adam", "cayley-sgd", "qr-sgd"]
-RATES: dict[Method, float] = {"cayley-adam": 2e-3, "cayley-sgd": 1.5, "qr-sgd": 1e-3}
+RATES: dict[Method, float] = {"cayley-adam": 2e-3, "cayley-sgd": 1.5, "qr-sgd": 1e-2}
 _RETRACT_EVERY = 101
 _EPSILON = 1e-8
 

@@ -60,7 +60,7 @@ class LearnRotation(Training):
         method: "cayley-adam": Adam on the skew-symmetric matrix of a Cayley transform; "cayley-sgd":
             SpinQuant's; "qr-sgd": DartQuant's, SGD with momentum 0.9 on a matrix of which the rotation is the
             orthogonal factor.
-        lr: learning rate of the matrices; None: 2e-3 for Adam, 1.5 for Cayley SGD, 1e-3 for QR.
+        lr: learning rate of the matrices; None: 2e-3 for Adam, 1.5 for Cayley SGD, 1e-2 for QR.
         scale_lr: learning rate of the logarithms of scales.
         tokens: how many to sample at each site, in equal parts from all windows (layer by layer).
         seed: of that sample.
