@@ -1,4 +1,7 @@
-"""A graph as one module a layer: what activation checkpointing recomputes, and what devices hold parts of."""
+"""A graph as one module a layer: what activation checkpointing recomputes, and what devices hold parts of.
+
+The head is a module of its own, so that a loss can look at a few tokens' logits at a time.
+"""
 
 from __future__ import annotations
 
@@ -9,46 +12,47 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from rolora_passes.graphs.graph import get_tensor, set_tensor
+from rolora_passes.graphs.graph import get_tensor, is_op, set_tensor
 from rolora_passes.graphs.layers import find_layers
+from rolora_passes.graphs.sites import heads
+
+# Operators behind a head's input that mix no tokens (a soft cap, a scale, a bias).
+_BY_TOKEN = ("linear", "mul", "div", "tanh", "add", "to")
 
 
 class LayeredGraph(nn.Module):
-    """The same function as a graph, cut at its decoder layers.
+    """The same function as a graph, cut at its decoder layers and before its head.
 
     Every part holds its own weights, frozen; of the parameters named in `variables` none does: their values
     are given to every call. What does not depend on tokens (expressions on weights, rotary tables) is
     computed in every part that reads it.
 
     Attributes:
-        parts: before the first layer, one a layer, after the last.
+        parts: before the first layer, one a layer, from the last to what the head reads.
         layers: those that are layers.
+        head: from what the head reads to the logits; None where there is not one head.
+        by_token: whether the head works on every token for itself.
     """
 
-    def __init__(
-        self, graph: fx.GraphModule, variables: Collection[str] = (), watched: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, graph: fx.GraphModule, variables: Collection[str] = ()) -> None:
         """Args:
         variables: names of parameters that calls give.
-        watched: names of nodes whose values calls give too, by the name to give them under.
         """
         super().__init__()
         found = find_layers(graph)
-        segments = [s for s in (found.before, *found.layers, found.after) if s]
-        stream = {node for segment in segments for node in segment}
+        after, head = _divided(graph, found.after)
+        stream = {node for segment in (found.before, *found.layers, after, head) for node in segment}
+        weights = [n for n in _read(head) if n in found.weights and n.op != "get_attr"]
+        segments = [s for s in (found.before, *found.layers, [*after, *weights]) if s]
         (output,) = graph.graph.find_nodes(op="output")
         self.inputs = [node.name for node in graph.graph.find_nodes(op="placeholder")]
-        self._variables, self._watched = frozenset(variables), dict(watched or {})
+        self._variables = frozenset(variables)
         self._reads: list[list[str]] = []
         self._gives: list[list[str]] = []
         self.parts = nn.ModuleList()
         for segment in segments:
             later = stream - set(segment) | {output}
-            gives = [
-                n
-                for n in segment
-                if n.name in self._watched.values() or any(user in later for user in n.users)
-            ]
+            gives = [n for n in segment if any(user in later for user in n.users)]
             part, reads = self._part(graph, segment, gives, stream)
             self.parts.append(part)
             self._reads.append(reads)
@@ -56,11 +60,16 @@ class LayeredGraph(nn.Module):
         first = 1 if found.before else 0
         self.layers = [*self.parts][first : first + len(found.layers)]
         self._result = cast(fx.Node, output.args[0]).name
+        self.head: fx.GraphModule | None = None
+        if head:
+            self._result = cast(fx.Node, head[0].args[0]).name
+            self.head, self._beside = self._part(graph, head, head[-1:], stream | set(weights))
+        self.by_token = all(is_op(n, *_BY_TOKEN) for n in head)
 
     def forward(
         self, inputs: Mapping[str, Tensor], variables: Mapping[str, Tensor], recompute: bool = False
-    ) -> dict[str, Tensor]:
-        """The graph's result, as "result", and the values that are watched.
+    ) -> list[Tensor]:
+        """What `logits` wants: first what the head reads [B, S, D], or the logits where there is no one head.
 
         Args:
             inputs: a value for every input of the graph, by name.
@@ -72,7 +81,16 @@ class LayeredGraph(nn.Module):
             values = [known[name] for name in reads]
             results = checkpoint(part, *values, use_reentrant=False) if recompute else part(*values)
             known.update(zip(gives, results, strict=True))
-        return {"result": known[self._result], **{k: known[name] for k, name in self._watched.items()}}
+        beside = self._beside if self.head is not None else []
+        return [known[self._result], *(known[name] for name in beside if name != self._result)]
+
+    def logits(self, hidden: Tensor, *beside: Tensor) -> Tensor:
+        """The logits [B, S, V] of what the head reads, given the rest of what `forward` returned."""
+        if self.head is None:
+            return hidden
+        others = iter(beside)
+        (found,) = self.head(*(hidden if n == self._result else next(others) for n in self._beside))
+        return cast(Tensor, found)
 
     def _part(
         self, graph: fx.GraphModule, segment: list[fx.Node], gives: list[fx.Node], stream: set[fx.Node]
@@ -109,6 +127,24 @@ class LayeredGraph(nn.Module):
                 needed.add(node)
                 stack.extend(node.all_input_nodes)
         return needed, edge
+
+
+def _divided(graph: fx.GraphModule, after: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What stands behind the last layer: before the head, and from it on; nothing where not one is found."""
+    found = [node for node in after if node in heads(graph.graph)]
+    if len(found) != 1:
+        return after, []
+    place = after.index(found[0])
+    before, behind = after[:place], after[place:]
+    read = found[0].args[0]
+    outside = {n for n in _read(behind) if n in before}
+    return (before, behind) if outside <= {read} else (after, [])
+
+
+def _read(nodes: list[fx.Node]) -> list[fx.Node]:
+    """What nodes read that is not among them."""
+    found = dict.fromkeys(value for node in nodes for value in node.all_input_nodes)
+    return [value for value in found if value not in nodes]
 
 
 def _frozen(value: Tensor) -> Tensor:

@@ -92,10 +92,11 @@ class LearnRotation(Training):
         return variables.optimizers(RATES[self.method] if self.lr is None else self.lr, self.scale_lr)
 
     def calibrate(self, graph: fx.GraphModule, calibration: Calibration) -> Report:
-        self._require(graph)
+        alone = self.loss in DISTRIBUTIONS
+        self._require(graph, decoder=not alone)
         report = Report()
         entries = self._chosen(graph, report)
-        learn = self._layer_by_layer if self.loss in DISTRIBUTIONS else self._end_to_end
+        learn = self._layer_by_layer if alone else self._end_to_end
         found = learn(graph, entries, calibration, report)
         learned = {key: entry for key, entry in entries.items() if entry.tensor in found}
         self._close(graph, learned, found)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -110,9 +110,11 @@ class Training(Pass):
         """What moves the variables, at the rates of the options."""
         raise NotImplementedError
 
-    def _require(self, graph: fx.GraphModule) -> None:
+    def _require(self, graph: fx.GraphModule, decoder: bool = True) -> None:
         """Join the processes of torchrun, and refuse what cannot be trained by them."""
         require_float32(graph, self.name)
+        if decoder:
+            require_decoder(graph, self.name)
         processes.join()
         if self.batch % (processes.count() * self.accumulate):
             raise PassError(
@@ -122,7 +124,6 @@ class Training(Pass):
 
     def _under(self, graph: fx.GraphModule, tokens: Tensor) -> fx.GraphModule:
         """A copy with the quantizers to come."""
-        require_decoder(graph, self.name)
         twin = apply_passes(graph, self._quantizers(), verify=False, calibration=tokens)
         straighten(twin)
         return twin
@@ -193,18 +194,13 @@ class Training(Pass):
         return windows
 
     def _layered(self, graph: fx.GraphModule, variables: Collection[str]) -> LayeredGraph:
-        watched = {"hidden": self._before_head(graph)} if self.loss == "hidden" else {}
-        layered = LayeredGraph(graph, variables, watched)
+        layered = LayeredGraph(graph, variables)
+        if self.loss == "hidden" and layered.head is None:
+            found = sum(is_head(node) for node in linears(graph))
+            raise PassError(f"{self.name}: loss hidden is of what one head reads, found {found} heads")
         if self.shard and processes.count() > 1:
             processes.shard(layered)
         return layered
-
-    def _before_head(self, graph: fx.GraphModule) -> str:
-        """The name of what the head reads."""
-        heads = [node for node in linears(graph) if is_head(node)]
-        if len(heads) != 1:
-            raise PassError(f"{self.name}: loss hidden is of what one head reads, found {len(heads)} heads")
-        return cast(fx.Node, heads[0].args[0]).name
 
     def _file(self, graph: fx.GraphModule, windows: Windows) -> Path:
         """A name that no other training has."""
