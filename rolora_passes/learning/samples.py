@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor, fx
 
 from rolora_passes.graphs.bases.inference import Bases, BasisClass
-from rolora_passes.graphs.graph import linears
+from rolora_passes.graphs.graph import argument, is_op, linears, upstream
 from rolora_passes.graphs.sites import is_head
 from rolora_passes.quantize.stages import Stages
 
@@ -51,6 +52,16 @@ class Site:
     cls: BasisClass
     outer: int
     inner: int
+
+
+def turned_by(cls: BasisClass) -> str | None:
+    """The name of the parameter that rotate turned the axes of a class by; None if it did not."""
+    for axis in cls.parameters:
+        for node in upstream([axis.node]):
+            place = (argument(node, "dim"), argument(node, "inner", 1)) if is_op(node, "rotate") else None
+            if place == (axis.dim, axis.inner):
+                return str(cast(fx.Node, node.args[1]).target)
+    return None
 
 
 def find_sites(graph: fx.GraphModule, bases: Bases, classes: Collection[BasisClass]) -> list[Site]:

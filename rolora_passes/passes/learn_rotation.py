@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.bases.inference import BasisClass, infer_bases
-from rolora_passes.graphs.bases.rotations import check_orthogonal, dense, keep_rotation, rotation_key
+from rolora_passes.graphs.bases.inference import infer_bases
+from rolora_passes.graphs.bases.rotations import check_orthogonal, dense, keep_rotation
 from rolora_passes.graphs.folding import fold
 from rolora_passes.graphs.graph import copy_graph, get_tensor, is_op, parameters, set_tensor, upstream
 from rolora_passes.graphs.info import Rotation, info
@@ -23,7 +23,7 @@ from rolora_passes.graphs.sites import matches
 from rolora_passes.learning import processes
 from rolora_passes.learning.distributions import DISTRIBUTIONS
 from rolora_passes.learning.layer_by_layer import Learned, learn_each
-from rolora_passes.learning.samples import find_sites
+from rolora_passes.learning.samples import find_sites, turned_by
 from rolora_passes.memory import peak_mb
 from rolora_passes.numerics.stiefel import RATES, Method, Variables
 from rolora_passes.passes.base import Calibration, Report
@@ -122,7 +122,8 @@ class LearnRotation(Training):
     ) -> dict[str, Tensor]:
         """What the matrices of basis classes are, by parameter, each learned from what linears read."""
         began, bases = time.perf_counter(), infer_bases(graph)
-        classes = {c: rotation_key(c) for c in bases.classes if _carries(c, entries.get(rotation_key(c)))}
+        keys = {entry.tensor: key for key, entry in entries.items()}
+        classes = {c: keys[name] for c in bases.classes if (name := turned_by(c)) in keys}
         sites = find_sites(graph, bases, classes)
         read = {classes[site.cls] for site in sites}
         report.left += [(key, _why(key, classes.values())) for key in entries if key not in read]
@@ -190,12 +191,6 @@ class LearnRotation(Training):
             began = {"began": entry.method} if entry.method != "learned" else {}
             learned = Rotation("learned", entry.tensor, value, {**entry.about, **began})
             keep_rotation(graph, key, learned)
-
-
-def _carries(cls: BasisClass, entry: Rotation | None) -> bool:
-    """Whether the parameters of a class are turned by an entry's matrix."""
-    above = upstream(axis.node for axis in cls.parameters) if entry else set()
-    return entry is not None and any(node.target == entry.tensor for node in above)
 
 
 def _why(key: str, classes: Collection[str]) -> str:
