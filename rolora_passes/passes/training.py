@@ -75,7 +75,7 @@ class Training(Pass):
     accumulate: int = 1
     clip: float | None = 1.0
     bfloat16: bool = False
-    recompute: bool = True
+    recompute: bool = False
     shard: bool = False
     schedule: str = "cosine"
     warmup: float = 0.0

@@ -114,7 +114,7 @@ def _of_weights(step: Pass) -> bool:
 
 def _learning(name: str, under: Iterable[Pass], **options: Any) -> Pass:
     specs = tuple({step.name: step.options()} for step in under if not isinstance(step, FoldConstants))
-    return make_pass({name: {"under": specs, "bfloat16": True, **options}})
+    return make_pass({name: {"under": specs, "bfloat16": True, "recompute": True, **options}})
 
 
 def _lora(setting: Setting, method: str) -> list[Pass]:
