@@ -10,6 +10,7 @@ import ctypes
 import functools
 import math
 import mmap
+import os
 import sys
 import tempfile
 import weakref
@@ -149,8 +150,8 @@ class Growing:
             return self._whole
         with _explained(self._spill.folder), self._file:
             self._file.flush()
-            tensor, mapping = _mapped(self._file, self.shape, self.dtype)
-        weakref.finalize(mapping, self._spill.free, tensor.nbytes)
+            tensor = _mapped(self._file, self.shape, self.dtype)
+        weakref.finalize(tensor.untyped_storage(), self._spill.free, tensor.nbytes)
         return on_disk(tensor)
 
 
@@ -170,7 +171,20 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _mapped(file: BinaryIO, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, mmap.mmap]:
-    """What a file holds as a tensor, and the mapping that it keeps alive."""
-    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(mapping, dtype=dtype).view(shape), mapping
+def _mapped(file: BinaryIO, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """What a file holds, which may be closed and nameless by now."""
+    size = math.prod(shape)
+    if os.name == "posix":  # a mapping of Python's would hold a file open for every tensor
+        found = torch.from_file(f"/dev/fd/{file.fileno()}", shared=False, size=size, dtype=dtype)
+    else:
+        found = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=dtype)
+    return found.view(shape)
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """A tensor as it will lie from now on: on disk, within `spilling` and if it is large; else as it is."""
+    if is_on_disk(tensor) or not tensor.dim():
+        return tensor
+    growing = Growing(tensor.shape, tensor.dtype)
+    growing.append(tensor)
+    return growing.finish()

@@ -28,6 +28,16 @@ def recipe_option(parser: argparse.ArgumentParser, words: str = "passes to apply
     parser.add_argument("--recipe", help=f"{words}: a recipe's name, METHOD:SETTING, or .yaml file", **how)
 
 
+def device_option(parser: argparse.ArgumentParser) -> None:
+    """`--device`, which `main` heeds: a command that has it runs within `computing_on`."""
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        default="cpu",
+        help="compute on cpu, cuda, cuda:1, mps, or auto, the best there is; weights travel there as needed",
+    )
+
+
 def tokenizer_option(parser: argparse.ArgumentParser) -> None:
     """`--tokenizer`, for saved graphs."""
     parser.add_argument(
@@ -59,6 +69,7 @@ def pass_options(parser: argparse.ArgumentParser) -> None:
         help="keep finished parts of passes there, and resume from them",
     )
     parser.add_argument("--no-verify", action="store_true", help="skip the check of exact passes")
+    device_option(parser)
 
 
 def text_options(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,18 @@ def at_least(low: float, kind: type[int] | type[float]) -> Callable[[str], float
     number.__name__ = kind.__name__  # argparse names it where a text is no number
     number.words = f"{_TYPES[kind]} >= {low:g}"  # type: ignore[attr-defined]
     return number
+
+
+def byte_size(text: str) -> int:
+    """A number of bytes such as 5GB, 500MB or 1000, as argparse converts an argument."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    bytes_ = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if bytes_ < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MB, found {text!r}")
+    return bytes_
+
+
+byte_size.words = "size"  # type: ignore[attr-defined]
 
 
 def assignment(text: str) -> tuple[str, str]:

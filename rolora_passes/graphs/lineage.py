@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,16 @@ def ways(graph: fx.GraphModule) -> dict[fx.Node, Way]:
     """
     reader = _Reader(graph)
     return {node: reader.way(node) for node in linears(graph)}
+
+
+def expressions(graph: fx.GraphModule) -> Callable[[fx.Node], Way]:
+    """What gives the way of a linear's weight from the parameter that the graph has now.
+
+    That is what is written on the parameter, and nothing that was folded before.
+    """
+    reader = _Reader(graph)
+    reader.kept = {}
+    return reader.way
 
 
 def keep_ways(graph: fx.GraphModule, known: Mapping[fx.Node, Way]) -> None:
@@ -72,7 +82,7 @@ def _unchanged(name: str) -> Way:
 
 def name_of(tensor: Tensor) -> str:
     """A name for a tensor that a step holds: a hash of its values, so that no two tensors share one."""
-    values = tensor.detach().double().contiguous()
+    values = tensor.detach().cpu().double().contiguous()
     digest = hashlib.sha256(json.dumps(list(values.shape)).encode())
     digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
@@ -142,7 +152,7 @@ class _Reader:
     def tensor(self, node: fx.Node) -> str:
         """The name under which the value of an expression is kept."""
         if node not in self.names:
-            (value,) = compute(self.graph, [node], dtype=torch.float64)
+            value = compute(self.graph, [node], dtype=torch.float64)[0].cpu()  # as all that is remembered
             self.names[node] = name_of(value)
             self.tensors[self.names[node]] = value
         return self.names[node]

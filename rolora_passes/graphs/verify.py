@@ -12,11 +12,14 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import VerificationError
 from rolora_passes.graphs.bases.inference import describe
+from rolora_passes.graphs.evaluate import Change
 from rolora_passes.graphs.graph import is_op, parameters
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.operators import Trait, has
+from rolora_passes.graphs.products import Products
 from rolora_passes.graphs.running import values
 from rolora_passes.graphs.shapes import infer_shapes
+from rolora_passes.memory import release
 
 # Of logits in float64, relative to the largest: rounding over the depth of a model stays below it.
 EXACT = 1e-9
@@ -24,14 +27,17 @@ EXACT = 1e-9
 # these draws of rounding errors. They are as large as rounding can be (half an ulp to a whole one), with
 # random signs.
 ROUNDINGS, DRAWS = 2.0, 4
+_POOL = 1 << 20
 
 
 @dataclass
 class Verified:
-    """The graph that was verified last, and its logits: of passes in a row, what the next one starts from."""
+    """The graph that was verified last, its logits, and products of its weights: of passes in a row, what the
+    next one starts from."""
 
     graph: fx.GraphModule | None = None
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    products: Products = field(default_factory=Products)
 
 
 _verified: ContextVar[Verified | None] = ContextVar("verified", default=None)
@@ -71,23 +77,29 @@ def verify_same(before: fx.GraphModule, after: fx.GraphModule, name: str, moved:
             run in its own types, or returns another type.
     """
     _require_types(before, after, name)
-    tokens, last = sample_tokens(before), _verified.get()
-    expected = last.logits if last is not None and last.graph is before else _logits(before, tokens)
-    found = _logits(after, tokens)
+    return verify_logits(before, after, name, moved)
+
+
+def verify_logits(before: fx.GraphModule, after: fx.GraphModule, name: str, moved: set[str]) -> float:
+    """`verify_same` of graphs that may be of different types: both are computed in float64."""
+    tokens, last = sample_tokens(before), _verified.get() or Verified()
+    products = last.products
+    expected = last.logits if last.graph is before else _logits(before, tokens, products)
+    found = _logits(after, tokens, products)
     error, allowed = relative_error(found, expected), EXACT
     rounded = _rounded(before, after)
     for seed in range(DRAWS if rounded else 0):
         if error <= allowed:
             break
-        again = _logits(after, tokens, rounded, seed)
+        again = _logits(after, tokens, change=_perturbing(rounded, seed))
         allowed = max(allowed, ROUNDINGS * relative_error(again, found))
     if not error <= allowed:
         raise VerificationError(
             f"{name} promises to keep the function, but logits differ by {error:.1e} (relative; "
             f"allowed {allowed:.0e}). {_first_difference(before, after, tokens, moved, allowed)}"
         )
-    if last is not None:
-        last.graph, last.logits = after, found
+    last.graph, last.logits = after, found
+    release()
     return error
 
 
@@ -132,21 +144,35 @@ def _rounded(before: fx.GraphModule, after: fx.GraphModule) -> set[str]:
     return {k for k, v in parameters(after).items() if v.is_floating_point() and old.get(k) is not v}
 
 
-def _logits(graph: fx.GraphModule, tokens: Tensor, rounded: set[str] | None = None, seed: int = 0) -> Tensor:
-    """In float64; with rounding errors in these parameters, each as large as one can be."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def perturbed(name: str, value: Tensor) -> Tensor:
-        if not rounded or name not in rounded:
-            return value
-        signs = torch.randint(0, 2, value.shape, generator=generator, dtype=torch.int8).double()
-        return signs.sub_(0.5).mul_(torch.finfo(value.dtype).eps).add_(1).mul_(value)
-
-    result: Tensor | None = None
-    for _, value in values(graph, tokens, torch.float64, perturbed):
-        result = value
-    assert result is not None
+def _logits(
+    graph: fx.GraphModule, tokens: Tensor, products: Products | None = None, change: Change | None = None
+) -> Tensor:
+    """In float64."""
+    linear = None if products is None else products.linear
+    *_, (_, result) = values(graph, tokens, torch.float64, change, linear=linear)
+    assert isinstance(result, Tensor)
     return result
+
+
+def _perturbing(names: set[str], seed: int) -> Change:
+    """Rounding errors in parameters, each as large as one can be, with random signs.
+
+    A pool of signs serves all: a block of values starts anywhere in it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (_POOL,), generator=generator).double().sub_(0.5)
+
+    def changed(name: str, value: Tensor) -> Tensor:
+        if name not in names:
+            return value
+        start = int(torch.randint(0, _POOL, (1,), generator=generator))
+        drawn = signs.roll(-start)[torch.arange(value.numel()) % _POOL] if value.numel() > _POOL else None
+        if drawn is None:
+            start = start % (_POOL - value.numel() + 1)
+            drawn = signs[start : start + value.numel()]
+        return (drawn.to(value.device) * torch.finfo(value.dtype).eps).add_(1).view(value.shape).mul_(value)
+
+    return changed
 
 
 def _first_difference(

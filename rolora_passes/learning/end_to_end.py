@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rolora_passes.graphs.devices import has_bfloat16
 from rolora_passes.graphs.inputs import positions_like
 from rolora_passes.learning.layered import LayeredGraph
 from rolora_passes.learning.loop import Windows
@@ -75,7 +76,9 @@ class EndToEnd:
             return Ends(hidden, graph.logits(hidden[None], *beside)[0])
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        return torch.autocast(device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
+        if not self.bfloat16 or not has_bfloat16(device):
+            return nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
 
 
 class _Sum(torch.autograd.Function):

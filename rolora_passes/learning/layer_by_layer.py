@@ -66,10 +66,10 @@ def learn_each(
         on_progress(options.name, done, total)
 
     for cls, samples in collect(graph, sites, tokens, options.tokens, options.seed, computed):
-        start = starts[cls]
+        start = starts[cls].to(samples.sites[0])
         variables = Variables({cls.name: start}, {}, options.method)
         trace = train(
-            Distribution(options.loss, start.float()),
+            Distribution(options.loss, start),
             variables,
             Samples(samples.sites, math.ceil(options.validation * len(tokens))),
             options,

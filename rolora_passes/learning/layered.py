@@ -6,12 +6,16 @@ The head is a module of its own, so that a loss can look at a few tokens' logits
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from rolora_passes.graphs.devices import device_of, place_of, written_for
 from rolora_passes.graphs.graph import get_tensor, is_op, set_tensor
 from rolora_passes.graphs.layers import find_layers
 from rolora_passes.graphs.sites import heads
@@ -27,11 +31,15 @@ class LayeredGraph(nn.Module):
     are given to every call. What does not depend on tokens (expressions on weights, rotary tables) is
     computed in every part that reads it.
 
+    On a device that the graph's tensors travel to (`graphs.devices`) a part's weights are fetched when it is
+    called. Those of a graph that does not fit must be fetched again for the gradient: recompute.
+
     Attributes:
         parts: before the first layer, one a layer, from the last to what the head reads.
         layers: those that are layers.
         head: from what the head reads to the logits; None where there is not one head.
         by_token: whether the head works on every token for itself.
+        device: where they are computed.
     """
 
     def __init__(self, graph: fx.GraphModule, variables: Collection[str] = ()) -> None:
@@ -39,10 +47,12 @@ class LayeredGraph(nn.Module):
         variables: names of parameters that calls give.
         """
         super().__init__()
+        place = place_of(graph)
+        self.device, self._place = place.device, None if place.device == device_of(graph) else place
         found = find_layers(graph)
         after, head = _divided(graph, found.after)
         stream = {node for segment in (found.before, *found.layers, after, head) for node in segment}
-        weights = [n for n in _read(head) if n in found.weights and n.op != "get_attr"]
+        weights = [n for n in _read(head) if n in found.weights and n.target not in variables]
         segments = [s for s in (found.before, *found.layers, [*after, *weights]) if s]
         (output,) = graph.graph.find_nodes(op="output")
         self.inputs = [node.name for node in graph.graph.find_nodes(op="placeholder")]
@@ -56,7 +66,7 @@ class LayeredGraph(nn.Module):
             part, reads = self._part(graph, segment, gives, stream)
             self.parts.append(part)
             self._reads.append(reads)
-            self._gives.append([n.name for n in gives])
+            self._gives.append([_known_as(n) for n in gives])
         first = 1 if found.before else 0
         self.layers = [*self.parts][first : first + len(found.layers)]
         self._result = cast(fx.Node, output.args[0]).name
@@ -79,7 +89,8 @@ class LayeredGraph(nn.Module):
         known: dict[str, Any] = {**inputs, **variables}
         for part, reads, gives in zip(self.parts, self._reads, self._gives, strict=True):
             values = [known[name] for name in reads]
-            results = checkpoint(part, *values, use_reentrant=False) if recompute else part(*values)
+            call = partial(self._call, part)
+            results = checkpoint(call, *values, use_reentrant=False) if recompute else call(*values)
             known.update(zip(gives, results, strict=True))
         beside = self._beside if self.head is not None else []
         return [known[self._result], *(known[name] for name in beside if name != self._result)]
@@ -92,6 +103,18 @@ class LayeredGraph(nn.Module):
         (found,) = self.head(*(hidden if n == self._result else next(others) for n in self._beside))
         return cast(Tensor, found)
 
+    def settle(self) -> None:
+        """Move every weight to where the graph is computed, to stay there."""
+        self.to(self.device)
+        self._place = None
+
+    def _call(self, part: nn.Module, *values: Any) -> Any:
+        """What a part gives for values on the device. (For a gradient this is called in another thread.)"""
+        if self._place is None:
+            return part(*values)
+        own = chain(part.named_parameters(), part.named_buffers())
+        return functional_call(part, {name: self._place.fetch(tensor) for name, tensor in own}, values)
+
     def _part(
         self, graph: fx.GraphModule, segment: list[fx.Node], gives: list[fx.Node], stream: set[fx.Node]
     ) -> tuple[fx.GraphModule, list[str]]:
@@ -103,10 +126,11 @@ class LayeredGraph(nn.Module):
         for node in graph.graph.nodes:
             if node in edge:
                 copies[node] = part.graph.placeholder(node.name)
-                reads.append(str(node.target) if node.op == "get_attr" else node.name)
+                reads.append(_known_as(node))
         for node in graph.graph.nodes:
             if node in needed:
                 copies[node] = part.graph.node_copy(node, copies.__getitem__)
+                copies[node].kwargs = written_for(copies[node].kwargs, self.device)
                 if node.op == "get_attr":
                     set_tensor(part, str(node.target), _frozen(get_tensor(graph, str(node.target))))
         part.graph.output(tuple(copies[n] for n in gives))
@@ -145,6 +169,11 @@ def _read(nodes: list[fx.Node]) -> list[fx.Node]:
     """What nodes read that is not among them."""
     found = dict.fromkeys(value for node in nodes for value in node.all_input_nodes)
     return [value for value in found if value not in nodes]
+
+
+def _known_as(node: fx.Node) -> str:
+    """Parameters are known by their own names, as variables are given; other values by their nodes'."""
+    return str(node.target) if node.op == "get_attr" else node.name
 
 
 def _frozen(value: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Samples:
 
     def at(self, places: Tensor) -> Samples:
         """Those of some windows."""
-        return Samples([site[places] for site in self.sites])
+        return Samples([site[places.to(site.device)] for site in self.sites])
 
     @property
     def predicted(self) -> int:
@@ -121,4 +121,4 @@ def _drawn(value: Tensor, count: int, generator: torch.Generator) -> Tensor:
     if not len(rows):
         return rows.new_zeros(count, rows.shape[-1])
     order = torch.randperm(len(rows), generator=generator)
-    return rows[order[torch.arange(count) % len(rows)]]
+    return rows[order[torch.arange(count) % len(rows)].to(rows.device)]

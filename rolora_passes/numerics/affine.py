@@ -19,7 +19,7 @@ EPSILON = torch.finfo(torch.float32).eps  # scales are at least this, as torchao
 _SHRINK = [1 - i / 100 for i in range(80)]  # 1.00, 0.99, …, 0.21
 _SHRINK_COARSE = [1 - i / 20 for i in range(8)]  # 1.00, 0.95, …, 0.65: 4-bit weights end between 0.7 and 1
 _NORM = 2.4
-_BLOCK = 1 << 18  # elements searched at a time: what stays in the caches
+_BLOCK = 1 << 18  # elements searched or rounded at a time: what stays in the caches
 
 
 def limits(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -151,9 +151,18 @@ def round_trip(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: boo
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool = True) -> Tensor:
     """The integers of a weight [..., n] on the grids of its groups: int8 [..., n]."""
     first, last = limits(bits, symmetric)
-    groups = weight.unflatten(-1, (scale.shape[-1], -1))
-    steps: Tensor = (groups * (1 / scale.to(weight.dtype)).unsqueeze(-1)).round_()
-    return steps.add_(zero.unsqueeze(-1)).clamp_(first, last).to(torch.int8).flatten(-2)
+
+    def integers(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        steps: Tensor = (groups * (1 / scale.to(groups.dtype))).round_()
+        steps = steps if symmetric else steps.add_(zero)
+        return steps.clamp_(first, last).to(torch.int8)
+
+    group = weight.shape[-1] // scale.shape[-1]
+    known = weight.reshape(-1, group), scale.reshape(-1, 1), zero.reshape(-1, 1)
+    if weight.numel() <= _BLOCK or weight.is_meta:
+        return integers(*known).view(weight.shape)
+    parts = zip(*(t.split(max(1, _BLOCK // group)) for t in known), strict=True)
+    return torch.cat([integers(*part) for part in parts]).view(weight.shape)
 
 
 def dequantize(integers: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
@@ -191,7 +200,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, bits: int, group: int, symmetric: bool, clip: float) -> Tensor:  # type: ignore[no-untyped-def]
         groups = x.unflatten(-1, (-1, group))
-        low, high = groups.aminmax(dim=-1, keepdim=True)
+        low, high = groups.amin(-1, True), groups.amax(-1, True)  # both in less than aminmax takes
         range_ = low.clamp_max_(0).mul_(clip), high.clamp_min_(0).mul_(clip)
         return round_trip(groups, *qparams(*range_, bits, symmetric), bits, symmetric).flatten(-2)
 

@@ -5,6 +5,11 @@ each loses is made good by those that are still to come:
 
     e = w_i - round(w_i),   w_j -= e · U_ij / U_ii  for j > i,   U the upper Cholesky factor of H⁻¹
 
+That is the loop within a block of columns. What all columns before a block B lost, E = W - Ŵ, it is told at
+once and without an inverse of H, by the upper R with H = RRᵀ, whose inverse U is:
+
+    W_B += E · R_<B · R_BB⁻¹
+
 Rows do not see each other: weights that read one value can be stacked and rounded together. The arithmetic
 of the grid is `affine`'s, so that dequantizing the integers gives what the loop subtracted, in float32 to
 the bit.
@@ -19,8 +24,9 @@ from torch import Tensor
 
 from rolora_passes.errors import PassError
 from rolora_passes.numerics import affine
+from rolora_passes.numerics.exact import exact
 
-_BLOCK = 128  # columns that are kept up to date while they are rounded; the rest, once a block
+_BLOCK = 128  # columns that are kept up to date while they are rounded
 
 
 @dataclass(frozen=True)
@@ -59,20 +65,15 @@ def gptq(
     _check_shapes(weight, hessian, grid)
     group = grid.group_size or weight.shape[1]
     diagonal = hessian.diagonal()
-    order = _order(diagonal, group) if act_order else torch.arange(weight.shape[1])
+    order = _order(diagonal, group) if act_order else torch.arange(len(diagonal), device=weight.device)
     columns = weight.detach().t().clone(memory_format=torch.contiguous_format)  # a column is a row here
     columns[diagonal == 0] = 0
     columns = columns[order]
-    updates = _updates(hessian.detach(), order, damping).to(columns.dtype)
-    scales, zeros = _round_columns(columns, updates, grid)
-    back = order.argsort()
+    integers, scales, zeros = _round_columns(columns, _factor(hessian.detach(), order, damping), grid)
     # Groups were met in the order of their first columns.
     of_group = (order[::group] // group).argsort()
     scale, zero = scales[:, of_group].contiguous(), zeros[:, of_group].contiguous()
-    rounded = columns[back].t()
-    # What is on the grid already comes back as the integers it was made of.
-    integers = affine.quantize(rounded.contiguous(), scale, zero, grid.bits, grid.symmetric)
-    return Quantized(integers, scale, zero)
+    return Quantized(integers[:, order.argsort()], scale, zero)
 
 
 def _check_shapes(weight: Tensor, hessian: Tensor, grid: affine.Integers) -> None:
@@ -93,18 +94,14 @@ def _order(diagonal: Tensor, group: int) -> Tensor:
     """Columns by descending diagonal within each group, groups by their largest."""
     values, within = diagonal.unflatten(0, (-1, group)).sort(dim=1, descending=True, stable=True)
     groups = values[:, 0].argsort(descending=True, stable=True)
-    columns: Tensor = within + torch.arange(0, diagonal.numel(), group)[:, None]
+    columns: Tensor = within + torch.arange(0, diagonal.numel(), group, device=diagonal.device)[:, None]
     return columns[groups].flatten()
 
 
-def _updates(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
-    """U_ij / U_ii for the upper U with UᵀU = H⁻¹, float64: what column j pays for the error of column i.
-
-    H = RRᵀ with an upper R (a Cholesky factorization from the last row up) has U = R⁻¹, so H, which may
-    be all but singular, is never inverted.
-    """
+def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    """The upper R with RRᵀ = H, damped, float64: a Cholesky factorization from the last row up."""
     last_first = order.flip(0)
-    upside_down = hessian[last_first[:, None], last_first].double()
+    upside_down = exact(hessian[last_first[:, None], last_first])
     diagonal = upside_down.diagonal()
     if not torch.isfinite(upside_down).all():
         raise PassError(
@@ -127,33 +124,53 @@ def _updates(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
             f"gptq: expected a positive definite Hessian, found one that is not, with damping {damping}: "
             "raise the damping or calibrate on more tokens"
         )
-    identity = torch.eye(len(factor), dtype=factor.dtype)
-    upper: Tensor = torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
-    return upper.div_(upper.diagonal().clone().unsqueeze(1))
+    upper: Tensor = factor.flip(0, 1)
+    return upper
 
 
-def _round_columns(columns: Tensor, updates: Tensor, grid: affine.Integers) -> tuple[Tensor, Tensor]:
-    """Round [in, out] in place, from the first to the last; returns scale and zero [out, groups]."""
+def _round_columns(columns: Tensor, factor: Tensor, grid: affine.Integers) -> tuple[Tensor, Tensor, Tensor]:
+    """Round [in, out], from the first to the last, and leave there what each lost.
+
+    Returns: integers [out, in], scale and zero [out, groups].
+    """
     width, rows = columns.shape
     group = grid.group_size or width
     # A block of whole groups: a group's columns have had every update when its scale is chosen.
     block = group * max(1, _BLOCK // group) if grid.group_size else _BLOCK
-    scales = torch.empty(width // group, rows, dtype=torch.float32)
-    zeros = torch.empty(width // group, rows, dtype=torch.int8)
-    errors = torch.empty(block, rows, dtype=columns.dtype)
+    integers = columns.new_empty(rows, width, dtype=torch.int8)
+    scales = columns.new_empty(rows, width // group, dtype=torch.float32)
+    zeros = columns.new_empty(rows, width // group, dtype=torch.int8)
     for start in range(0, width, block):
-        stop = min(start + block, width)
-        for i in range(start, stop):
-            number = i // group
-            scale, zero = scales[number], zeros[number]
-            if i % group == 0:
-                chosen = grid.choose(columns[i : i + group].t())
-                scale.copy_(chosen[0].squeeze(1))
-                zero.copy_(chosen[1].squeeze(1))
-            column, error = columns[i], errors[i - start]
-            rounded = affine.round_trip(column, scale, zero, grid.bits, grid.symmetric)
-            torch.sub(column, rounded, out=error)
-            column.copy_(rounded)
-            columns[i + 1 : stop].addr_(updates[i, i + 1 : stop], error, alpha=-1)
-        columns[stop:].addmm_(updates[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
-    return scales.t(), zeros.t()
+        here = slice(start, min(start + block, width))
+        corner = factor[here, here]
+        identity = torch.eye(len(corner), dtype=corner.dtype, device=corner.device)
+        inverse = torch.linalg.solve_triangular(corner, identity, upper=True)
+        part = columns[here].clone()
+        if start:
+            carried = (factor[:start, here] @ inverse).to(columns)
+            part.addmm_(carried.t(), columns[:start])
+        if grid.group_size is None and not start:
+            scales[:], zeros[:] = grid.choose(columns.t())
+        groups = slice(None) if grid.group_size is None else slice(start // group, here.stop // group)
+        known = scales[:, groups], zeros[:, groups]
+        updates = (inverse / inverse.diagonal().unsqueeze(1)).to(columns)
+        _round_block(part, updates, grid, *known)
+        # What is on the grid already comes back as the integers it was made of.
+        integers[:, here] = affine.quantize(part.t(), *known, grid.bits, grid.symmetric)
+        columns[here] -= part
+    return integers, scales, zeros
+
+
+def _round_block(
+    columns: Tensor, updates: Tensor, grid: affine.Integers, scales: Tensor, zeros: Tensor
+) -> None:
+    """Round [n, out] in place, and choose the scales and zero points [out, groups] of groups."""
+    for i, column in enumerate(columns):
+        number, first = divmod(i, grid.group_size or len(columns))
+        if grid.group_size and not first:
+            scale, zero = grid.choose(columns[i : i + grid.group_size].t())
+            scales[:, number], zeros[:, number] = scale[:, 0], zero[:, 0]
+        scale, zero = scales[:, number].contiguous(), zeros[:, number].contiguous()
+        rounded = affine.round_trip(column, scale, zero, grid.bits, grid.symmetric)
+        columns[i + 1 :].addr_(updates[i, i + 1 :], column - rounded, alpha=-1)
+        column.copy_(rounded)

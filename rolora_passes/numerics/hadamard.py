@@ -17,12 +17,15 @@ import math
 import torch
 from torch import Tensor
 
-from rolora_passes.numerics import constructions
+from rolora_passes.numerics import constructions, cuda_hadamard
 
 _DENSE_ORDER = 128  # up to here one product is as fast as several, in the runtimes' kernels
 _FACTOR_ORDER = 48  # beyond, Kronecker factors of at most this order
-_RADIX = 32  # factor size of the transform: few multiplications, and still efficient small GEMMs
-_CHUNK = 1 << 22  # elements transformed at a time: fits the cache, and threads seldom wait for each other
+# Factor size of the transform: few multiplications, and still efficient small products.
+_RADIX = {torch.float64: 16, torch.float32: 32}
+_WIDE = 32  # elements behind an axis from which on products of batches are fast
+_CHUNK = 1 << 17  # elements that a thread transforms at a time: what stays in its cache
+_CHUNK_ELSEWHERE = 1 << 24  # on other devices: what keeps them busy, and the working memory bounded
 
 
 def constructible(order: int) -> bool:
@@ -86,40 +89,51 @@ def few_factors(order: int) -> list[Tensor]:
     return [matrix / math.sqrt(len(matrix)) for matrix in found if len(matrix) > 1 or order == 1]
 
 
-def transform(x: Tensor, order: int, dim: int = -1, inner: int = 1) -> Tensor:
+def transform(x: Tensor, order: int, dim: int = -1, inner: int = 1, signs: Tensor | None = None) -> Tensor:
     """Multiply an axis, or one factor of it, by matrix(order) / sqrt(order), in O(n log n).
 
     Axis `dim` is read row-major as (outer, order, inner), and
     y[.., j, ..] = sum_i x[.., i, ..] * matrix(order)[i, j] / sqrt(order).
 
     Args:
-        x: any shape, floating dtype and device. Half precisions are computed in float32.
+        x: any shape, floating dtype and device. Half precisions are computed in float32. On CUDA the last
+            axis goes through `fast_hadamard_transform` where that is installed (extra "cuda").
+        signs: [blocks * order], multiplied into the axis first, which is then read as
+            (outer, blocks, order, inner).
 
     Returns: a new tensor, shape and dtype of x. Differentiable; traces as a few matrix products.
 
-    Raises: ValueError: no known construction, order * inner does not divide the axis, or x is not a
-        real floating tensor.
+    Raises: ValueError: no known construction, order * inner (times blocks) does not divide the axis, or x
+        is not a real floating tensor.
     """
-    _require(order)
-    dim, size = dim % x.dim(), x.shape[dim]
-    if inner < 1 or size % (order * inner):
+    base, m = _require(order)
+    dim, size, blocks = dim % x.dim(), x.shape[dim], 1 if signs is None else len(signs) // order
+    if inner < 1 or size % (order * inner * blocks):
         raise ValueError(f"order {order} * inner {inner} does not divide axis {dim} of {list(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"expected a floating dtype, found {x.dtype}")
-    outer, right = math.prod(x.shape[:dim]) * (size // (order * inner)), inner * math.prod(x.shape[dim + 1 :])
-    split = x.reshape(outer, order, right)
-    eager = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not torch.compiler.is_compiling()
+    right = inner * math.prod(x.shape[dim + 1 :])
+    outer = math.prod(x.shape[:dim]) * (size // (order * inner * blocks))
+    split = x.reshape(outer, blocks, order, right)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if signs is not None:
+        signs = signs.to(dtype).reshape(blocks, order, 1)
+    eager = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not torch.compiler.is_compiling()
+    if eager and cuda_hadamard.serves(x, m, right):
+        given = x if signs is None else (split * signs).to(x.dtype)
+        return cuda_hadamard.transform(given.reshape(-1, order), base, m).reshape(x.shape)
     orthonormal = (_orthonormal if eager else _orthonormal.__wrapped__)(order, dtype, x.device)
-    if eager and x.numel() > _CHUNK and not (x.requires_grad and torch.is_grad_enabled()):
-        return _multiply_in_chunks(split, orthonormal).reshape(x.shape)
-    return _multiply(split.to(dtype), orthonormal).to(x.dtype).reshape(x.shape)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, signs))
+    if eager and not recorded and x.numel() > (chunk := _chunk(x.device)):
+        return _multiply_in_chunks(split, orthonormal, signs, chunk).reshape(x.shape)
+    split = split.to(dtype) if signs is None else split * signs
+    return _multiply(split.flatten(0, 1), orthonormal).to(x.dtype).reshape(x.shape)
 
 
-def multiply(x: Tensor, matrices: list[Tensor], dim: int = -1) -> Tensor:
+def multiply(x: Tensor, matrices: list[Tensor], dim: int = -1, inner: int = 1) -> Tensor:
     """Multiply an axis by the Kronecker product of square matrices, in their own sizes' time.
 
-    Axis `dim` is read row-major as (outer, n), n the product of the sizes, and
+    Axis `dim` is read row-major as (outer, n, inner), n the product of the sizes, and
     y[.., j, ..] = sum_i x[.., i, ..] * (M_1 (x) .. (x) M_r)[i, j].
 
     Args:
@@ -128,43 +142,58 @@ def multiply(x: Tensor, matrices: list[Tensor], dim: int = -1) -> Tensor:
     Returns: a new tensor, shape of x. Differentiable in x and in the matrices.
     """
     dim, order = dim % x.dim(), math.prod(len(m) for m in matrices)
-    right = math.prod(x.shape[dim + 1 :])
-    left = math.prod(x.shape[:dim]) * (x.shape[dim] // order)
+    right = inner * math.prod(x.shape[dim + 1 :])
+    left = math.prod(x.shape[:dim]) * (x.shape[dim] // (order * inner))
     return _multiply(x.reshape(left, order, right), [m.to(x.dtype) for m in matrices]).reshape(x.shape)
 
 
 def _multiply(x: Tensor, matrices: list[Tensor]) -> Tensor:
-    """x [outer, order, right], its middle axis times the Kronecker product of `matrices`."""
-    shape, right = x.shape, x.shape[2]
-    sizes = [factor.shape[0] for factor in matrices]
-    for i in reversed(range(len(sizes))):
-        k, left = sizes[i], shape[0] * math.prod(sizes[:i])
+    """x [outer, order, right], its middle axis times the Kronecker product of `matrices`; may be a view."""
+    outer, order, right = shape = x.shape
+    if right < _WIDE and x.dtype == torch.float64:  # in narrower types this gains less than it costs
+        x = x.transpose(1, 2)
+        for factor in reversed(matrices):  # the fastest factor of the axis becomes the slowest, so that
+            # each product is of a small matrix with one long one, and all are in order after the last
+            x = factor.t() @ x.reshape(-1, len(factor)).t()
+        return x.reshape(order, outer, right).transpose(0, 1)
+    left = outer * order
+    for factor in reversed(matrices):
+        k = len(factor)
+        left //= k
         if right == 1:
-            x = x.reshape(left, k) @ matrices[i]
+            x = x.reshape(left, k) @ factor
         else:  # bmm and not matmul, which may fold the batch by copying a transpose
-            x = torch.bmm(matrices[i].T.expand(left, k, k), x.reshape(left, k, right))
+            x = torch.bmm(factor.t().expand(left, k, k), x.reshape(left, k, right))
         right *= k
     return x.reshape(shape)
 
 
-def _multiply_in_chunks(x: Tensor, matrices: list[Tensor]) -> Tensor:
-    """`_multiply` into one new tensor, so that the passes between read and write stay in cache."""
-    _, order, right = x.shape
+def _chunk(device: torch.device) -> int:
+    return _CHUNK * torch.get_num_threads() if device.type == "cpu" else _CHUNK_ELSEWHERE
+
+
+def _multiply_in_chunks(x: Tensor, matrices: list[Tensor], signs: Tensor | None, chunk: int) -> Tensor:
+    """x [outer, blocks, order, right] times signs, and `_multiply`, into one new tensor.
+
+    Chunk by chunk, so that what passes between the first read and the last write stays in the cache.
+    """
+    outer, blocks, order, right = x.shape
+    columns = max(1, min(right, max(_WIDE, chunk // order)))
+    rows = max(1, min(outer, chunk // (order * columns)))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rows = max(1, _CHUNK // (order * right))
-    columns = max(1, _CHUNK // (order * rows))
-    for x_rows, y_rows in zip(torch.split(x, rows), torch.split(y, rows), strict=True):
-        for source, target in zip(
-            torch.split(x_rows, columns, 2), torch.split(y_rows, columns, 2), strict=True
-        ):
-            target.copy_(_multiply(source.to(matrices[0].dtype), matrices))
+    for b in range(blocks):
+        for i in range(0, outer, rows):
+            for j in range(0, right, columns):
+                part = (slice(i, i + rows), b, slice(None), slice(j, j + columns))
+                source = x[part].to(matrices[0].dtype) if signs is None else x[part] * signs[b]
+                y[part].copy_(_multiply(source.contiguous(), matrices))
     return y
 
 
 @functools.cache
 def _orthonormal(order: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Factors of matrix(order) / sqrt(order). Tracers call the uncached function: tensors are theirs."""
-    first, *rest = _factor_rows(order, _RADIX)
+    first, *rest = _factor_rows(order, _RADIX[dtype])
     scaled = [[sign / math.sqrt(order) for sign in row] for row in first]
     with torch.inference_mode(False):
         return [torch.tensor(rows, dtype=dtype, device=device) for rows in (scaled, *rest)]

@@ -154,7 +154,7 @@ def _solve(
     results: dict[str, Quantized] = {}
     errors: dict[str, float] = {}
     for grid, members in by_grid.items():
-        weights = [_weight(graph, node).to(hessian.dtype) for node, _ in members]
+        weights = [_weight(graph, node).to(hessian) for node, _ in members]
         try:
             stacked = gptq(torch.cat(weights), hessian, grid, damping, act_order)
         except PassError as error:
@@ -193,13 +193,15 @@ def _fingerprint(graph: fx.GraphModule, sites: Sites, tokens: Tensor, damping: f
     digest = hashlib.sha256(repr((graph_text(graph), named, damping, act_order)).encode())
     for tensor in (*parameters(graph).values(), tokens):
         digest.update(repr((tensor.dtype, tensor.shape)).encode())
-        flat = tensor.detach().contiguous().flatten()
+        flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
 def _save(file: Path, results: Mapping[str, Quantized], row: Mapping[str, Any]) -> None:
-    tensors = {f"{name}.{part}": value for name, q in results.items() for part, value in vars(q).items()}
+    tensors = {
+        f"{name}.{part}": value.cpu() for name, q in results.items() for part, value in vars(q).items()
+    }
     with writing(file) as temporary:
         save_file(tensors, temporary, metadata={"figures": json.dumps(row)})
 

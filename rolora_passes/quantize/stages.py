@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rolora_passes.graphs.devices import place_of
 from rolora_passes.graphs.evaluate import call, compute, deaths
 from rolora_passes.graphs.graph import upstream
 from rolora_passes.graphs.inputs import inputs_for
@@ -26,19 +27,22 @@ class Stages:
         ...                                         # rewrite what stands after node
         for value in stages.advance(later): ...
 
+    On a device that the graph's tensors travel to (`graphs.devices`) there is one window at a time; the
+    frontier of the others is where the tokens were given.
+
     Between stages a caller may rewrite the readers of `node` and everything after them, and add parameters.
     """
 
     def __init__(self, graph: fx.GraphModule, tokens: Tensor) -> None:
         """Stand before the first node, with tokens int64 [N, S]."""
-        self._graph = graph
+        self._graph, self._place, self._home = graph, place_of(graph), tokens.device
         windows = [inputs_for(graph, window) for window in tokens.split(1)]
         inputs: dict[str, fx.Node] = {node.name: node for node in graph.graph.find_nodes(op="placeholder")}
         self._common = {inputs[n]: value for n, value in windows[0].items() if n == "positions"}
         self._inputs = inputs.values() - self._common.keys()
         self._reached: fx.Node | None = None
         self._windows: list[dict[fx.Node, Any]] = [
-            {node: window[name] for name, node in inputs.items() if node in self._inputs}
+            {node: window[name].to(self._home) for name, node in inputs.items() if node in self._inputs}
             for window in windows
         ]
 
@@ -51,15 +55,17 @@ class Stages:
         dead = deaths(steps, {*frontier, node})
         shared: dict[fx.Node, Any] = {}
         for window in self._windows:
+            window.update({n: _moved(value, self._place.device) for n, value in window.items()})
             with torch.no_grad():
                 value_of = partial(self._value, window, shared)
                 for step in steps:
-                    window[step] = call(step, value_of)
+                    window[step] = call(step, value_of, None, self._place.device)
                     for value in dead[step]:
                         window.pop(value, None)
                 value = value_of(node)
             for stale in window.keys() - frontier:  # the node itself, or what a rewrite stopped reading
                 del window[stale]
+            window.update({n: _moved(kept, self._home) for n, kept in window.items()})
             yield value
         self._reached = node
 
@@ -92,3 +98,7 @@ class Stages:
         if node not in shared:
             (shared[node],) = compute(self._graph, [node], self._common)
         return shared[node]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return fx.node.map_aggregate(value, lambda v: v.to(device) if isinstance(v, Tensor) else v)

@@ -135,6 +135,29 @@ def test_chunks_and_dtypes(
         torch.testing.assert_close(y, expected.to(dtype))
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    order=st.sampled_from([1, 2, 8, 12, 32, 64, 96]),
+    blocks=st.integers(1, 3),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 33])),
+    dtype=st.sampled_from([torch.float64, torch.bfloat16]),
+    chunk=st.sampled_from([1, 100, 5000]),
+)
+def test_signs_are_multiplied_in_first(
+    order: int, blocks: int, sizes: tuple[int, int, int], dtype: torch.dtype, chunk: int
+) -> None:
+    outer, inner, right = sizes
+    signs = torch.randint(0, 2, (blocks * order,)).double() * 2 - 1
+    x = torch.randn(2, outer * blocks * order * inner, right).to(dtype)
+    signed = x.double() * signs.repeat_interleave(inner).repeat(outer)[:, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hadamard, "_CHUNK", chunk)
+        found = hadamard.transform(x, order, 1, inner, signs)
+    torch.testing.assert_close(found, dense(signed, order, 1, inner).to(dtype))
+    recorded = hadamard.transform(x.requires_grad_(), order, 1, inner, signs)  # by another way
+    torch.testing.assert_close(recorded, found)
+
+
 @pytest.mark.parametrize("order", [1, 2, 12, 128, 256, 1536, 4864])
 def test_few_factors_make_the_matrix(order: int) -> None:
     found = hadamard.few_factors(order)
@@ -146,17 +169,23 @@ def test_few_factors_make_the_matrix(order: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 3), st.integers(0, 2))
-def test_multiply_is_the_dense_product(sizes: list[int], parts: int, dim: int) -> None:
-    """By the Kronecker product of any matrices, of an axis anywhere, in equal parts."""
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    parts=st.integers(1, 3),
+    inner=st.integers(1, 3),
+    dim=st.integers(0, 2),
+    last=st.sampled_from([2, 40]),
+)
+def test_multiply_is_the_dense_product(sizes: list[int], parts: int, inner: int, dim: int, last: int) -> None:
+    """By the Kronecker product of any matrices, of a factor of an axis anywhere, in equal parts."""
     order = math.prod(sizes)
-    shape = [2, 3, 2]
-    shape[dim] = parts * order
+    shape = [2, 3, last]
+    shape[dim] = parts * order * inner
     x = torch.randn(shape, dtype=torch.float64)
     matrices = [torch.randn(n, n, dtype=torch.float64) for n in sizes]
-    split = x.unflatten(dim, (parts, order)).movedim(dim + 1, -1)
+    split = x.unflatten(dim, (parts, order, inner)).movedim(dim + 1, -1)
     expected = (split @ functools.reduce(torch.kron, matrices)).movedim(-1, dim + 1).reshape(shape)
-    torch.testing.assert_close(hadamard.multiply(x, matrices, dim), expected)
+    torch.testing.assert_close(hadamard.multiply(x, matrices, dim, inner), expected)
 
 
 def test_strided_input() -> None:

@@ -9,6 +9,7 @@ from rolora_passes.errors import LoweringError
 from rolora_passes.extras import require
 from rolora_passes.graphs.graph import argument, get_tensor, is_op, set_tensor
 from rolora_passes.numerics.affine import limits
+from rolora_passes.numerics.packing import pack_nibbles
 
 
 def fuse_embeddings(graph: fx.GraphModule) -> None:
@@ -56,5 +57,4 @@ def _pack(weight: Tensor) -> Tensor:
     """int8 [V, d] in [-8, 7] -> uint8 [V, d / 2]: value + 8, the even column in the high nibble."""
     if weight.shape[1] % 2:
         raise LoweringError(f"a 4-bit embedding needs an even width, found {tuple(weight.shape)}")
-    shifted = (weight + 8).view(torch.uint8)
-    return (shifted[:, ::2] << 4) | shifted[:, 1::2]
+    return pack_nibbles(weight, high_first=True).bitwise_xor_(0x88)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.onnx.prepared import Node, Prepared, Reads
 from rolora_passes.graphs.graph import KEPT, argument, is_op
+from rolora_passes.numerics.packing import pack_nibbles
 
 KERNEL_BITS = (4, 8)
 _SMALLEST, _LARGEST = 16, 256  # groups that MatMulNBits has: powers of two between these
@@ -90,34 +91,27 @@ def blocks(weight: KernelWeight, block: int, repeat: int) -> tuple[Tensor, Tenso
     Low bits first; integers and zero points are shifted by half their range, which is what a kernel takes
     for a zero point where it is given none.
     """
-    bits, shift = weight.stored_bits, 1 << (weight.stored_bits - 1)
+    bits, half = weight.stored_bits, 1 << (weight.stored_bits - 1)
     rows, width = weight.integers.shape
     count = -(-width // block)
-    filled = F.pad(weight.integers, (0, count * block - width))
-    packed = _pack((filled.to(torch.int16) + shift).to(torch.uint8).view(rows, count, block), bits)
+    filled = weight.integers if width == count * block else F.pad(weight.integers, (0, count * block - width))
+    packed = _pack(filled.reshape(rows, count, block), bits)
     scale = weight.scale.repeat_interleave(repeat, 1).contiguous()
     if weight.zero is None:
         return packed, scale, None
-    zero = (weight.zero.to(torch.int16) + shift).to(torch.uint8).repeat_interleave(repeat, 1)
-    return packed, scale, _pack(F.pad(zero, (0, -count % (8 // bits))), bits)
+    zero = F.pad(weight.zero.repeat_interleave(repeat, 1), (0, -count % (8 // bits)), value=-half)
+    return packed, scale, _pack(zero, bits)
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:
-    """uint8 [.., n] below 2^bits -> uint8 [.., n·bits / 8], the first value in the lowest bits."""
-    each = 8 // bits
-    parts = values.unflatten(-1, (-1, each))
-    packed = parts[..., 0].clone()
-    for i in range(1, each):
-        packed |= parts[..., i] << (bits * i)
-    result: Tensor = packed
-    return result
+    """int8 [.., n] of 4 or 8 bits -> uint8 [.., n·bits / 8]: shifted by half the range, the first lowest."""
+    # Adding half of the range turns over the highest bit.
+    return pack_nibbles(values).bitwise_xor_(0x88) if bits == 4 else values.view(torch.uint8) ^ 0x80
 
 
 def pack_signed(integers: Tensor) -> Tensor:
     """int8 in [-8, 7], any shape -> the bytes of ONNX's INT4, two in each, the first in the low half."""
-    flat = integers.reshape(-1)
-    low, high = F.pad(flat, (0, len(flat) % 2)).view(torch.uint8).view(-1, 2).unbind(1)
-    return (low & 15) | (high << 4)
+    return pack_nibbles(integers.reshape(-1))
 
 
 def kernel_input(graph: Prepared, linear: Node) -> tuple[Node, int]:

@@ -85,7 +85,7 @@ class Reading(TorchFunctionMode):
             rows = slice(start, start + step)
             shift = None if bias is None else bias[rows]
             result[..., rows] = F.linear(x, weight[rows].to(hollow.dtype), shift)
-        rest(weight)
+            rest(weight, weight[rows])
         return result
 
 

@@ -155,18 +155,16 @@ def _divided(x: Tensor, dim: int, vector: Tensor) -> Tensor:
     return x / along_axis(vector, x, dim)
 
 
-_MUL = AxisMap(
-    _gain,
-    "mul",
-    forth=lambda x, dim, n, t: x * along_axis(t[0], x, dim),
-    back=lambda x, dim, n, t: _divided(x, dim, t[0]),
-)
-_DIV = AxisMap(
-    _gain,
-    "div",
-    forth=lambda x, dim, n, t: x / along_axis(t[0], x, dim),
-    back=lambda x, dim, n, t: x * along_axis(t[0], x, dim),
-)
+def _times(x: Tensor, dim: int, numbers: tuple[int, ...], tensors: list[Tensor]) -> Tensor:
+    return x * along_axis(tensors[0], x, dim)
+
+
+def _over(x: Tensor, dim: int, numbers: tuple[int, ...], tensors: list[Tensor]) -> Tensor:
+    return x / along_axis(tensors[0], x, dim)
+
+
+_MUL = AxisMap(_gain, "mul", forth=_times, back=lambda x, dim, n, t: _divided(x, dim, t[0]), transpose=_times)
+_DIV = AxisMap(_gain, "div", forth=_over, back=_times, transpose=_over)
 _SUB = AxisMap(
     _difference,
     "centre",

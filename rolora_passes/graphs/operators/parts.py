@@ -182,6 +182,7 @@ OPERATORS = (
             "slice",
             forth=lambda x, dim, n, t: x.narrow(dim, n[0], n[1] - n[0]),
             back=lambda x, dim, n, t: _embedded(x, dim, n[0], n[2]),
+            transpose=lambda x, dim, n, t: _embedded(x, dim, n[0], n[2]),
         ),
         positions=_sliced,
         traits=Trait.ON_LOGITS,

@@ -68,12 +68,15 @@ class AxisMap:
         kind: what `forth` and `back` do, as `Step.kind` says it; "" where `read` gives no step of its own.
         forth: the map done to an axis of another tensor.
         back: the map undone, as a branch beside the weight needs it.
+        transpose: the map's transpose, as what the weight is multiplied with needs it: x·(W·M)ᵀ = (x·Mᵀ)·Wᵀ.
+            Of an orthogonal map that is `back`, of a diagonal one `forth`.
     """
 
     read: Callable[[WeightReader, Any], list[Step]]
     kind: str = ""
     forth: Apply | None = None
     back: Apply | None = None
+    transpose: Apply | None = None
 
 
 def still(reader: WeightReader, node: Any) -> list[Step]:

@@ -43,15 +43,10 @@ def rotate(x: Tensor, rotation: Tensor, dim: int = -1, inner: int = 1) -> Tensor
             applied by the fast transform (H in blocks of the largest order that divides n, where
             none of order n is known). Cast to x's dtype.
     """
-    dim = dim % x.dim()
-    n = rotation.shape[0]
-    split = x.unflatten(dim, (x.shape[dim] // (n * inner), n, inner))
     rotation = rotation.to(x.dtype)
     if rotation.dim() == 1:
-        signs = rotation.reshape([n, 1] + [1] * (x.dim() - dim - 1))
-        return hadamard((split * signs).flatten(dim, dim + 2), _hadamard.largest_order(n), dim, inner)
-    moved: Tensor = split.movedim(dim + 1, -1) @ rotation
-    return moved.movedim(-1, dim + 1).flatten(dim, dim + 2)
+        return _hadamard.transform(x, _hadamard.largest_order(len(rotation)), dim, inner, rotation)
+    return _hadamard.multiply(x, [rotation], dim, inner)
 
 
 def _transform(s: Scope, node: Call) -> Any:
@@ -97,10 +92,7 @@ def _turned_back(x: Tensor, dim: int, inner: int, rotation: Tensor) -> Tensor:
 def _hadamard_back(x: Tensor, dim: int, order: int, inner: int) -> Tensor:
     """Times the transpose, by its Kronecker factors."""
     factors = [m.T.to(x.dtype) / len(m) ** 0.5 for m in _hadamard.factors(order)]
-    if inner == 1:
-        return _hadamard.multiply(x, factors, dim)
-    split = x.unflatten(dim, (-1, order, inner)).movedim(dim + 2, dim)
-    return _hadamard.multiply(split, factors, dim + 2).movedim(dim, dim + 2).flatten(dim, dim + 2)
+    return _hadamard.multiply(x, factors, dim, inner)
 
 
 # Words.
@@ -139,6 +131,7 @@ OPERATORS = (
             "hadamard",
             forth=lambda x, dim, n, t: _hadamard.transform(x, n[0], dim, n[1]),
             back=lambda x, dim, n, t: _hadamard_back(x, dim, n[0], n[1]),
+            transpose=lambda x, dim, n, t: _hadamard_back(x, dim, n[0], n[1]),
         ),
         words=_hadamard_words,
         **_KNOWN,
@@ -153,6 +146,7 @@ OPERATORS = (
             "kronecker",
             forth=lambda x, dim, n, t: _hadamard.multiply(x, t, dim),
             back=lambda x, dim, n, t: _hadamard.multiply(x, [m.T for m in t], dim),
+            transpose=lambda x, dim, n, t: _hadamard.multiply(x, [m.T for m in t], dim),
         ),
         words=_kronecker_words,
         **_KNOWN,
@@ -166,6 +160,7 @@ OPERATORS = (
             "rotate",
             forth=lambda x, dim, n, t: rotate(x, t[0], dim, n[0]),
             back=lambda x, dim, n, t: _turned_back(x, dim, n[0], t[0]),
+            transpose=lambda x, dim, n, t: _turned_back(x, dim, n[0], t[0]),
         ),
         **_KNOWN,
     ),

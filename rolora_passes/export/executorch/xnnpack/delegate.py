@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,9 @@ from executorch.backends.xnnpack.utils.xnnpack_constants import (
 )
 from executorch.exir._serialize._named_data_store import NamedDataStore, NamedDataStoreOutput
 from torch import Tensor
+
+from rolora_passes.export.executorch.xnnpack.held import Held
+from rolora_passes.numerics.packing import pack_nibbles
 
 Shape = tuple[int | None, ...]
 
@@ -105,7 +107,7 @@ class Delegate:
         count = scale.numel()
         buffer = self._store(scale.detach().float().contiguous())
         quant = schema.PerChannelQuant([], channel_dim=0, scale_buffer_idx=buffer, num_scales=count)
-        stored = pack_nibbles(weight) if bits == 4 else weight.contiguous()
+        stored = _nibbles(weight) if bits == 4 else weight.contiguous()
         return self._constant(stored, tuple(weight.shape), kind, quant)
 
     def group_weight(self, weight: Tensor, scale: Tensor, group_size: int) -> int:
@@ -115,7 +117,7 @@ class Delegate:
             [], channel_dim=0, group_size=group_size, scale_buffer_idx=buffer, num_scales=scale.numel()
         )
         datatype = schema.XNNDatatype.xnn_datatype_qbint4
-        return self._constant(pack_nibbles(weight), tuple(weight.shape), datatype, quant)
+        return self._constant(_nibbles(weight), tuple(weight.shape), datatype, quant)
 
     def finish(self) -> tuple[bytes, NamedDataStoreOutput]:
         """The delegate's blob, and its constants by name."""
@@ -177,8 +179,8 @@ class Delegate:
 
     def _store(self, tensor: Tensor) -> int:
         """Keep a tensor's bytes under their hash, so that delegates share what is equal."""
-        data = tensor.flatten().view(torch.uint8).numpy().tobytes()
-        key = hashlib.sha256(data).hexdigest()
+        data = Held(tensor)
+        key = data.sha256().hex()
         for index, entry in enumerate(self._constants):
             if entry.named_key == key:
                 return index
@@ -187,8 +189,6 @@ class Delegate:
         return len(self._constants) - 1
 
 
-def pack_nibbles(weight: Tensor) -> Tensor:
+def _nibbles(weight: Tensor) -> Tensor:
     """int8 [out, in] in [-8, 7] -> uint8 [out, ceil(in / 2)]: value + 8, even columns in the low nibbles."""
-    even = torch.nn.functional.pad(weight, (0, weight.shape[-1] % 2))
-    shifted = (even + 8).view(torch.uint8)
-    return shifted[:, ::2] | (shifted[:, 1::2] << 4)
+    return pack_nibbles(weight).bitwise_xor_(0x88)
