@@ -3,11 +3,12 @@
 python benchmarks/rotations.py --text wikitext2_valid.txt --calibration c4.jsonl -o results.json
 
 Rows are eight seeds of QuaRot's randomised Hadamards, and what learning makes of one of them (--seed), at one
-budget of steps and tokens: SpinQuant (R1 and R2, Cayley SGD, cross-entropy), and the library's own
-(`learned:…`). That also balances scalings, searches clips and learns scales of rounded weights and gains of
-norms: "learned, rounded" is before this last step, and "scaled" (`scaled:…`) has everything but the learned
-rotation. --method and --lr compare ways to move along the manifold, all else equal. A row that is in the
-results file already is not computed again; --work keeps what was learned.
+budget of steps and tokens: SpinQuant (R1 and R2, Cayley SGD, cross-entropy), DartQuant and KurTail (R1 and
+R2 layer by layer, from samples of activations), and the library's own (`learned:…`). That also balances
+scalings, searches clips and learns scales of rounded weights and gains of norms: "learned, rounded" is before
+this last step, and "scaled" (`scaled:…`) has everything but the learned rotation. --method and --lr compare
+ways to move along the manifold, all else equal. A row that is in the results file already is not computed
+again; --work keeps what was learned.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def main() -> None:
     bench = Rotations(parser.parse_args())
     for rounding in ROUNDING:
         bench.random(rounding)
-        for method in ("scaled", "spinquant", "learned"):
+        for method in ("scaled", "dartquant", "kurtail", "spinquant", "learned"):
             for setting in SETTINGS:
                 bench.learned(method, rounding, setting)
     print(table(bench.found))

@@ -12,12 +12,17 @@ ORDER = 20
 SUMMARY = "train a recipe's rotations, in one process or under torchrun"
 EXAMPLES = (
     "rolora learn MODEL --recipe spinquant:W4A4KV4 --calibration c4.jsonl -o learned",
+    "rolora learn MODEL --recipe dartquant:W4A4 --calibration c4.jsonl --set tokens=512 -o learned",
     "torchrun -m rolora_passes learn MODEL --recipe learned:W4A4KV4 --calibration c4.jsonl -o learned",
 )
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    recipe_option(parser, "with a learn-rotation, such as spinquant:W4A4KV4", required=True)
+    recipe_option(
+        parser,
+        "with a learn-rotation, such as spinquant:W4A4KV4 (end to end) or dartquant:W4A4 (layer by layer)",
+        required=True,
+    )
     training_options(parser)
 
 

@@ -1,4 +1,7 @@
-"""A graph as one module a layer: what activation checkpointing recomputes, and what devices hold parts of."""
+"""A graph as one module a layer: what activation checkpointing recomputes, and what devices hold parts of.
+
+The head is a module of its own, so that a loss can look at a few tokens' logits at a time.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,16 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from rolora_passes.graphs.devices import device_of, place_of, written_for
-from rolora_passes.graphs.graph import get_tensor, set_tensor
+from rolora_passes.graphs.graph import get_tensor, is_op, set_tensor
 from rolora_passes.graphs.layers import find_layers
+from rolora_passes.graphs.sites import heads
+
+# Operators behind a head's input that mix no tokens (a soft cap, a scale, a bias).
+_BY_TOKEN = ("linear", "mul", "div", "tanh", "add", "to")
 
 
 class LayeredGraph(nn.Module):
-    """The same function as a graph, cut at its decoder layers.
+    """The same function as a graph, cut at its decoder layers and before its head.
 
     Every part holds its own weights, frozen; of the parameters named in `variables` none does: their values
     are given to every call. What does not depend on tokens (expressions on weights, rotary tables) is
@@ -28,49 +35,51 @@ class LayeredGraph(nn.Module):
     called. Those of a graph that does not fit must be fetched again for the gradient: recompute.
 
     Attributes:
-        parts: before the first layer, one a layer, after the last.
+        parts: before the first layer, one a layer, from the last to what the head reads.
         layers: those that are layers.
+        head: from what the head reads to the logits; None where there is not one head.
+        by_token: whether the head works on every token for itself.
         device: where they are computed.
     """
 
-    def __init__(
-        self, graph: fx.GraphModule, variables: Collection[str] = (), watched: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, graph: fx.GraphModule, variables: Collection[str] = ()) -> None:
         """Args:
         variables: names of parameters that calls give.
-        watched: names of nodes whose values calls give too, by the name to give them under.
         """
         super().__init__()
         place = place_of(graph)
         self.device, self._place = place.device, None if place.device == device_of(graph) else place
         found = find_layers(graph)
-        segments = [s for s in (found.before, *found.layers, found.after) if s]
-        stream = {node for segment in segments for node in segment}
+        after, head = _divided(graph, found.after)
+        stream = {node for segment in (found.before, *found.layers, after, head) for node in segment}
+        weights = [n for n in _read(head) if n in found.weights and n.target not in variables]
+        segments = [s for s in (found.before, *found.layers, [*after, *weights]) if s]
         (output,) = graph.graph.find_nodes(op="output")
         self.inputs = [node.name for node in graph.graph.find_nodes(op="placeholder")]
-        self._variables, self._watched = frozenset(variables), dict(watched or {})
+        self._variables = frozenset(variables)
         self._reads: list[list[str]] = []
         self._gives: list[list[str]] = []
         self.parts = nn.ModuleList()
         for segment in segments:
             later = stream - set(segment) | {output}
-            gives = [
-                n
-                for n in segment
-                if n.name in self._watched.values() or any(user in later for user in n.users)
-            ]
+            gives = [n for n in segment if any(user in later for user in n.users)]
             part, reads = self._part(graph, segment, gives, stream)
             self.parts.append(part)
             self._reads.append(reads)
-            self._gives.append([n.name for n in gives])
+            self._gives.append([_known_as(n) for n in gives])
         first = 1 if found.before else 0
         self.layers = [*self.parts][first : first + len(found.layers)]
         self._result = cast(fx.Node, output.args[0]).name
+        self.head: fx.GraphModule | None = None
+        if head:
+            self._result = cast(fx.Node, head[0].args[0]).name
+            self.head, self._beside = self._part(graph, head, head[-1:], stream | set(weights))
+        self.by_token = all(is_op(n, *_BY_TOKEN) for n in head)
 
     def forward(
         self, inputs: Mapping[str, Tensor], variables: Mapping[str, Tensor], recompute: bool = False
-    ) -> dict[str, Tensor]:
-        """The graph's result, as "result", and the values that are watched.
+    ) -> list[Tensor]:
+        """What `logits` wants: first what the head reads [B, S, D], or the logits where there is no one head.
 
         Args:
             inputs: a value for every input of the graph, by name.
@@ -83,7 +92,16 @@ class LayeredGraph(nn.Module):
             call = partial(self._call, part)
             results = checkpoint(call, *values, use_reentrant=False) if recompute else call(*values)
             known.update(zip(gives, results, strict=True))
-        return {"result": known[self._result], **{k: known[name] for k, name in self._watched.items()}}
+        beside = self._beside if self.head is not None else []
+        return [known[self._result], *(known[name] for name in beside if name != self._result)]
+
+    def logits(self, hidden: Tensor, *beside: Tensor) -> Tensor:
+        """The logits [B, S, V] of what the head reads, given the rest of what `forward` returned."""
+        if self.head is None:
+            return hidden
+        others = iter(beside)
+        (found,) = self.head(*(hidden if n == self._result else next(others) for n in self._beside))
+        return cast(Tensor, found)
 
     def settle(self) -> None:
         """Move every weight to where the graph is computed, to stay there."""
@@ -108,7 +126,7 @@ class LayeredGraph(nn.Module):
         for node in graph.graph.nodes:
             if node in edge:
                 copies[node] = part.graph.placeholder(node.name)
-                reads.append(str(node.target) if node.op == "get_attr" else node.name)
+                reads.append(_known_as(node))
         for node in graph.graph.nodes:
             if node in needed:
                 copies[node] = part.graph.node_copy(node, copies.__getitem__)
@@ -133,6 +151,29 @@ class LayeredGraph(nn.Module):
                 needed.add(node)
                 stack.extend(node.all_input_nodes)
         return needed, edge
+
+
+def _divided(graph: fx.GraphModule, after: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What stands behind the last layer: before the head, and from it on; nothing where not one is found."""
+    found = [node for node in after if node in heads(graph.graph)]
+    if len(found) != 1:
+        return after, []
+    place = after.index(found[0])
+    before, behind = after[:place], after[place:]
+    read = found[0].args[0]
+    outside = {n for n in _read(behind) if n in before}
+    return (before, behind) if outside <= {read} else (after, [])
+
+
+def _read(nodes: list[fx.Node]) -> list[fx.Node]:
+    """What nodes read that is not among them."""
+    found = dict.fromkeys(value for node in nodes for value in node.all_input_nodes)
+    return [value for value in found if value not in nodes]
+
+
+def _known_as(node: fx.Node) -> str:
+    """Parameters are known by their own names, as variables are given; other values by their nodes'."""
+    return str(node.target) if node.op == "get_attr" else node.name
 
 
 def _frozen(value: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,10 +18,8 @@ from torch.nn.utils import clip_grad_norm_
 from rolora_passes.errors import PassError
 from rolora_passes.extras import require
 from rolora_passes.files import writing
-from rolora_passes.graphs.devices import has_bfloat16, seeded
-from rolora_passes.graphs.inputs import positions_like
-from rolora_passes.learning import losses, processes
-from rolora_passes.learning.layered import LayeredGraph
+from rolora_passes.graphs.devices import seeded
+from rolora_passes.learning import processes
 from rolora_passes.loading.instructions import IGNORED
 from rolora_passes.numerics.stiefel import Variables
 
@@ -50,11 +47,34 @@ class Trace:
     best: int | None = None
 
 
+class Data(Protocol):
+    """What training reads: N windows of tokens, or what was computed from them."""
+
+    @property
+    def held(self) -> int:
+        """How many of the last are held out, to see when training stops to help."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def at(self, places: Tensor) -> Self:
+        """Some of them."""
+        ...
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens a loss is the mean of."""
+        ...
+
+
+Objective = Callable[[Any, Mapping[str, Tensor]], Tensor]
+"""The mean loss of some windows, given values of the variables by name."""
+
+
 def train(
-    student: LayeredGraph,
-    teacher: LayeredGraph | None,
+    objective: Objective,
     variables: Variables,
-    windows: Windows,
+    data: Data,
     options: Options,
     file: Path | None,
     on_progress: Callable[[str, int, int], None],
@@ -66,16 +86,14 @@ def train(
     number, so equal options give equal results.
 
     Args:
-        student: a quantized graph; its variables are named as `variables` names them.
-        teacher: the graph in floating point, for distillation.
-        windows: what to learn from, and what is held out.
+        objective: what is made less; it reads `data`.
         file: where the state is kept, to go on from it; None to keep nothing.
         on_progress: called with the pass and the last loss, how many steps are done, and of how many.
 
     Raises:
         PassError: the loss is not finite; says at which step, and where the last good state is.
     """
-    run = _Run(student, teacher, variables, windows, options, file)
+    run = _Run(objective, variables, data, options, file)
     run.resume()
     on_progress(options.name, run.step, options.steps)
     while run.step < options.steps and not run.stopped:
@@ -101,6 +119,9 @@ class Windows:
     labels: Tensor
     held: int = 0
 
+    def __len__(self) -> int:
+        return len(self.tokens)
+
     def at(self, places: Tensor) -> Windows:
         """Some of them."""
         places = places.to(self.tokens.device)
@@ -117,16 +138,15 @@ class _Run:
 
     def __init__(
         self,
-        student: LayeredGraph,
-        teacher: LayeredGraph | None,
+        objective: Objective,
         variables: Variables,
-        windows: Windows,
+        data: Data,
         options: Options,
         file: Path | None,
     ) -> None:
         get_scheduler = require("transformers.optimization", "transformers").get_scheduler
-        self.student, self.teacher, self.variables = student, teacher, variables
-        self.windows, self.options, self.file = windows, options, file
+        self.objective, self.variables, self.data = objective, variables, data
+        self.options, self.file = options, file
         self.shared = processes.synchronised(variables)
         self.optimizers = options.optimizers(variables)
         warm, steps = math.ceil(options.warmup * options.steps), options.steps
@@ -159,7 +179,7 @@ class _Run:
         """Gradients of the loss of the step's windows, of which it returns this process's part."""
         batch, own = self._batch()
         loss, wanted = torch.zeros(()), max(1, batch.predicted)
-        with seeded(self.step, self.windows.tokens.device):
+        with seeded(self.step, next(self.variables.parameters()).device):
             for rows in own:
                 # Of the mean over all tokens of the batch; gradients of several processes are averaged.
                 part = self._loss(rows, leaves) * (rows.predicted * processes.count() / wanted)
@@ -167,27 +187,19 @@ class _Run:
                 loss += part.detach().cpu()
         return loss
 
-    def _batch(self) -> tuple[Windows, list[Windows]]:
+    def _batch(self) -> tuple[Data, list[Data]]:
         """The windows of the step, and this process's, in the parts that are computed one after another.
 
         They are those of one process's parts, so that two processes do what one does in two parts.
         """
-        first, count = self.step * self.options.batch, len(self.windows.tokens) - self.windows.held
+        first, count = self.step * self.options.batch, len(self.data) - self.data.held
         places = torch.arange(first, first + self.options.batch) % count
         own = places.chunk(processes.count())[processes.rank()]
-        return self.windows.at(places), [self.windows.at(p) for p in own.chunk(self.options.accumulate)]
+        return self.data.at(places), [self.data.at(p) for p in own.chunk(self.options.accumulate)]
 
-    def _loss(self, rows: Windows, leaves: list[Tensor]) -> Tensor:
+    def _loss(self, rows: Data, leaves: list[Tensor]) -> Tensor:
         """The mean loss of the tokens that are predicted."""
-        inputs = {"tokens": rows.tokens, "positions": positions_like(rows.tokens)}
-        known = dict(zip(self.variables.names, leaves, strict=True))
-        with self._precision():
-            found = self.student(inputs, known, self.options.recompute)
-        if self.teacher is None:
-            return losses.cross_entropy(found, rows.labels)
-        with torch.no_grad(), self._precision():
-            wanted = self.teacher(inputs, {})
-        return losses.LOSSES[self.options.loss](found, wanted, rows.labels)
+        return self.objective(rows, dict(zip(self.variables.names, leaves, strict=True)))
 
     # Validation: what is held out says when to stop, and which variables were best.
 
@@ -202,7 +214,7 @@ class _Run:
     def validate(self) -> None:
         """At every `evaluate_every` steps, and at the last: the loss of what is held out."""
         due = self.step % self.options.evaluate_every == 0 or self.step == self.options.steps
-        if not self.windows.held or not due:
+        if not self.data.held or not due:
             return
         start = time.perf_counter()
         loss = self._held_out()
@@ -215,13 +227,13 @@ class _Run:
 
     def _held_out(self) -> float:
         """The mean loss of the tokens predicted in what is held out; every process computes a part."""
-        count = len(self.windows.tokens)
-        places = torch.arange(count - self.windows.held, count)[processes.rank() :: processes.count()]
+        count = len(self.data)
+        places = torch.arange(count - self.data.held, count)[processes.rank() :: processes.count()]
         total, tokens = torch.zeros(()), torch.zeros(())
         with torch.no_grad():
             values = [value.detach() for value in self.variables()]
             for own in places.split(max(1, self.options.batch // self.options.accumulate)):
-                rows = self.windows.at(own)
+                rows = self.data.at(own)
                 total += self._loss(rows, values).cpu() * rows.predicted
                 tokens += rows.predicted
         return processes.mean(total) / max(processes.mean(tokens), 1e-9)
@@ -230,12 +242,6 @@ class _Run:
         """Let the variables be those that did best on what is held out, if anything is."""
         if self._best is not None:
             self.variables.load_state_dict(self._best)
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        device = self.windows.tokens.device
-        if not self.options.bfloat16 or not has_bfloat16(device):
-            return nullcontext()
-        return torch.autocast(device.type, torch.bfloat16)
 
     def _require_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):

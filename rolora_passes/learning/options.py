@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from rolora_passes.numerics.stiefel import Variables
+from rolora_passes.numerics.stiefel import Method, Variables
 
 
 class Options(Protocol):
@@ -25,10 +25,6 @@ class Options(Protocol):
     @property
     def clip(self) -> float | None: ...
     @property
-    def bfloat16(self) -> bool: ...
-    @property
-    def recompute(self) -> bool: ...
-    @property
     def schedule(self) -> str: ...
     @property
     def warmup(self) -> float: ...
@@ -40,3 +36,16 @@ class Options(Protocol):
     def optimizers(self, variables: Variables) -> list[torch.optim.Optimizer]:
         """What moves the variables, at the rates of the options."""
         ...
+
+
+class SampleOptions(Options, Protocol):
+    """Those of learning from samples; `passes.learn_rotation.LearnRotation` says what each is."""
+
+    @property
+    def method(self) -> Method: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def validation(self) -> float: ...

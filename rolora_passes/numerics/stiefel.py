@@ -1,4 +1,4 @@
-"""Orthogonal matrices that stay orthogonal while they are trained, two ways behind one interface."""
+"""Orthogonal matrices that stay orthogonal while they are trained, three ways behind one interface."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from rolora_passes.numerics.exact import exact
 
-Method = Literal["cayley-adam", "cayley-sgd"]
-RATES: dict[Method, float] = {"cayley-adam": 2e-3, "cayley-sgd": 1.5}
+Method = Literal["cayley-adam", "cayley-sgd", "qr-sgd"]
+RATES: dict[Method, float] = {"cayley-adam": 2e-3, "cayley-sgd": 1.5, "qr-sgd": 1e-2}
 _RETRACT_EVERY = 101
 _EPSILON = 1e-8
 
@@ -70,7 +70,9 @@ class Variables(nn.Module):
 
     With "cayley-sgd" a rotation is a parameter that `CayleySGD` keeps on the manifold. With "cayley-adam" it
     is R₀·C(A), C the Cayley transform of a skew-symmetric matrix that starts at zero (torch's `orthogonal`
-    parametrization), so that any optimiser of plain parameters, here Adam, moves along the manifold.
+    parametrization), so that any optimiser of plain parameters, here Adam, moves along the manifold. With
+    "qr-sgd" it is the orthogonal factor of a free matrix, which SGD with momentum moves (DartQuant's QR-Orth,
+    Shao et al., 2025).
     """
 
     def __init__(self, rotations: Mapping[str, Tensor], free: Mapping[str, Tensor], method: Method) -> None:
@@ -83,9 +85,11 @@ class Variables(nn.Module):
         self.names = [*rotations, *free]
         self.rotations = nn.ModuleList(_Matrix(m) for m in rotations.values())
         self.free = nn.ParameterList(nn.Parameter(s.float().clone()) for s in free.values())
-        if method == "cayley-adam":
-            for matrix in self.rotations:
+        for matrix in self.rotations:
+            if method == "cayley-adam":
                 parametrizations.orthogonal(matrix, orthogonal_map="cayley")
+            elif method == "qr-sgd":
+                parametrize.register_parametrization(matrix, "weight", _Orthogonal())
 
     def forward(self) -> list[Tensor]:
         """The matrices and vectors, float32, in the order of `names`."""
@@ -95,10 +99,14 @@ class Variables(nn.Module):
     def optimizers(self, lr: float, free_lr: float) -> list[torch.optim.Optimizer]:
         """What moves them, at these rates."""
         matrices = list(self.rotations.parameters())
-        sgd, adam = (matrices, []) if self.method == "cayley-sgd" else ([], matrices)
+        adam = matrices if self.method == "cayley-adam" else []
         groups = [{"params": adam, "lr": lr}, {"params": list(self.free), "lr": free_lr}]
-        found: list[torch.optim.Optimizer] = [CayleySGD(sgd, lr)] if sgd else []
         plain = [group for group in groups if group["params"]]
+        found: list[torch.optim.Optimizer] = []
+        if matrices and self.method == "cayley-sgd":
+            found.append(CayleySGD(matrices, lr))
+        elif matrices and self.method == "qr-sgd":
+            found.append(torch.optim.SGD(matrices, lr, momentum=0.9))
         return [*found, torch.optim.Adam(plain, betas=(0.9, 0.95))] if plain else found
 
     def orthogonality_error(self) -> float:
@@ -112,3 +120,10 @@ class _Matrix(nn.Module):
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(value.float().clone())
+
+
+class _Orthogonal(nn.Module):
+    """The orthogonal factor of a matrix; an orthogonal matrix is its own."""
+
+    def forward(self, free: Tensor) -> Tensor:
+        return _retracted(free)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +21,7 @@ from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.sites import is_head
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.learning import processes
+from rolora_passes.learning.end_to_end import EndToEnd
 from rolora_passes.learning.layered import LayeredGraph
 from rolora_passes.learning.loop import Windows, train
 from rolora_passes.memory import peak_mb
@@ -111,10 +112,11 @@ class Training(Pass):
         """What moves the variables, at the rates of the options."""
         raise NotImplementedError
 
-    def _require(self, graph: fx.GraphModule) -> None:
+    def _require(self, graph: fx.GraphModule, decoder: bool = True) -> None:
         """Join the processes of torchrun, and refuse what cannot be trained by them."""
         require_float32(graph, self.name)
-        require_decoder(graph, self.name)
+        if decoder:
+            require_decoder(graph, self.name)
         processes.join()
         if self.batch % (processes.count() * self.accumulate):
             raise PassError(
@@ -157,9 +159,10 @@ class Training(Pass):
         """Train the variables of a student in place; returns the account of it, for a report's notes."""
         device = place_of(graph).device
         windows, work = self.windows(calibration, device), calibration.work
+        layered = self._layered(student, variables.names)
+        taught = None if teacher is None else self._layered(teacher, [])
         trace = train(
-            self._layered(student, variables.names),
-            None if teacher is None else self._layered(teacher, []),
+            EndToEnd(layered, taught, self.loss, self.bfloat16, self.recompute),
             variables.to(device),
             windows,
             self,
@@ -195,18 +198,13 @@ class Training(Pass):
         return windows
 
     def _layered(self, graph: fx.GraphModule, variables: Collection[str]) -> LayeredGraph:
-        watched = {"hidden": self._before_head(graph)} if self.loss == "hidden" else {}
-        layered = LayeredGraph(graph, variables, watched)
+        layered = LayeredGraph(graph, variables)
+        if self.loss == "hidden" and layered.head is None:
+            found = sum(is_head(node) for node in linears(graph))
+            raise PassError(f"{self.name}: loss hidden is of what one head reads, found {found} heads")
         if self.shard and processes.count() > 1:
             processes.shard(layered)
         return layered
-
-    def _before_head(self, graph: fx.GraphModule) -> str:
-        """The name of what the head reads."""
-        heads = [node for node in linears(graph) if is_head(node)]
-        if len(heads) != 1:
-            raise PassError(f"{self.name}: loss hidden is of what one head reads, found {len(heads)} heads")
-        return cast(fx.Node, heads[0].args[0]).name
 
     def _file(self, graph: fx.GraphModule, windows: Windows) -> Path:
         """A name that no other training has."""

@@ -40,7 +40,9 @@ def learn(rolora: Run, checkpoint: Path, tmp_path: Path) -> Run:
     return command
 
 
-@pytest.mark.parametrize("recipe", ["spinquant:W4A4KV4", "learned-rtn:W4A8", "learned-8da4w"])
+@pytest.mark.parametrize(
+    "recipe", ["spinquant:W4A4KV4", "learned-rtn:W4A8", "dartquant:W4A4", "learned-8da4w"]
+)
 def test_writes_what_it_learned(recipe: str, learn: Run, checkpoint: Path, tmp_path: Path) -> None:
     status, _, said = learn(recipe, "--set", "steps=3", "--set", "batch=4")
     assert status == 0, said

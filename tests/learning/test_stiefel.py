@@ -49,7 +49,7 @@ def test_a_step_is_that_of_the_formulas() -> None:
     torch.testing.assert_close(p.detach(), exact.T, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["cayley-sgd", "cayley-adam"])
+@pytest.mark.parametrize("method", ["cayley-sgd", "cayley-adam", "qr-sgd"])
 def test_both_find_the_nearest_rotation(method: Method) -> None:
     """A start beside a rotation is brought to it."""
     target = orthogonal(8, 3).float()
@@ -58,7 +58,7 @@ def test_both_find_the_nearest_rotation(method: Method) -> None:
     start = torch.linalg.qr(target + 0.1 * noise)[0]
     start = start * (start * target).sum(0).sign()
     variables = Variables({"R": start}, {}, method)
-    optimizers = variables.optimizers({"cayley-sgd": 0.2, "cayley-adam": 0.02}[method], 0.01)
+    optimizers = variables.optimizers({"cayley-sgd": 0.2, "cayley-adam": 0.02, "qr-sgd": 0.02}[method], 0.01)
     before = float((variables()[0] - target).detach().norm())
     for _ in range(200):
         loss = (variables()[0] - target).pow(2).sum()
@@ -70,7 +70,7 @@ def test_both_find_the_nearest_rotation(method: Method) -> None:
     assert variables.orthogonality_error() < 1e-5
 
 
-@pytest.mark.parametrize("method", ["cayley-sgd", "cayley-adam"])
+@pytest.mark.parametrize("method", ["cayley-sgd", "cayley-adam", "qr-sgd"])
 def test_variables_start_where_they_are_told(method: Method) -> None:
     matrices = {"A": orthogonal(12, 0), "B": orthogonal(3, 1)}
     scales = {"s": torch.linspace(-1, 1, 5)}
