@@ -50,6 +50,10 @@ class SpillError(RoloraError):
     """The folder for weights that do not fit into memory is full, or cannot be written to."""
 
 
+class WorkError(RoloraError):
+    """A folder for finished work is in use by another process, or cannot be written to."""
+
+
 class RunError(RoloraError):
     """A compiled program cannot be run as asked."""
 

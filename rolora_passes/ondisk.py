@@ -14,7 +14,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rolora_passes.errors import SpillError
+from rolora_passes.memory import release, resident
 
 _DONT_NEED = 4  # MADV_DONTNEED
 _SMALLEST = 1 << 20  # bytes; smaller tensors stay in memory
@@ -73,10 +74,12 @@ class Spill:
     Args:
         folder: on a disk, not in memory (as /tmp may be).
         limit: bytes that may lie there at once; None for what the disk holds.
+        memory: bytes that the process may take; None for what the machine has. It bounds what is kept in
+            memory by choice, such as values between the stages of a calibration: `memory_left`.
     """
 
-    def __init__(self, folder: Path, limit: int | None = None) -> None:
-        self.folder, self.limit, self.used = folder, limit, 0
+    def __init__(self, folder: Path, limit: int | None = None, memory: int | None = None) -> None:
+        self.folder, self.limit, self.memory, self.used = folder, limit, memory, 0
 
     def hold(self, nbytes: int) -> None:
         """Count bytes that are about to be written.
@@ -100,14 +103,57 @@ _spill: ContextVar[Spill | None] = ContextVar("spill", default=None)
 
 
 @contextmanager
-def spilling(folder: str | Path, limit: int | None = None) -> Iterator[Spill]:
-    """Within it, large tensors that folding makes are written to a folder, and mapped."""
-    spill = Spill(Path(folder), limit)
+def spilling(folder: str | Path, limit: int | None = None, memory: int | None = None) -> Iterator[Spill]:
+    """Within it, large tensors that passes make are written to a folder, and mapped.
+
+    The outermost decides: within another one it has no effect.
+
+    Args: those of `Spill`.
+    """
+    outer = _spill.get()
+    if outer is not None:
+        yield outer
+        return
+    spill = Spill(Path(folder), limit, memory)
+    _allow_many_files()
     token = _spill.set(spill)
     try:
         yield spill
     finally:
         _spill.reset(token)
+
+
+def _allow_many_files() -> None:
+    """Every mapped tensor holds a file open: let the process have as many as it may."""
+    try:
+        import resource  # not part of Python everywhere
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(1 << 16, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # macOS has a lower bound of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def memory_left() -> int | None:
+    """Bytes that the process may still take under `Spill.memory`; None if nothing bounds it."""
+    spill = _spill.get()
+    if spill is None or spill.memory is None:
+        return None
+    release()
+    return spill.memory - resident()
+
+
+def spilled(tensor: Tensor) -> Tensor:
+    """A tensor in the spill folder, if there is one and the tensor is large; else the tensor itself."""
+    if _spill.get() is None or tensor.nbytes < _SMALLEST or is_on_disk(tensor):
+        return tensor
+    growing = Growing(tensor.shape, tensor.dtype)
+    growing.append(tensor)
+    found = growing.finish()
+    rest(found)
+    return found
 
 
 class Growing:

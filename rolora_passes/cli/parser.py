@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,17 @@ def at_least(low: float, kind: type[int] | type[float]) -> Callable[[str], float
     number.__name__ = kind.__name__  # argparse names it where a text is no number
     number.words = f"{_TYPES[kind]} >= {low:g}"  # type: ignore[attr-defined]
     return number
+
+
+def size(text: str) -> int:
+    """An argparse type: a number of bytes, written 8GB, 512MB or 1.5GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"expected a size such as 8GB, 512MB or 1.5GiB, found {text!r}")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1))
+
+
+size.words = "size"  # type: ignore[attr-defined]
 
 
 def assignment(text: str) -> tuple[str, str]:

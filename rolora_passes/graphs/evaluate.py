@@ -68,6 +68,10 @@ def blocks(
         sliced = {node: _sliced(value, found, rows) for node, value in given.items() if node in found.aligned}
         values = compute(graph, nodes, {**given, **sliced}, dtype, (found, rows), change)
         yield Place(rows, found.count), values
+        del values
+        for node in nodes:
+            if node.op == "get_attr":
+                let_go(graph, node, (found, rows))
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def _rows(graph: fx.GraphModule, nodes: list[fx.Node]) -> _Rows | None:
         inner.add(node)
         stack.extend(n for n in node.all_input_nodes if n in rows)
         sides.update(n for n in node.all_input_nodes if n not in rows)
-    if not inner or sides & (inner | aligned):
+    if not (inner or all(n.op == "get_attr" for n in nodes)) or sides & (inner | aligned):
         return None
     tables = [get_tensor(graph, str(n.target)) for n in aligned if n.op == "get_attr"]
     largest = max(tables or roots, key=Tensor.numel)
@@ -144,6 +148,9 @@ def _whole(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None, chan
         return cast(Tensor, compute(graph, [node], dtype=dtype, change=change)[0])
     given = dict[fx.Node, Any]()
     for operand in node.all_input_nodes:
+        if operand.op == "get_attr":
+            given[operand] = _whole(graph, operand, dtype, change)
+            continue
         parts = [part for _, (part,) in blocks(graph, [operand], dtype, change)]
         given[operand] = parts[0] if len(parts) == 1 else torch.cat(parts)
         del parts
