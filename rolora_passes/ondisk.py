@@ -22,17 +22,47 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from rolora_passes.errors import SpillError
+from rolora_passes.errors import SourceError, SpillError
 from rolora_passes.memory import release, resident
 
 _DONT_NEED = 4  # MADV_DONTNEED
 _SMALLEST = 1 << 20  # bytes; smaller tensors stay in memory
 
 
-def on_disk(tensor: Tensor) -> Tensor:
-    """The same tensor, marked as mapped from a file."""
+def on_disk(tensor: Tensor, file: Path | None = None) -> Tensor:
+    """The same tensor, marked as mapped from a file.
+
+    Args:
+        file: one that others may change; None: nobody else knows it.
+    """
     tensor._on_disk = True  # type: ignore[attr-defined]
+    if file is not None:
+        tensor._file = file, _state(file)  # type: ignore[attr-defined]
     return tensor
+
+
+def require_whole(tensor: Tensor) -> None:
+    """Refuse a tensor whose file was cut or written to since it was mapped.
+
+    To read beyond the end of a file ends the process. One that was removed is there for who has it open.
+
+    Raises:
+        SourceError: so it was.
+    """
+    if not hasattr(tensor, "_file"):
+        return
+    file, known = tensor._file
+    with suppress(FileNotFoundError):
+        if (found := _state(file)) != known:
+            raise SourceError(
+                f"expected {file} as it was when it was opened, {known[0]} bytes, found it written to since, "
+                f"{found[0]} bytes: fetch it again, and run again when nothing writes to it"
+            )
+
+
+def _state(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def is_on_disk(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from rolora_passes.graphs.dtypes import retyped
 from rolora_passes.graphs.graph import get_tensor, upstream
 from rolora_passes.graphs.operators import operator_of
 from rolora_passes.moved import old_names
-from rolora_passes.ondisk import is_on_disk, rest
+from rolora_passes.ondisk import is_on_disk, require_whole, rest
 
 # Elements evaluated at a time where rows are independent: what stays in a core's cache in float64.
 _BLOCK = 1 << 17
@@ -215,7 +215,9 @@ def parameter(
 ) -> Tensor:
     """The tensor of a `get_attr` node, or rows of it, as `compute` reads it."""
     name = str(node.target)
-    tensor = get_tensor(graph, name).detach()
+    tensor = get_tensor(graph, name)
+    require_whole(tensor)
+    tensor = tensor.detach()
     if rows is not None and node in rows[0].aligned:
         tensor = _sliced(tensor, *rows)
     if change is not None:
