@@ -14,6 +14,7 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import site_names
 from rolora_passes.graphs.info import history
 from rolora_passes.graphs.running import run
+from rolora_passes.ondisk import rest, spilled
 from rolora_passes.passes.base import Pass
 from rolora_passes.passes.manager import apply_passes
 
@@ -50,7 +51,7 @@ def sensitivity(
         graph: before quantization, with the recipe's rotations and transforms applied.
         quantizers: passes with `targets`, applied to one site at a time. Rounding to nearest replaces GPTQ:
             sites are compared here, and GPTQ would compensate for differences.
-        tokens: int64 [N, S] of real text.
+        tokens: int64 [N, S] of real text. The logits of all of them are kept; within `ondisk.spilling` in files.
         on_progress: called with the sites done and their number.
 
     Returns: one entry for each linear that a quantizer changes, the costliest first.
@@ -61,7 +62,7 @@ def sensitivity(
     steps = [_for_sites(step) for step in quantizers]
     if not steps:
         raise PassError("sensitivity: expected at least one quantizer, such as quantize-weights, found none")
-    expected = [run(graph, row[None])[0] for row in tokens]
+    expected = [spilled(run(graph, row[None])[0]) for row in tokens]
     names = list(site_names(graph).values())
     found = []
     for number, name in enumerate(names):
@@ -110,6 +111,7 @@ def _compare(graph: fx.GraphModule, expected: list[Tensor], tokens: Tensor) -> t
     kl, nll = 0.0, 0.0
     for row, before in zip(tokens, expected, strict=True):
         more = compare_logits(run(graph, row[None])[0], before, row)
+        rest(before)
         kl, nll = kl + more[0], nll + more[1]
     return kl / tokens.numel(), nll / (tokens.shape[0] * (tokens.shape[1] - 1))
 
