@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from rolora_passes import history
+from rolora_passes.cli.parser import size
 from rolora_passes.graphs.graph import parameters
 from rolora_passes.graphs.info import Record, info
 from rolora_passes.memory import peak_mb
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="of random tokens")
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
     parser.add_argument("--spill", type=Path, required=True, help="folder for weights that passes make")
+    parser.add_argument("--memory", type=size, help="bound of what the process takes, such as 8GB")
     parser.add_argument("--work", type=Path, help="keep finished stages there, and go on from them")
     parser.add_argument("--no-verify", action="store_true")
     options = parser.parse_args()
@@ -41,11 +43,11 @@ def main() -> None:
         print(f"{record.name:22}{wall:9.1f} s {cpu:9.1f} CPU-s {peak_mb() / 1e3:7.2f} GB", flush=True)
 
     start = time.perf_counter()
-    with spilling(options.spill):
+    with spilling(options.spill, memory=options.memory):
         opened = open_source(options.model, options.recipe, calibration=Calibration(torch.empty(0)))
-        size = info(opened.graph).config["vocab_size"]
+        vocabulary = info(opened.graph).config["vocab_size"]
         random = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, size, (options.windows, options.length), generator=random)
+        tokens = torch.randint(0, vocabulary, (options.windows, options.length), generator=random)
         clock.append(time.process_time())
         graph = apply_passes(
             opened.graph,

@@ -176,8 +176,8 @@ def memory_left() -> int | None:
 
 
 def spilled(tensor: Tensor) -> Tensor:
-    """A tensor in the spill folder, if there is one and the tensor is large; else the tensor itself."""
-    if _spill.get() is None or tensor.nbytes < _SMALLEST or is_on_disk(tensor):
+    """A tensor in the spill folder, if there is one and the tensor is large, and on the CPU; else itself."""
+    if _spill.get() is None or tensor.nbytes < _SMALLEST or is_on_disk(tensor) or tensor.device.type != "cpu":
         return tensor
     growing = Growing(tensor.shape, tensor.dtype)
     growing.append(tensor)
@@ -214,7 +214,7 @@ class Growing:
         elif block.shape == self.shape:
             self._whole = block.contiguous()
         else:
-            self._whole = torch.empty(self.shape, dtype=self.dtype) if self._whole is None else self._whole
+            self._whole = block.new_empty(self.shape) if self._whole is None else self._whole
             self._whole[self._end : self._end + len(block)] = block
             self._end += len(block)
 

@@ -51,7 +51,7 @@ def sensitivity(
         graph: before quantization, with the recipe's rotations and transforms applied.
         quantizers: passes with `targets`, applied to one site at a time. Rounding to nearest replaces GPTQ:
             sites are compared here, and GPTQ would compensate for differences.
-        tokens: int64 [N, S] of real text. The logits of all of them are kept; within `ondisk.spilling` in files.
+        tokens: int64 [N, S] of real text, whose logits are kept; within `ondisk.spilling` in files.
         on_progress: called with the sites done and their number.
 
     Returns: one entry for each linear that a quantizer changes, the costliest first.

@@ -59,8 +59,8 @@ def gptq_linears(
         sites: the linears to quantize, with the name and the grid of each.
         tokens: int64 [N, S].
         work: a folder where finished stages are kept until the run is over, so that one that was killed
-            goes on from there; None to keep nothing. Runs that differ in anything have files of their own;
-            equal ones share them, and the first to end removes them.
+            goes on from there; None to keep nothing. Runs that differ in anything have files of their own.
+            One process at a time works in it.
         on_progress: called with how much is done, and of how much.
         store: writes a weight into the graph: rewrites the linear's second argument.
 
@@ -70,16 +70,15 @@ def gptq_linears(
         "peak_mb" so far.
 
     Raises:
-        PassError: a weight cannot be rounded on what its input saw; names the sites.
+        PassError: a weight cannot be rounded on what its input saw, or a stage needs more memory than there
+            is (`ondisk.spilling`); names the sites.
+        WorkError: another process works in the folder, or it cannot be written to.
     """
     plan, per_stage = _stages(sites), len(tokens) + 1
-    needs = _needs(graph, plan, tokens.shape[1])
-    largest = max(needs, key=lambda stage: needs[stage], default=None)
-    room = None if largest is None else room_beside(needs[largest], f"gptq of {plan[largest].names}")
     figures, total = [], len(plan) * per_stage
     named = sorted((name, repr(grid)) for name, grid in sites.values())
     with keeping(work, graph, tokens, (named, damping, act_order)) as kept:
-        windows = Stages(graph, tokens, room)
+        windows = Stages(graph, tokens, _room(graph, plan, tokens.shape[1]))
         for number, stage in enumerate(plan):
             done, names = number * per_stage, [name for name, _ in stage.sites.values()]
             saved = kept.load(number, names)
@@ -101,21 +100,21 @@ def gptq_linears(
     return {"stages": figures}
 
 
-def _needs(graph: fx.GraphModule, plan: list[_Stage], length: int) -> dict[int, int]:
-    """The bytes of memory that stages take beside what windows keep, roughly, by their numbers.
+def _room(graph: fx.GraphModule, plan: list[_Stage], length: int) -> int | None:
+    """The bytes that windows may keep in memory beside the largest stage, of whose needs this is an estimate.
 
-    Rounding holds the Hessian [n, n] in float32 and three matrices of its size in float64, and some rows of
-    the weights a few times over; a window, the stage's weights and the values beside them.
+    Rounding holds the Hessian [n, n] in float32, three matrices of its size in float64, and some rows of the
+    weights a few times over; running holds the Hessian, the weights, and a window's values beside them.
     """
-    shapes = infer_shapes(graph, only=constants(graph))
-    needs = dict[int, int]()
-    for number, stage in enumerate(plan):
+    shapes, largest, names = infer_shapes(graph, only=constants(graph)), 0, ""
+    for stage in plan:
         weights = [shapes[node.args[1]].shape for node in stage.sites if isinstance(node.args[1], fx.Node)]
         width, rows = int(weights[0][-1]), sum(int(shape[0]) for shape in weights)
         rounding = 28 * width**2 + 20 * width * min(rows, _rows_at_once(width))
         running = 4 * width**2 + 8 * width * min(rows, 8 * width) + 16 * length * max(width, rows // 4)
-        needs[number] = max(rounding, running)
-    return needs
+        if max(rounding, running) > largest:
+            largest, names = max(rounding, running), stage.names
+    return room_beside(largest, f"gptq of {names}")
 
 
 def _stages(sites: Sites) -> list[_Stage]:
