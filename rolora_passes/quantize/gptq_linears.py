@@ -15,7 +15,7 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs.evaluate import blocks
 from rolora_passes.graphs.graph import constants
 from rolora_passes.graphs.shapes import infer_shapes
-from rolora_passes.memory import peak_mb
+from rolora_passes.memory import peak_mb, release
 from rolora_passes.numerics.affine import Integers, dequantize
 from rolora_passes.numerics.gptq import Quantized, gptq
 from rolora_passes.ondisk import Growing
@@ -89,12 +89,12 @@ def gptq_linears(
                     hessian.add(value)
                 on_progress(done + window + 1, total)
             seconds = time.perf_counter() - start
+            release()  # what windows freed lies in pieces, among which no matrix fits
             results, row = saved or _solve(graph, stage, hessian, damping, act_order)
             if saved is None:
                 kept.save(number, results, row)
             for node, (name, grid) in stage.sites.items():
                 store(node, results[name], grid)
-            del hessian, results
             figures.append({**row, "forward": seconds, "resumed": saved is not None, "peak_mb": peak_mb()})
             on_progress(done + per_stage, total)
     return {"stages": figures}
