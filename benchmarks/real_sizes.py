@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from rolora_passes import history
-from rolora_passes.cli.parser import size
+from rolora_passes.cli.parser import byte_size
 from rolora_passes.graphs.graph import parameters
 from rolora_passes.graphs.info import Record, info
 from rolora_passes.memory import peak_mb
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="of random tokens")
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
     parser.add_argument("--spill", type=Path, required=True, help="folder for weights that passes make")
-    parser.add_argument("--memory", type=size, help="bound of what the process takes, such as 8GB")
+    parser.add_argument("--memory", type=byte_size, help="bound of what the process takes, such as 8GB")
     parser.add_argument("--work", type=Path, help="keep finished stages there, and go on from them")
     parser.add_argument("--no-verify", action="store_true")
     options = parser.parse_args()

@@ -70,6 +70,10 @@ class EvaluationError(RoloraError):
     """A model cannot be evaluated as asked."""
 
 
+class DeviceError(RoloraError):
+    """torch has no such device here."""
+
+
 class QualityError(RoloraError):
     """A quantized graph says less of a text than no model would."""
 

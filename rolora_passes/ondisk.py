@@ -10,6 +10,7 @@ import ctypes
 import functools
 import math
 import mmap
+import os
 import sys
 import tempfile
 import weakref
@@ -145,25 +146,11 @@ def spilling(folder: str | Path, limit: int | None = None, memory: int | None = 
         yield outer
         return
     spill = Spill(Path(folder), limit, memory)
-    _allow_many_files()
     token = _spill.set(spill)
     try:
         yield spill
     finally:
         _spill.reset(token)
-
-
-def _allow_many_files() -> None:
-    """Every mapped tensor holds a file open: let the process have as many as it may."""
-    try:
-        import resource  # not part of Python everywhere
-    except ImportError:
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(1 << 16, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(ValueError, OSError):  # macOS has a lower bound of its own
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def memory_left() -> int | None:
@@ -173,17 +160,6 @@ def memory_left() -> int | None:
         return None
     release()
     return spill.memory - resident()
-
-
-def spilled(tensor: Tensor) -> Tensor:
-    """A tensor in the spill folder, if there is one and the tensor is large, and on the CPU; else itself."""
-    if _spill.get() is None or tensor.nbytes < _SMALLEST or is_on_disk(tensor) or tensor.device.type != "cpu":
-        return tensor
-    growing = Growing(tensor.shape, tensor.dtype)
-    growing.append(tensor)
-    found = growing.finish()
-    rest(found)
-    return found
 
 
 class Growing:
@@ -210,7 +186,7 @@ class Growing:
         if self._file is not None:
             assert self._spill is not None
             with _explained(self._spill.folder):
-                self._file.write(block.contiguous().view(torch.uint8).numpy().data)
+                self._file.write(block.cpu().contiguous().view(torch.uint8).numpy().data)
         elif block.shape == self.shape:
             self._whole = block.contiguous()
         else:
@@ -225,8 +201,8 @@ class Growing:
             return self._whole
         with _explained(self._spill.folder), self._file:
             self._file.flush()
-            tensor, mapping = _mapped(self._file, self.shape, self.dtype)
-        weakref.finalize(mapping, self._spill.free, tensor.nbytes)
+            tensor = _mapped(self._file, self.shape, self.dtype)
+        weakref.finalize(tensor.untyped_storage(), self._spill.free, tensor.nbytes)
         return on_disk(tensor)
 
 
@@ -246,7 +222,20 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _mapped(file: BinaryIO, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, mmap.mmap]:
-    """What a file holds as a tensor, and the mapping that it keeps alive."""
-    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(mapping, dtype=dtype).view(shape), mapping
+def _mapped(file: BinaryIO, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """What a file holds, which may be closed and nameless by now."""
+    size = math.prod(shape)
+    if os.name == "posix":  # a mapping of Python's would hold a file open for every tensor
+        found = torch.from_file(f"/dev/fd/{file.fileno()}", shared=False, size=size, dtype=dtype)
+    else:
+        found = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=dtype)
+    return found.view(shape)
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """A tensor as it will lie from now on: on disk, within `spilling` and if it is large; else as it is."""
+    if is_on_disk(tensor) or not tensor.dim():
+        return tensor
+    growing = Growing(tensor.shape, tensor.dtype)
+    growing.append(tensor)
+    return growing.finish()

@@ -51,8 +51,8 @@ def _identity(model: PreTrainedModel) -> str:
     """The same for models that nothing tells apart."""
     found = hashlib.sha256(f"{type(model)} {model.config.to_json_string()}".encode())
     for name, value in model.state_dict().items():
-        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        found.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(f"{name} {value.dtype} {value.device} {list(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -36,7 +36,7 @@ WINDOWS, DATA = "--window 32 --windows 1", "--samples 4 --length 32"
 SMALL = {
     "compile": "--max-length 64", "run": "--max-new-tokens 4", "passes": "", "diff": "", "inspect": "",
     "learn": f"{DATA} --set steps=2 --set batch=2", "tune": "--window 64 --epochs 1 --set batch=4",
-    "eval": WINDOWS, "diagnose": WINDOWS,
+    "eval": WINDOWS, "diagnose": WINDOWS, "transform": "",
 }  # fmt: skip
 
 

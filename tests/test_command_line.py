@@ -18,7 +18,7 @@ from tiny_checkpoint import TEXT, save_checkpoint
 from rolora_passes.cli import main
 from rolora_passes.cli.main import RENAMED, commands, parser
 from rolora_passes.cli.options import spilling_to
-from rolora_passes.cli.parser import Help, size
+from rolora_passes.cli.parser import Help, byte_size
 from rolora_passes.cli.passes import explained
 from rolora_passes.passes.registry import PASSES, make_pass
 
@@ -122,7 +122,7 @@ def test_options_of_another_diagnosis_are_refused(rolora: Run) -> None:
     [("8GB", 8 * 10**9), ("512MB", 512 * 10**6), ("1.5 GiB", 3 * 2**29), ("2tb", 2 * 10**12)],
 )
 def test_sizes(text: str, expected: int) -> None:
-    assert size(text) == expected
+    assert byte_size(text) == expected
 
 
 @pytest.mark.parametrize("text", ["8", "GB", "-1GB", "0GB", "8 gigabytes", "1e9", ""])

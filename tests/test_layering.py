@@ -34,6 +34,7 @@ EXTRAS = {
     "transformers",
     "gguf",
     "accelerate",
+    "fast_hadamard_transform",
 }
 # Modules that are subclasses of an extra's; nothing else imports them outside a function.
 LATE = (

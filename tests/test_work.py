@@ -28,7 +28,7 @@ from rolora_passes.errors import PassError, SourceError, SpillError, WorkError
 from rolora_passes.files import holding
 from rolora_passes.graphs.graph import copy_graph, linears, parameters, set_tensor
 from rolora_passes.graphs.running import run
-from rolora_passes.ondisk import Growing, is_on_disk, on_disk, spilled, spilling
+from rolora_passes.ondisk import Growing, is_on_disk, kept, on_disk, spilling
 from rolora_passes.passes.base import Calibration
 from rolora_passes.quantize import stages
 from rolora_passes.quantize.stages import Stages
@@ -61,7 +61,7 @@ def test_a_bound_of_memory_changes_no_byte(
     monkeypatch.setattr("rolora_passes.quantize.gptq_linears.room_beside", lambda need, what: 0)
     monkeypatch.setattr("rolora_passes.quantize.observers.room_beside", lambda need, what: 0)
     parked: list[int] = []
-    monkeypatch.setattr(stages, "spilled", lambda value: parked.append(value.nbytes) or spilled(value))
+    monkeypatch.setattr(stages, "kept", lambda value: parked.append(value.nbytes) or kept(value))
     with spilling(tmp_path, memory=1) as spill:
         bound = apply_passes(graph, steps, calibration=tokens)
         assert parked and spill.used >= 0
@@ -128,7 +128,7 @@ def test_results_go_to_the_folder(tmp_path: Path, anything_is_large: None) -> No
 
 def test_the_outermost_folder_counts(tmp_path: Path, anything_is_large: None) -> None:
     with spilling(tmp_path / "outer", memory=5) as outer, spilling(tmp_path / "inner") as inner:
-        assert inner is outer and is_on_disk(spilled(torch.ones(3)))
+        assert inner is outer and is_on_disk(kept(torch.ones(3)))
     assert (tmp_path / "outer").is_dir() and not (tmp_path / "inner").exists()
 
 

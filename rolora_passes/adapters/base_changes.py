@@ -16,7 +16,7 @@ from rolora_passes.adapters.peft_format import Adapter
 from rolora_passes.adapters.peft_tensors import MERGE
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.axis_maps import LowRank, Way
-from rolora_passes.graphs.graph import get_tensor, set_tensor
+from rolora_passes.graphs.graph import beside, get_tensor, set_tensor
 from rolora_passes.graphs.identity import fingerprint, is_original
 from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.lineage import copies, ways
@@ -46,7 +46,7 @@ def change_base(graph: fx.GraphModule, adapter: Adapter, linears: Collection[fx.
         done += [f"{root}: less the {adapter.start} start"] if rounded is None else []
     for name, value in replaced.items():
         for same in copies(graph, name):  # fuse-norm may have given a tied head a name of its own for it
-            set_tensor(graph, same, value)
+            set_tensor(graph, same, beside(graph, value))
         done.append(f"{name}: the adapter's own")
     if replaced:
         set_info(graph, replaced=tuple(sorted({*info(graph).replaced, *replaced})))
@@ -59,7 +59,7 @@ def _start(graph: fx.GraphModule, adapter: Adapter, way: Way) -> Tensor | None:
     LoftQ's start is another weight, which is returned.
     """
     _require_original(graph, way.root, f"the {adapter.start} start (init_lora_weights) of the adapter")
-    weight, branch = get_tensor(graph, way.root).detach(), adapter.modules[way.module]
+    weight, branch = get_tensor(graph, way.root).detach().cpu(), adapter.modules[way.module]
     rank = branch.a.shape[0]
     if way.changed or rank > min(weight.shape) or branch.scale <= 0:
         what = "another adapter was merged" if way.changed else f"rank {rank} or scale {branch.scale}"
@@ -165,10 +165,10 @@ def _fitting(graph: fx.GraphModule, name: str, shape: list[int] | None) -> Tenso
     """A copy of a parameter that is still as it was captured, and of this shape, if one is given."""
     what = f"what the adapter has of its own (modules_to_save, tokens, biases), {name!r:.120},"
     _require_original(graph, name, what)
-    known = get_tensor(graph, name).detach()
+    known = get_tensor(graph, name).detach().cpu()
     if shape is not None and shape != list(known.shape):
         raise PassError(f"expected the adapter's {name} to be {list(known.shape)}, found {shape}: {_RESIZE}")
-    return known.clone()
+    return known.clone()  # on the CPU, as the adapter is
 
 
 def _require_original(graph: fx.GraphModule, name: str, what: str) -> None:

@@ -154,7 +154,7 @@ def basis_hash(graph: fx.GraphModule) -> str:
         if node not in branches:
             digest.update(json.dumps([way.root, [plain(s) for s in way.steps], way.reason]).encode())
             for name in sorted(way.tensors):
-                digest.update(way.tensors[name].detach().float().contiguous().numpy().tobytes())
+                digest.update(way.tensors[name].detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -170,7 +170,7 @@ def _require_own(folder: Path) -> None:
 
 def _values(graph: fx.GraphModule, branch: Branch) -> LowRank:
     def value(node: Any) -> Any:
-        return None if node is None else compute(graph, [node], dtype=torch.float64)[0]
+        return None if node is None else compute(graph, [node], dtype=torch.float64)[0].cpu()
 
     a, b = value(branch.low.args[1]), value(branch.high.args[1])
     inner, outer = value(argument(branch.low, "bias")), value(argument(branch.high, "bias"))

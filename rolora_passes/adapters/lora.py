@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.axis_maps import LowRank
+from rolora_passes.graphs.devices import seeded
 from rolora_passes.graphs.graph import (
     KEPT,
     add_parameter,
@@ -129,8 +130,7 @@ def low_rank(matrix: Tensor, rank: int, scale: float) -> LowRank:
     is less than a quarter of the matrix's size: with 4 power iterations the two differ little even then.
     """
     if 4 * (rank + _OVERSAMPLING) < min(matrix.shape):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0, matrix.device):
             u, s, v = torch.svd_lowrank(matrix, rank + _OVERSAMPLING, niter=_ITERATIONS)
         vh = v.T
     else:

@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -44,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = _renamed(given)
         options = parser(words[0] if words else None).parse_args(words)
         _hush()
-        with _stopped_as_by_hand(), logging_to(options.log, given), spilling_to(options):
+        with (
+            _stopped_as_by_hand(),
+            logging_to(options.log, given),
+            spilling_to(options),
+            _computing(options),
+        ):
             options.run(options)
     except BrokenPipeError:  # the reader has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -103,6 +108,15 @@ def _renamed(arguments: list[str]) -> list[str]:
 def _tell(error: str) -> None:
     console.print("[bold red]error:[/] ", end="")
     console.print(error, markup=False, soft_wrap=True)
+
+
+def _computing(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """On the device that a command was given; commands that compute nothing have no such option."""
+    if getattr(options, "device", "cpu") == "cpu":
+        return nullcontext()  # torch need not be imported for that
+    from rolora_passes.graphs.devices import computing_on
+
+    return computing_on(options.device)
 
 
 @contextmanager

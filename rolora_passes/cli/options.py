@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rolora_passes.cli.display import Display, console, pass_line
-from rolora_passes.cli.parser import at_least, size
+from rolora_passes.cli.parser import at_least, byte_size
 
 if TYPE_CHECKING:
     from rolora_passes.debugging.opening import Subject
@@ -28,6 +28,16 @@ TEXT = ".txt or .jsonl file, or hub:NAME/CONFIG:SPLIT"
 def recipe_option(parser: argparse.ArgumentParser, words: str = "passes to apply", **how: Any) -> None:
     """`--recipe`."""
     parser.add_argument("--recipe", help=f"{words}: a recipe's name, METHOD:SETTING, or .yaml file", **how)
+
+
+def device_option(parser: argparse.ArgumentParser) -> None:
+    """`--device`, which `main` heeds: a command that has it runs within `computing_on`."""
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        default="cpu",
+        help="compute on cpu, cuda, cuda:1, mps, or auto, the best there is; weights travel there as needed",
+    )
 
 
 def tokenizer_option(parser: argparse.ArgumentParser) -> None:
@@ -62,12 +72,13 @@ def pass_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-verify", action="store_true", help="skip the check of exact passes")
     memory_options(parser)
+    device_option(parser)
 
 
 def memory_options(parser: argparse.ArgumentParser) -> None:
     """How much memory a command may take, and where the rest goes."""
     parser.add_argument(
-        "--memory", type=size, metavar="SIZE",
+        "--memory", type=byte_size, metavar="SIZE",
         help="bound of what the process takes, such as 8GB; values that do not fit go to the spill folder "
         "(default: what the machine has)",
     )  # fmt: skip
@@ -77,7 +88,7 @@ def memory_options(parser: argparse.ArgumentParser) -> None:
         "output, or the system's folder for temporary files)",
     )  # fmt: skip
     parser.add_argument(
-        "--spill-limit", type=size, metavar="SIZE",
+        "--spill-limit", type=byte_size, metavar="SIZE",
         help="bound of what lies there at once, such as 40GB (default: what the disk holds)",
     )  # fmt: skip
 

@@ -65,15 +65,15 @@ def at_least(low: float, kind: type[int] | type[float]) -> Callable[[str], float
     return number
 
 
-def size(text: str) -> int:
-    """An argparse type: a number of bytes, written 8GB, 512MB or 1.5GiB."""
+def byte_size(text: str) -> int:
+    """A number of bytes such as 8GB, 512MB or 1.5GiB, as argparse converts an argument."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip(), re.IGNORECASE)
     if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(f"expected a size such as 8GB, 512MB or 1.5GiB, found {text!r}")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1))
 
 
-size.words = "size"  # type: ignore[attr-defined]
+byte_size.words = "size"  # type: ignore[attr-defined]
 
 
 def assignment(text: str) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from rolora_passes.debugging.pairing import Pair, pair_values
 from rolora_passes.errors import GraphFormatError
 from rolora_passes.evaluation.sensitivity import compare_logits
 from rolora_passes.graphs.running import values
+from rolora_passes.numerics.exact import exact
 
 _WORST = 3  # tokens kept per value
 
@@ -125,8 +126,8 @@ class _Sums:
         noise, signal = (
             torch.linalg.vector_norm(x, dim=-1, dtype=_sum_type(x)) for x in (difference, expected)
         )
-        self.noise += float(noise.double().square().sum())
-        self.signal += float(signal.double().square().sum())
+        self.noise += float(exact(noise).square().sum())
+        self.signal += float(exact(signal).square().sum())
         self.max_abs = max(self.max_abs, _largest(expected))
         self.max_error = max(self.max_error, _largest(difference))
         errors = (noise / signal.clamp_min(1e-30)).nan_to_num(nan=math.inf)

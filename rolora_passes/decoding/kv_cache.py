@@ -13,7 +13,7 @@ from rolora_passes.decoding.positions import position_only, tabulate
 from rolora_passes.errors import LoweringError
 from rolora_passes.extras import require
 from rolora_passes.graphs.buffers import drop_unused
-from rolora_passes.graphs.graph import argument, copy_graph, parameter_names, set_tensor
+from rolora_passes.graphs.graph import argument, beside, copy_graph, parameter_names, set_tensor
 from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.shapes import Shape, infer_static
@@ -99,7 +99,7 @@ class _Window:
 
     def read(self, name: str, table: Tensor, dim: int) -> fx.Node:
         """The rows of a table [.., max_length, ..] at the window."""
-        set_tensor(self.module, name, table)
+        set_tensor(self.module, name, beside(self.module, table))
         with self.module.graph.inserting_before(self.head):
             whole = self.module.graph.get_attr(name)
             arguments = (whole, dim, self.start, self.length)
@@ -108,7 +108,8 @@ class _Window:
     def places(self, ahead: int) -> fx.Node:
         """Every position of the context, moved by so many: float32 [1, max_length]."""
         name = f"positions.ahead_{ahead}"
-        set_tensor(self.module, name, torch.arange(self.max_length, dtype=torch.float32)[None] + ahead)
+        places = torch.arange(self.max_length, dtype=torch.float32)[None] + ahead
+        set_tensor(self.module, name, beside(self.module, places))
         return self.module.graph.get_attr(name)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import LoweringError
-from rolora_passes.graphs.graph import argument, is_op, set_tensor
+from rolora_passes.graphs.graph import argument, beside, is_op, set_tensor
 from rolora_passes.graphs.shapes import Shape
 
 _aten, _quantized = torch.ops.aten, torch.ops.quantized_decomposed
@@ -83,7 +83,8 @@ def write_cache(
         else [(name, fresh.value, width, None)]
     )
     for target, row, size, dtype in rows:
-        set_tensor(module, target, torch.zeros(1, max_length, heads, size, dtype=dtype))
+        zeros = torch.zeros(1, max_length, heads, size, dtype=dtype)
+        set_tensor(module, target, beside(module, zeros))
         buffers.append(module.graph.get_attr(target))
         call(torch.ops.llama.update_cache.default, (row, buffers[-1], start))
     return Cache(tuple(buffers))

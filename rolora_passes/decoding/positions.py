@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import LoweringError
 from rolora_passes.graphs.buffers import constant_nodes
+from rolora_passes.graphs.devices import place_of
 from rolora_passes.graphs.evaluate import compute
 
 
@@ -44,7 +45,7 @@ def _evaluate(
     """Values of position-only nodes at 0 .. max_length - 1, and which dimension is the position."""
     if not needed:
         return []
-    index = torch.arange(max_length)[None]
+    index = torch.arange(max_length, device=place_of(module).device)[None]
     skip = max_length // 2
     try:
         whole, part = (compute(module, needed, {positions: given}) for given in (index, index[:, skip:]))

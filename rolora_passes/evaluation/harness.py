@@ -175,6 +175,6 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
 
 def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
     """(log-probability of a continuation in nats, whether greedy decoding would produce it)."""
-    targets = torch.tensor(continuation)
+    targets = torch.tensor(continuation, device=logits.device)
     picked = logits.log_softmax(-1).gather(-1, targets[:, None])
     return float(picked.sum()), bool((logits.argmax(-1) == targets).all())

@@ -137,7 +137,7 @@ def _agreeing(graph: Scorer, written: Tensor, start: int) -> int:
 
     One call tells: up to the first that is not, the graph would have read the same text.
     """
-    own = graph.logits(written[:, :-1], start - 1)[0].argmax(-1)
+    own = graph.logits(written[:, :-1], start - 1)[0].argmax(-1).cpu()
     return int((own == written[0, start:]).cumprod(0).sum())
 
 

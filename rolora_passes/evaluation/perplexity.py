@@ -141,11 +141,11 @@ def divergence(a: Scorer, b: Scorer, windows: Tensor, on_progress: Progress | No
 
 def _loss(scorer: Scorer, row: Tensor) -> float:
     """Mean negative log-likelihood of a window's tokens [S], except the first."""
-    total, targets = 0.0, row[1:]
-    logits = scorer.logits(row[None, :-1])[0]
+    total, logits = 0.0, scorer.logits(row[None, :-1])[0]
+    targets = row[1:].to(logits.device)
     for chunk, target in zip(_chunks(logits), targets.split(_ROWS), strict=True):
         picked = chunk.gather(-1, target[:, None]).squeeze(-1)
-        total += float((chunk.logsumexp(-1) - picked).sum(dtype=torch.float64))
+        total += float((chunk.logsumexp(-1) - picked).cpu().sum(dtype=torch.float64))
     if not math.isfinite(total):
         raise EvaluationError(
             "expected finite logits, found NaN or infinite ones: the cause is the model, its recipe or its "

@@ -14,7 +14,8 @@ from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import site_names
 from rolora_passes.graphs.info import history
 from rolora_passes.graphs.running import run
-from rolora_passes.ondisk import rest, spilled
+from rolora_passes.numerics.exact import exact_device
+from rolora_passes.ondisk import kept, rest
 from rolora_passes.passes.base import Pass
 from rolora_passes.passes.manager import apply_passes
 
@@ -62,7 +63,7 @@ def sensitivity(
     steps = [_for_sites(step) for step in quantizers]
     if not steps:
         raise PassError("sensitivity: expected at least one quantizer, such as quantize-weights, found none")
-    expected = [spilled(run(graph, row[None])[0]) for row in tokens]
+    expected = [kept(run(graph, row[None])[0]) for row in tokens]
     names = list(site_names(graph).values())
     found = []
     for number, name in enumerate(names):
@@ -122,7 +123,8 @@ def compare_logits(found: Tensor, expected: Tensor, row: Tensor) -> tuple[float,
     Returns: KL divergence from `expected` in nats, growth of the next token's negative log-likelihood (over
         S - 1 tokens), and the number of tokens at which both have the same top-1 prediction.
     """
-    kl, nll, same = 0.0, 0.0, 0
+    kl, nll, same, place = 0.0, 0.0, 0, exact_device(found.device)
+    found, expected, row = found.to(place), expected.to(place), row.to(place)
     following = torch.cat([row[1:], row[:0]])
     for start in range(0, len(row), _ROWS):
         p, q = (x[start : start + _ROWS].log_softmax(-1, dtype=torch.float64) for x in (expected, found))

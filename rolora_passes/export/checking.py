@@ -20,6 +20,7 @@ from rolora_passes.graphs.buffers import written
 from rolora_passes.graphs.graph import argument, copy_graph, get_tensor, insert, is_op, set_tensor
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import inputs_for
+from rolora_passes.graphs.running import run_on
 from rolora_passes.graphs.sites import routers
 from rolora_passes.graphs.verify import sample_tokens
 
@@ -90,10 +91,8 @@ class Reference:
 
     def _run(self, graph: fx.GraphModule, tokens: Tensor) -> Tensor:
         start = torch.zeros(1, dtype=torch.int64)
-        inputs = (tokens, start) if self.cached else inputs_for(graph, tokens).values()
-        with torch.no_grad():
-            result: Tensor = graph(*inputs)
-        return result
+        inputs = {"tokens": tokens, "input_pos": start} if self.cached else inputs_for(graph, tokens)
+        return run_on(graph, inputs)
 
 
 def _tabulate(graph: fx.GraphModule, max_length: int) -> None:

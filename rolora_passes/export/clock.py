@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+from rolora_passes.memory import release
+
 
 class Clock:
     """Seconds by step, in the order of the steps; a step may be taken up again.
@@ -26,6 +28,7 @@ class Clock:
         self._tell(name)
         start = self._read()
         yield
+        release()
         self.seconds[name] = round(self.seconds.get(name, 0.0) + self._read() - start, 3)
 
     @contextmanager

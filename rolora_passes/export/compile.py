@@ -11,6 +11,7 @@ from rolora_passes.decoding.positions import tabulate
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.clock import Clock
 from rolora_passes.export.folder import figures, keep_inputs, require_replaceable, write_manifest
+from rolora_passes.export.from_cpu import from_cpu
 from rolora_passes.export.onnx.lower import Flavor
 from rolora_passes.export.order import Check, Judge, Made, Order
 from rolora_passes.export.preflight import (
@@ -201,8 +202,8 @@ def _lower(order: Order, made: Made, folder: Path, clock: Clock) -> dict[str, Lo
     for target in order.targets:
         with clock.step(f"lower to {target.name}"), TARGETS.telling(target.name):
             methods = made.methods if target.has_methods else {}
-            tensors = Untouched(made.graph)
-            lowered[target.name] = target.lower(copy_graph(made.graph), folder, methods=methods, **options)
+            tensors, lower = Untouched(made.graph), from_cpu(target.lower)
+            lowered[target.name] = lower(copy_graph(made.graph), folder, methods=methods, **options)
             if written := tensors.written():
                 raise LoweringError(f"the target {target.name} wrote into the graph's tensors: {written[0]}")
     return lowered

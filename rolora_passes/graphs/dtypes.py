@@ -1,4 +1,4 @@
-"""The types that a graph computes in, and a graph converted to another."""
+"""The types that a graph computes in, and a graph converted to another, or moved to another device."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from rolora_passes.errors import GraphFormatError
+from rolora_passes.graphs.devices import Device, find_device, moved_to, written_for
 from rolora_passes.graphs.graph import copy_graph, finish, get_tensor, is_op, set_tensor, upstream
 from rolora_passes.graphs.operators import Trait, has
 from rolora_passes.graphs.shapes import infer_shapes
@@ -63,6 +64,28 @@ def convert(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
             node.args, node.kwargs = retyped((node.args, node.kwargs), partial(change, node))
     _drop_casts(result)
     return finish(result)
+
+
+def to_device(graph: fx.GraphModule, device: Device) -> fx.GraphModule:
+    """A copy of a graph whose tensors, and the devices written in it, are on this one.
+
+    Args:
+        device: "cpu", "cuda:1", …, as `graphs.devices.find_device` takes it. On MPS, which has no float64,
+            tensors of that type (rotations that are not folded yet) become float32.
+
+    Raises:
+        DeviceError: torch has no such device here.
+    """
+    result, place, moved = copy_graph(graph), find_device(device), dict[int, Tensor]()
+    for node in result.graph.nodes:
+        if node.op == "get_attr":
+            old = get_tensor(result, node.target)
+            if id(old) not in moved:  # a tied tensor is moved once
+                moved[id(old)] = moved_to(old, place)
+            set_tensor(result, node.target, moved[id(old)])
+        node.kwargs = written_for(node.kwargs, place)
+    result.recompile()
+    return result
 
 
 def _drop_casts(graph: fx.GraphModule) -> None:

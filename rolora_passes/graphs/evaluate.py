@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from rolora_passes.graphs.devices import Place, place_of, written_for
 from rolora_passes.graphs.dtypes import retyped
 from rolora_passes.graphs.graph import get_tensor, upstream
 from rolora_passes.graphs.operators import operator_of
@@ -45,7 +46,7 @@ def blocks(
     dtype: torch.dtype | None = None,
     change: Change | None = None,
     only: Tensor | None = None,
-) -> Iterator[tuple[Place, list[Tensor]]]:
+) -> Iterator[tuple[Part, list[Tensor]]]:
     """The values of constant expressions over the same parameters, rows by rows where their rows are
     independent, else at once.
 
@@ -59,7 +60,7 @@ def blocks(
     if found is None:
         values = compute(graph, nodes, dtype=dtype, change=change)
         count = len(values[0]) if values[0].dim() else 1
-        yield Place(slice(0, count), count), values
+        yield Part(slice(0, count), count), values
         return
     given = {node: _whole(graph, node, dtype, change) for node in found.whole}
     step = max(1, _BLOCK * found.count // found.size)
@@ -67,7 +68,7 @@ def blocks(
     for rows in places if only is None else [only]:
         sliced = {node: _sliced(value, found, rows) for node, value in given.items() if node in found.aligned}
         values = compute(graph, nodes, {**given, **sliced}, dtype, (found, rows), change)
-        yield Place(rows, found.count), values
+        yield Part(rows, found.count), values
         del values
         for node in nodes:
             if node.op == "get_attr":
@@ -75,7 +76,7 @@ def blocks(
 
 
 @dataclass(frozen=True)
-class Place:
+class Part:
     """Rows of a matrix that has `count`: a slice, or their numbers, int64 [n].
 
     Values that came at once are whole, each with its own count.
@@ -178,17 +179,19 @@ def compute(
             it. None: in their own.
         rows: of every parameter that has some; None for all.
         change: see `Change`.
+
+    Returns: values where the graph is computed (`graphs.devices`).
     """
     done: dict[fx.Node, Any] = dict(inputs or {})
-    steps = sorted(_needed(nodes, done))
+    steps, place = sorted(_needed(nodes, done)), place_of(graph, dtype)
     dead = deaths(steps, nodes)
     with torch.no_grad():
         for step in steps:
             if step not in done:
                 if step.op == "get_attr":
-                    done[step] = parameter(graph, step, dtype, rows, change)
+                    done[step] = parameter(graph, step, place, dtype, rows, change)
                 else:
-                    done[step] = call(step, done.__getitem__, dtype)
+                    done[step] = call(step, done.__getitem__, dtype, place.device)
             for value in dead[step]:
                 if done.pop(value, None) is not None and value.op == "get_attr":
                     let_go(graph, value, rows)
@@ -209,6 +212,7 @@ def _needed(nodes: list[fx.Node], known: Mapping[fx.Node, Any]) -> set[fx.Node]:
 def parameter(
     graph: fx.GraphModule,
     node: fx.Node,
+    place: Place,
     dtype: torch.dtype | None,
     rows: tuple[_Rows, slice | Tensor] | None = None,
     change: Change | None = None,
@@ -217,7 +221,7 @@ def parameter(
     name = str(node.target)
     tensor = get_tensor(graph, name)
     require_whole(tensor)
-    tensor = tensor.detach()
+    tensor = place.fetch(tensor).detach()
     if rows is not None and node in rows[0].aligned:
         tensor = _sliced(tensor, *rows)
     if change is not None:
@@ -232,9 +236,17 @@ def let_go(graph: fx.GraphModule, node: fx.Node, rows: tuple[_Rows, slice | Tens
         rest(tensor, None if rows is None or isinstance(rows[1], Tensor) else _sliced(tensor, *rows))
 
 
-def call(node: fx.Node, value_of: Callable[[fx.Node], Any], dtype: torch.dtype | None = None) -> Any:
-    """What a node's operator gives for the values of its operands; computed in `dtype`, if one is given."""
+def call(
+    node: fx.Node,
+    value_of: Callable[[fx.Node], Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Any:
+    """What a node's operator gives for the values of its operands; computed in `dtype`, and on `device`, if
+    they are given."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    if device is not None:
+        kwargs = written_for(kwargs, device)
     if dtype is not None:
         args, kwargs = retyped((args, kwargs), lambda _: dtype)
     return cast(Callable[..., Any], node.target)(*args, **kwargs)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rolora_passes.graphs.devices import device_of
 from rolora_passes.graphs.info import info
 from rolora_passes.graphs.inputs import positions_like as positions_like
 from rolora_passes.graphs.nodes import argument as argument
@@ -24,6 +25,7 @@ from rolora_passes.graphs.nodes import op_name as op_name
 from rolora_passes.graphs.operators import OURS, Trait, has
 from rolora_passes.graphs.sources import take_source
 from rolora_passes.moved import old_names
+from rolora_passes.numerics.exact import has_type
 
 aten = torch.ops.aten
 
@@ -93,7 +95,7 @@ def add_parameter(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
 
     What is named as part of a tensor, which has no parts, is named beside it: "w.lora_A.weight" of a linear
     whose weight is "w" becomes "w_lora_A.weight". The node stands before every node that is not a `get_attr`,
-    so any expression may read it.
+    so any expression may read it. The tensor is put where the graph's others are.
     """
     taken, count = parameter_names(graph), 0
     for dot in [i for i, letter in enumerate(name) if letter == "."]:
@@ -103,9 +105,16 @@ def add_parameter(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     while unique in taken:
         count += 1
         unique = f"{name}_{count}"
-    set_tensor(graph, unique, value)
+    set_tensor(graph, unique, beside(graph, value))
     with graph.graph.inserting_before(first_compute(graph)):
         return graph.graph.create_node("get_attr", unique, name=unique.replace(".", "_"))
+
+
+def beside(graph: fx.GraphModule, value: Tensor) -> Tensor:
+    """A tensor where those of a graph are, unless they have no place yet, or none for its type."""
+    device = device_of(graph)
+    kept = device == value.device or device.type == "meta" or not has_type(device, value.dtype)
+    return value if kept else value.to(device)
 
 
 def first_compute(graph: fx.GraphModule) -> fx.Node:

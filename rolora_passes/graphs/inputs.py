@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import GraphFormatError
+from rolora_passes.graphs.devices import place_of
 
 DECODER = ("tokens", "positions")
 ENCODER = ("tokens",)
@@ -66,7 +67,7 @@ def require_decoder(graph: fx.GraphModule, what: str) -> None:
 def inputs_for(
     graph: fx.GraphModule, tokens: Tensor, decoder_tokens: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """A value for every input of a graph, by name, in the order it takes them.
+    """A value for every input of a graph, by name, in the order it takes them, where it is computed.
 
     Args:
         tokens: int64 [B, S].
@@ -76,8 +77,9 @@ def inputs_for(
     Raises:
         GraphFormatError: the graph takes something else (say, the places of a cache).
     """
-    names = require_known(graph)
-    given = {} if decoder_tokens is None else {"decoder_tokens": decoder_tokens}
+    names, device = require_known(graph), place_of(graph).device
+    tokens = tokens.to(device)
+    given = {} if decoder_tokens is None else {"decoder_tokens": decoder_tokens.to(device)}
     return {name: given[name] if name in given else _FROM_TOKENS[name](tokens) for name in names}
 
 

@@ -82,7 +82,7 @@ def _unchanged(name: str) -> Way:
 
 def name_of(tensor: Tensor) -> str:
     """A name for a tensor that a step holds: a hash of its values, so that no two tensors share one."""
-    values = tensor.detach().double().contiguous()
+    values = tensor.detach().cpu().double().contiguous()
     digest = hashlib.sha256(json.dumps(list(values.shape)).encode())
     digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
@@ -152,7 +152,7 @@ class _Reader:
     def tensor(self, node: fx.Node) -> str:
         """The name under which the value of an expression is kept."""
         if node not in self.names:
-            (value,) = compute(self.graph, [node], dtype=torch.float64)
+            value = compute(self.graph, [node], dtype=torch.float64)[0].cpu()  # as all that is remembered
             self.names[node] = name_of(value)
             self.tensors[self.names[node]] = value
         return self.names[node]

@@ -9,17 +9,21 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.graphs.buffers import constant_nodes
+from rolora_passes.graphs.devices import device_of, place_of
 from rolora_passes.graphs.evaluate import SMALL, Change, blocks, call, deaths, let_go, parameter
 from rolora_passes.graphs.graph import argument, get_tensor, is_op, parameters, upstream
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.ondisk import is_on_disk
+
+# Bytes of parameters of a graph that is run at once: at most three times as many are in memory then.
+_FEW = 1 << 28
 
 Linear = Callable[[fx.GraphModule, fx.Node, Tensor], Tensor | None]
 """(graph, linear, its input [.., in]) -> [.., out]."""
 
 
 def run(graph: fx.GraphModule, tokens: Tensor, decoder_tokens: Tensor | None = None) -> Tensor:
-    """Logits [B, S, V] for tokens int64 [B, S] at positions 0, 1, 2, …
+    """Logits [B, S, V] for tokens int64 [B, S] at positions 0, 1, 2, …, where they are computed.
 
     An encoder gives what its head does. A graph with a decoder gives logits [B, T, V] for decoder_tokens
     int64 [B, T]: the later half of tokens, if not given. Weights on disk are read as they are needed.
@@ -28,8 +32,9 @@ def run(graph: fx.GraphModule, tokens: Tensor, decoder_tokens: Tensor | None = N
 
 
 def run_on(graph: fx.GraphModule, inputs: Mapping[str, Tensor]) -> Tensor:
-    """What a graph gives for inputs by name."""
-    if not any(map(is_on_disk, parameters(graph).values())):
+    """What a graph gives for inputs by name, in its order."""
+    tensors, here = parameters(graph).values(), place_of(graph).device == device_of(graph)
+    if here and sum(tensor.nbytes for tensor in tensors) <= _FEW and not any(map(is_on_disk, tensors)):
         with torch.no_grad():
             result: Tensor = graph(*inputs.values())
         return result
@@ -57,6 +62,7 @@ def values(
         inputs: by name, in place of tokens.
         linear: gives the product of a linear with a large weight, without its bias; None where it does not.
     """
+    place = place_of(graph, dtype)
     given = iter((inputs or inputs_for(graph, cast(Tensor, tokens))).values())
     fixed = constant_nodes(graph.graph)
     weights = {n: w for n in graph.graph.nodes if (w := large_weight(graph, n, fixed)) is not None}
@@ -64,18 +70,18 @@ def values(
     dead, done = deaths(steps, ()), dict[fx.Node, Any]()
 
     def value_of(node: fx.Node) -> Any:
-        return parameter(graph, node, dtype, change=change) if node.op == "get_attr" else done[node]
+        return parameter(graph, node, place, dtype, change=change) if node.op == "get_attr" else done[node]
 
     for step in steps:
         with torch.no_grad():  # not around the yield: two streams in step would end in each other's mode
             if step.op == "placeholder":
-                done[step] = next(given)
+                done[step] = next(given).to(place.device)
             elif step.op == "output":
                 done[step] = fx.node.map_arg(step.args[0], value_of)
             elif step in weights:
                 done[step] = _applied(graph, step, weights[step], value_of, dtype, change, linear)
             else:
-                done[step] = call(step, value_of, dtype)
+                done[step] = call(step, value_of, dtype, place.device)
             if dtype is not None:
                 done[step] = fx.node.map_aggregate(done[step], lambda v: _cast(v, dtype))
         yield step, done[step]

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import fx
 
 from rolora_passes.errors import GraphFormatError, one_line
@@ -32,6 +31,7 @@ from rolora_passes.graphs.graph import parameters, set_tensor
 from rolora_passes.graphs.info import GraphInfo, Record, Rotation, info, set_info
 from rolora_passes.graphs.lineage import plain as plain_step
 from rolora_passes.graphs.lineage import step_of
+from rolora_passes.tensor_files import form, write_tensors
 
 FORMAT = "rolora-graph-2"
 # What a file says of a graph (`graphs.info`), and what each part is in JSON; a file may leave parts out.
@@ -57,13 +57,14 @@ def save_graph(graph: fx.GraphModule, path: str | Path) -> Path:
         key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
         first = by_storage.setdefault(key, name)
         if first == name:
-            tensors[name] = value.detach().contiguous().clone() if _shared(value) else value.detach()
+            tensors[name] = value
         else:
             aliases[name] = first
     nodes, about = [_node(n) for n in graph.graph.nodes], _about(info(graph))
     described = {"format": FORMAT, "nodes": nodes, "aliases": aliases, "meta": about}
     with writing(path) as temporary:
-        save_file(tensors, temporary, metadata={"graph": json.dumps(described)})
+        forms = {name: form(value) for name, value in tensors.items()}
+        write_tensors(temporary, forms, tensors.__getitem__, {"graph": json.dumps(described)})
     return path
 
 
@@ -184,12 +185,6 @@ def _add_node(graph: fx.GraphModule, entry: Mapping[str, Any], nodes: dict[str, 
     return graph.graph.create_node(op, target, args, kwargs, name=name)
 
 
-def _shared(value: torch.Tensor) -> bool:
-    return (
-        value.untyped_storage().nbytes() != value.numel() * value.element_size() or not value.is_contiguous()
-    )
-
-
 def _node(node: fx.Node) -> dict[str, Any]:
     target: Any = node.target
     if node.op == "call_function":
@@ -235,5 +230,7 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
         return named_type(content)
     if kind == "node" and content not in nodes:
         raise GraphFormatError(f"a node reads {content!r}, which does not come before it")
-    decoders: dict[str, Any] = {"node": nodes.get, "device": torch.device, "float": float.fromhex}
+    if kind == "device":
+        return torch.device("cpu")  # wherever it was saved: tensors are read to there
+    decoders: dict[str, Any] = {"node": nodes.get, "float": float.fromhex}
     return decoders[kind](content)

@@ -77,6 +77,11 @@ def verify_same(before: fx.GraphModule, after: fx.GraphModule, name: str, moved:
             run in its own types, or returns another type.
     """
     _require_types(before, after, name)
+    return verify_logits(before, after, name, moved)
+
+
+def verify_logits(before: fx.GraphModule, after: fx.GraphModule, name: str, moved: set[str]) -> float:
+    """`verify_same` of graphs that may be of different types: both are computed in float64."""
     tokens, last = sample_tokens(before), _verified.get() or Verified()
     products = last.products
     expected = last.logits if last.graph is before else _logits(before, tokens, products)
@@ -165,7 +170,7 @@ def _perturbing(names: set[str], seed: int) -> Change:
         if drawn is None:
             start = start % (_POOL - value.numel() + 1)
             drawn = signs[start : start + value.numel()]
-        return (drawn * torch.finfo(value.dtype).eps).add_(1).view(value.shape).mul_(value)
+        return (drawn.to(value.device) * torch.finfo(value.dtype).eps).add_(1).view(value.shape).mul_(value)
 
     return changed
 

@@ -55,7 +55,7 @@ def keep_gains(graph: fx.GraphModule, gains: Mapping[str, list[fx.Node]]) -> Non
     traced = ways(graph)
     found = {}
     for gain, readers in gains.items():
-        vector = get_tensor(graph, gain).detach().double()
+        vector = get_tensor(graph, gain).detach().cpu().double()
         name = name_of(vector)
         for linear in readers:
             way = traced[linear].then(Step("div", "in", 0, (), (name,)))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from rolora_passes.graphs.devices import device_of, place_of, written_for
 from rolora_passes.graphs.graph import get_tensor, set_tensor
 from rolora_passes.graphs.layers import find_layers
 
@@ -20,9 +24,13 @@ class LayeredGraph(nn.Module):
     are given to every call. What does not depend on tokens (expressions on weights, rotary tables) is
     computed in every part that reads it.
 
+    On a device that the graph's tensors travel to (`graphs.devices`) a part's weights are fetched when it is
+    called. Those of a graph that does not fit must be fetched again for the gradient: recompute.
+
     Attributes:
         parts: before the first layer, one a layer, after the last.
         layers: those that are layers.
+        device: where they are computed.
     """
 
     def __init__(
@@ -33,6 +41,8 @@ class LayeredGraph(nn.Module):
         watched: names of nodes whose values calls give too, by the name to give them under.
         """
         super().__init__()
+        place = place_of(graph)
+        self.device, self._place = place.device, None if place.device == device_of(graph) else place
         found = find_layers(graph)
         segments = [s for s in (found.before, *found.layers, found.after) if s]
         stream = {node for segment in segments for node in segment}
@@ -70,9 +80,22 @@ class LayeredGraph(nn.Module):
         known: dict[str, Any] = {**inputs, **variables}
         for part, reads, gives in zip(self.parts, self._reads, self._gives, strict=True):
             values = [known[name] for name in reads]
-            results = checkpoint(part, *values, use_reentrant=False) if recompute else part(*values)
+            call = partial(self._call, part)
+            results = checkpoint(call, *values, use_reentrant=False) if recompute else call(*values)
             known.update(zip(gives, results, strict=True))
         return {"result": known[self._result], **{k: known[name] for k, name in self._watched.items()}}
+
+    def settle(self) -> None:
+        """Move every weight to where the graph is computed, to stay there."""
+        self.to(self.device)
+        self._place = None
+
+    def _call(self, part: nn.Module, *values: Any) -> Any:
+        """What a part gives for values on the device. (For a gradient this is called in another thread.)"""
+        if self._place is None:
+            return part(*values)
+        own = chain(part.named_parameters(), part.named_buffers())
+        return functional_call(part, {name: self._place.fetch(tensor) for name, tensor in own}, values)
 
     def _part(
         self, graph: fx.GraphModule, segment: list[fx.Node], gives: list[fx.Node], stream: set[fx.Node]
@@ -89,6 +112,7 @@ class LayeredGraph(nn.Module):
         for node in graph.graph.nodes:
             if node in needed:
                 copies[node] = part.graph.node_copy(node, copies.__getitem__)
+                copies[node].kwargs = written_for(copies[node].kwargs, self.device)
                 if node.op == "get_attr":
                     set_tensor(part, str(node.target), _frozen(get_tensor(graph, str(node.target))))
         part.graph.output(tuple(copies[n] for n in gives))

@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from rolora_passes.errors import PassError
 from rolora_passes.extras import require
 from rolora_passes.files import writing
+from rolora_passes.graphs.devices import has_bfloat16, seeded
 from rolora_passes.graphs.inputs import positions_like
 from rolora_passes.learning import losses, processes
 from rolora_passes.learning.layered import LayeredGraph
@@ -91,7 +92,7 @@ class Windows:
     """Windows of tokens, and what is to be predicted in them.
 
     Attributes:
-        tokens: int64 [N, S].
+        tokens: int64 [N, S], on the device to train on.
         labels: int64 [N, S], -100 where nothing is.
         held: how many of the last are held out, to see when training stops to help.
     """
@@ -102,6 +103,7 @@ class Windows:
 
     def at(self, places: Tensor) -> Windows:
         """Some of them."""
+        places = places.to(self.tokens.device)
         return Windows(self.tokens[places], self.labels[places])
 
     @property
@@ -157,8 +159,7 @@ class _Run:
         """Gradients of the loss of the step's windows, of which it returns this process's part."""
         batch, own = self._batch()
         loss, wanted = torch.zeros(()), max(1, batch.predicted)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.step)
+        with seeded(self.step, self.windows.tokens.device):
             for rows in own:
                 # Of the mean over all tokens of the batch; gradients of several processes are averaged.
                 part = self._loss(rows, leaves) * (rows.predicted * processes.count() / wanted)
@@ -231,9 +232,10 @@ class _Run:
             self.variables.load_state_dict(self._best)
 
     def _precision(self) -> AbstractContextManager[Any]:
-        if not self.options.bfloat16:
+        device = self.windows.tokens.device
+        if not self.options.bfloat16 or not has_bfloat16(device):
             return nullcontext()
-        return torch.autocast(self.windows.tokens.device.type, torch.bfloat16)
+        return torch.autocast(device.type, torch.bfloat16)
 
     def _require_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -283,7 +285,7 @@ class _Run:
         if self.file is None or not self.file.is_file():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.file, weights_only=True)
+            state: dict[str, Any] = torch.load(self.file, weights_only=True, map_location="cpu")
         except Exception as error:
             raise PassError(
                 f"{self.options.name}: {self.file} is damaged: remove it to begin anew"

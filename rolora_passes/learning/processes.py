@@ -8,15 +8,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from rolora_passes.learning.layered import LayeredGraph
 
 
 def join() -> None:
-    """Join the other processes, if torchrun started this one."""
+    """Join the other processes, if torchrun started this one: NCCL for what is on a GPU, gloo for the rest.
+
+    torch takes the one or the other by where a tensor is.
+    """
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        both = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo")
 
 
 def rank() -> int:
@@ -57,5 +62,7 @@ def shard(graph: LayeredGraph) -> None:
     """Divide every layer's weights between the processes (FSDP2); they meet while the layer is computed."""
     from torch.distributed.fsdp import fully_shard  # takes as long to import as all of torch
 
+    graph.settle()
+    mesh = init_device_mesh(graph.device.type, (count(),))
     for layer in graph.layers:
-        fully_shard(layer)
+        fully_shard(layer, mesh=mesh)

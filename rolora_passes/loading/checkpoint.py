@@ -226,6 +226,21 @@ def _kinds(path: Path) -> dict[str, str]:
         return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
 
+def stored_types(folder: Path) -> dict[str, torch.dtype]:
+    """The floating-point types in which a checkpoint's files hold its tensors, by their names there."""
+    found = {name: kind for path in tensor_files(folder) for name, kind in _kinds(path).items()}
+    return {name: _TYPES[kind] for name, kind in found.items() if kind in _TYPES}
+
+
+_TYPES = {
+    name: dtype
+    for kind, dtype in (
+        ("F64", torch.float64), ("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)
+    )
+    for name in (kind, str(dtype))
+}  # fmt: skip
+
+
 def _shapes(path: Path) -> dict[str, list[int]]:
     if path.suffix != ".safetensors":
         return {name: list(value.shape) for name, value in _unpickled(path).items()}

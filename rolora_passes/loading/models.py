@@ -102,10 +102,15 @@ def load_outline(source: str) -> PreTrainedModel:
     return found
 
 
+def source_folder(source: str) -> Path | None:
+    """The folder in which a model's files lie; None, if its source is a GGUF file."""
+    place = _resolve(source)
+    return place if place.is_dir() else _snapshot(source) if place.suffix != ".gguf" else None
+
+
 def tokenizer_files(source: str) -> list[Path]:
     """The files of a model's own tokenizer, as it was published; none, if its source is a GGUF file."""
-    place = _resolve(source)
-    folder = place if place.is_dir() else _snapshot(source) if place.suffix != ".gguf" else None
+    folder = source_folder(source)
     return [path for name in _TOKENIZER if folder is not None and (path := folder / name).is_file()]
 
 

@@ -57,7 +57,8 @@ class Codebook:
     def rounded(self, weight: Tensor) -> Tensor:
         """A weight [out, in] put on the grid, float32."""
         scale = absmax(weight, self.group_size)
-        return decode(encode(weight, scale, self.table), scale, self.table)
+        table = self.table.to(weight.device)
+        return decode(encode(weight, scale, table), scale, table)
 
 
 def absmax(weight: Tensor, group_size: int | None) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rolora_passes.errors import PassError
 from rolora_passes.numerics import affine
+from rolora_passes.numerics.exact import exact
 
 _BLOCK = 128  # columns that are kept up to date while they are rounded
 
@@ -64,7 +65,7 @@ def gptq(
     _check_shapes(weight, hessian, grid)
     group = grid.group_size or weight.shape[1]
     diagonal = hessian.diagonal()
-    order = _order(diagonal, group) if act_order else torch.arange(len(diagonal), device=diagonal.device)
+    order = _order(diagonal, group) if act_order else torch.arange(len(diagonal), device=weight.device)
     columns = weight.detach().t().clone(memory_format=torch.contiguous_format)  # a column is a row here
     columns[diagonal == 0] = 0
     columns = columns[order]
@@ -100,7 +101,7 @@ def _order(diagonal: Tensor, group: int) -> Tensor:
 def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     """The upper R with RRᵀ = H, damped, float64: a Cholesky factorization from the last row up."""
     last_first = order.flip(0)
-    upside_down = hessian[last_first[:, None], last_first].double()
+    upside_down = exact(hessian[last_first[:, None], last_first])
     diagonal = upside_down.diagonal()
     if not torch.isfinite(upside_down).all():
         raise PassError(
@@ -146,13 +147,13 @@ def _round_columns(columns: Tensor, factor: Tensor, grid: affine.Integers) -> tu
         inverse = torch.linalg.solve_triangular(corner, identity, upper=True)
         part = columns[here].clone()
         if start:
-            carried = (factor[:start, here] @ inverse).to(columns.dtype)
+            carried = (factor[:start, here] @ inverse).to(columns)
             part.addmm_(carried.t(), columns[:start])
         if grid.group_size is None and not start:
             scales[:], zeros[:] = grid.choose(columns.t())
         groups = slice(None) if grid.group_size is None else slice(start // group, here.stop // group)
         known = scales[:, groups], zeros[:, groups]
-        updates = (inverse / inverse.diagonal().unsqueeze(1)).to(columns.dtype)
+        updates = (inverse / inverse.diagonal().unsqueeze(1)).to(columns)
         _round_block(part, updates, grid, *known)
         # What is on the grid already comes back as the integers it was made of.
         integers[:, here] = affine.quantize(part.t(), *known, grid.bits, grid.symmetric)

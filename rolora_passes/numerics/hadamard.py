@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from rolora_passes.numerics import constructions
+from rolora_passes.numerics import constructions, cuda_hadamard
 
 _DENSE_ORDER = 128  # up to here one product is as fast as several, in the runtimes' kernels
 _FACTOR_ORDER = 48  # beyond, Kronecker factors of at most this order
@@ -96,7 +96,8 @@ def transform(x: Tensor, order: int, dim: int = -1, inner: int = 1, signs: Tenso
     y[.., j, ..] = sum_i x[.., i, ..] * matrix(order)[i, j] / sqrt(order).
 
     Args:
-        x: any shape, floating dtype and device. Half precisions are computed in float32.
+        x: any shape, floating dtype and device. Half precisions are computed in float32. On CUDA the last
+            axis goes through `fast_hadamard_transform` where that is installed (extra "cuda").
         signs: [blocks * order], multiplied into the axis first, which is then read as
             (outer, blocks, order, inner).
 
@@ -105,7 +106,7 @@ def transform(x: Tensor, order: int, dim: int = -1, inner: int = 1, signs: Tenso
     Raises: ValueError: no known construction, order * inner (times blocks) does not divide the axis, or x
         is not a real floating tensor.
     """
-    _require(order)
+    base, m = _require(order)
     dim, size, blocks = dim % x.dim(), x.shape[dim], 1 if signs is None else len(signs) // order
     if inner < 1 or size % (order * inner * blocks):
         raise ValueError(f"order {order} * inner {inner} does not divide axis {dim} of {list(x.shape)}")
@@ -118,6 +119,9 @@ def transform(x: Tensor, order: int, dim: int = -1, inner: int = 1, signs: Tenso
     if signs is not None:
         signs = signs.to(dtype).reshape(blocks, order, 1)
     eager = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not torch.compiler.is_compiling()
+    if eager and cuda_hadamard.serves(x, m, right):
+        given = x if signs is None else (split * signs).to(x.dtype)
+        return cuda_hadamard.transform(given.reshape(-1, order), base, m).reshape(x.shape)
     orthonormal = (_orthonormal if eager else _orthonormal.__wrapped__)(order, dtype, x.device)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, signs))
     if eager and not recorded and x.numel() > (chunk := _chunk(x.device)):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from rolora_passes.numerics.exact import exact
+
 Method = Literal["cayley-adam", "cayley-sgd"]
 RATES: dict[Method, float] = {"cayley-adam": 2e-3, "cayley-sgd": 1.5}
 _RETRACT_EVERY = 101
@@ -38,11 +40,11 @@ class CayleySGD(torch.optim.Optimizer):
                 if p.grad is not None:
                     state = self.state[p]
                     count = state["step"] = state.get("step", 0) + 1
-                    start = p.double() if count % _RETRACT_EVERY else _retracted(p.double())
+                    start = exact(p) if count % _RETRACT_EVERY else _retracted(exact(p))
                     velocity = group["momentum"] * state.get("velocity", torch.zeros_like(p)) - p.grad.T
-                    moved, gone = _cayley_step(start, velocity.double(), group["lr"])
+                    moved, gone = _cayley_step(start, exact(velocity), group["lr"])
                     p.copy_(moved)
-                    state["velocity"] = gone.to(p.dtype)
+                    state["velocity"] = gone.to(p)
 
 
 def _cayley_step(p: Tensor, velocity: Tensor, lr: float) -> tuple[Tensor, Tensor]:
@@ -102,8 +104,8 @@ class Variables(nn.Module):
     def orthogonality_error(self) -> float:
         """The largest |RᵀR - 1| of any matrix, in float64."""
         with torch.no_grad():
-            exact = [cast(Tensor, matrix.weight).double().cpu() for matrix in self.rotations]
-        return max((float((m.T @ m - torch.eye(len(m))).abs().max()) for m in exact), default=0.0)
+            wide = [exact(cast(Tensor, matrix.weight)).cpu() for matrix in self.rotations]
+        return max((float((m.T @ m - torch.eye(len(m))).abs().max()) for m in wide), default=0.0)
 
 
 class _Matrix(nn.Module):

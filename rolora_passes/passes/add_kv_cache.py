@@ -13,6 +13,7 @@ from rolora_passes.decoding.ready import ready
 from rolora_passes.decoding.state import require_state
 from rolora_passes.errors import VerificationError
 from rolora_passes.graphs.buffers import written
+from rolora_passes.graphs.devices import device_of
 from rolora_passes.graphs.graph import get_tensor, parameters, set_tensor
 from rolora_passes.graphs.info import info, set_info
 from rolora_passes.graphs.inputs import require_decoder
@@ -62,12 +63,13 @@ class AddKVCache(Pass):
 
     def verify(self, before: fx.GraphModule, after: fx.GraphModule, report: Report) -> float:
         """Compare a prompt in two pieces through the caches with the whole through the plain graph."""
-        tokens = sample_tokens(before, batch=1)
+        tokens = sample_tokens(before, batch=1).to(device_of(after))  # caches are written where they are
         with torch.no_grad():
-            pieces = [after(tokens[:, :5], torch.tensor([0])), after(tokens[:, 5:], torch.tensor([5]))]
+            starts = [tokens.new_tensor([start]) for start in (0, 5)]
+            pieces = [after(tokens[:, :5], starts[0]), after(tokens[:, 5:], starts[1])]
         for cache in written(after.graph):
             set_tensor(after, cache, torch.zeros_like(get_tensor(after, cache)))
-        error = relative_error(torch.cat(pieces, 1), run(before, tokens))
+        error = relative_error(torch.cat(pieces, 1).cpu(), run(before, tokens).cpu())
         if not error <= 1e-3:
             raise VerificationError(
                 f"{self.name} promises to keep the function, but logits differ by {error:.1e}"

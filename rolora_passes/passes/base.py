@@ -22,7 +22,7 @@ class Calibration:
     """What passes that look at data are given.
 
     Attributes:
-        tokens: int64 [N, S], N windows of S tokens.
+        tokens: int64 [N, S], N windows of S tokens, on any device: they go to where the graph is computed.
         work: a folder for what a pass has finished, so that a run that was killed goes on from there;
             None to keep nothing.
         on_progress: called with the pass, how much is done, and of how much.

@@ -74,7 +74,7 @@ class InsertScaling(Pass):
         seen = {node: torch.zeros((), dtype=torch.float64) for node in sites}
 
         def see(node: fx.Node, value: Tensor) -> None:
-            seen[node] = seen[node] + relative_energies(value)
+            seen[node] = seen[node] + relative_energies(value).cpu()
 
         watch(graph, self.name, calibration.tokens, sites, see, calibration.on_progress)
         start = {_key(s, names): _balanced(graph, s, seen) for s in free}
@@ -122,7 +122,7 @@ def _key(scaling: Scaling, names: Mapping[fx.Node, str]) -> str:
 def _balanced(graph: fx.GraphModule, scaling: Scaling, seen: Mapping[fx.Node, Tensor]) -> Tensor:
     """s [n] that makes as much of every channel of x/s as of D·s, x by its readings, D all that read it."""
     read = [seen[r.value].reshape(r.outer, scaling.size, r.inner).sum((0, 2)) for r in scaling.inputs]
-    weights = [energy(graph, axis) for axis in scaling.weights]
+    weights = [energy(graph, axis).cpu() for axis in scaling.weights]
     log = (torch.stack(read).sum(0).log() - torch.stack(weights).sum(0).log()) / 4
     usable = log.isfinite()
     return torch.where(usable, log - log[usable].mean(), 0.0).exp()

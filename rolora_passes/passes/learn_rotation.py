@@ -109,9 +109,9 @@ class LearnRotation(Training):
     def _close(self, graph: fx.GraphModule, entries: dict[str, Rotation], found: dict[str, Tensor]) -> None:
         """Put what was learned into the graph and its manifest, matrices made orthogonal to float64."""
         for key, entry in entries.items():
-            value, old = found[entry.tensor].detach(), get_tensor(graph, entry.tensor)
+            value, old = found[entry.tensor].detach().cpu(), get_tensor(graph, entry.tensor)
             value = value if _is_scale(key) else check_orthogonal(value, len(value), key)
-            set_tensor(graph, entry.tensor, value.to(old.dtype))
+            set_tensor(graph, entry.tensor, value.to(old))
             value = value.double().exp() if _is_scale(key) else value
             began = {"began": entry.method} if entry.method != "learned" else {}
             learned = Rotation("learned", entry.tensor, value, {**entry.about, **began})

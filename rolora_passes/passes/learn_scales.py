@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.devices import device_of
 from rolora_passes.graphs.graph import get_tensor, set_tensor, site_names
 from rolora_passes.learning.gains import insert_gains, keep_gains
 from rolora_passes.numerics.stiefel import Variables
@@ -69,7 +70,7 @@ class LearnScales(Training):
         teacher = None if self.loss == "cross-entropy" else self._reference(calibration)
         notes = self._train(graph, student, teacher, variables, calibration)
         for name, value in zip(variables.names, variables(), strict=True):
-            set_tensor(graph, name, held(value.detach().exp()))
+            set_tensor(graph, name, held(value.detach().exp()).to(device_of(graph)))
         keep_gains(graph, gains)
         names = site_names(graph)
         changed = [

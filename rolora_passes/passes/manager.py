@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import GraphFormatError, NoSiteWarning, PassError
 from rolora_passes.graphs.capture import from_exported
+from rolora_passes.graphs.devices import Device, computing_on
 from rolora_passes.graphs.facts import ROUNDED, facts, refuted, require_legal
 from rolora_passes.graphs.graph import copy_graph, parameters
 from rolora_passes.graphs.identity import Untouched
@@ -75,6 +76,7 @@ def apply_passes(
     *,
     verify: bool = True,
     calibration: Calibration | Tensor | None = None,
+    device: Device | None = None,
     print_graph: Print = "never",
     print_to: str | Path | None = None,
     on_pass: Callable[[Record], None] | None = None,
@@ -89,6 +91,8 @@ def apply_passes(
             differs, naming the pass, the first value that differs, and by how much.
         calibration: tokens int64 [N, S] for the passes that look at data, or a `Calibration` that says
             more; see `rolora_passes.loading.data`.
+        device: where to compute ("cuda", "auto", …): the graph's tensors, which stay where they are, travel
+            there as they are read, and results come back; None: where the graph's tensors are.
         print_graph: write the graph as text after passes that changed it, or after all; "failed": only of a
             pass that fails, what it made if it does not verify, else what it was given.
         print_to: the folder for that; standard error if None. With a folder, a failure is always written.
@@ -103,6 +107,7 @@ def apply_passes(
             before it is to establish it; else when that has run and found no site.
         VerificationError: an exact pass changed the function.
         PassError: a pass cannot do what its options ask, or needs calibration and there is none.
+        DeviceError: torch has no such device here.
     """
     current = given = _captured(graph)
     for applied in steps(
@@ -110,6 +115,7 @@ def apply_passes(
         passes,
         verify=verify,
         calibration=calibration,
+        device=device,
         print_graph=print_graph,
         print_to=print_to,
         on_failure=on_failure,
@@ -126,6 +132,7 @@ def steps(
     *,
     verify: bool = True,
     calibration: Calibration | Tensor | None = None,
+    device: Device | None = None,
     print_graph: Print = "never",
     print_to: str | Path | None = None,
     on_failure: Callable[[Failure], None] | None = None,
@@ -144,7 +151,7 @@ def steps(
     for number, step in enumerate(pipeline):
         calibration = _referring(calibration, current, step)
         try:
-            with in_a_row(verified):
+            with in_a_row(verified), computing_on(device):
                 made, record = _apply(current, step, verify, calibration, number, printing)
         except Exception as error:
             if on_failure:

@@ -15,6 +15,7 @@ from rolora_passes.graphs.facts import refuted
 from rolora_passes.graphs.graph import add_parameter, constants, finish, is_op, parameter_names, site_names
 from rolora_passes.graphs.shapes import infer_shapes
 from rolora_passes.graphs.sites import matches, require_match
+from rolora_passes.numerics.exact import exact
 from rolora_passes.passes.base import Pass, Report
 from rolora_passes.quantize.observers import observations, remove_observers
 
@@ -105,7 +106,7 @@ class SmoothQuant(Pass):
                 "all: run observe-activations with per: channel first"
             )
         inputs = torch.stack([r for r in ranges if r is not None]).amax(0)
-        weights = torch.stack([largest(graph, axis) for axis in scaling.weights]).amax(0)
+        weights = torch.stack([largest(graph, axis) for axis in scaling.weights]).amax(0).to(inputs.device)
         shapes = infer_shapes(graph, only=constants(graph))
         types = {shapes[axis.node].dtype for axis in (*scaling.divide, *scaling.multiply)}
         narrow = min(types, key=lambda dtype: torch.finfo(dtype).bits)
@@ -118,5 +119,5 @@ def _magnitude(reading: Reading, low: Tensor, high: Tensor, size: int) -> Tensor
     """The greatest magnitude of every channel, over the heads that share it: float64 [size]."""
     if low.numel() != reading.outer * size * reading.inner:
         return None
-    both = torch.maximum(low.abs(), high.abs()).double()
+    both = exact(torch.maximum(low.abs(), high.abs()))
     return both.reshape(reading.outer, size, reading.inner).amax((0, 2))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.devices import place_of
 from rolora_passes.graphs.graph import linears, parameters
 from rolora_passes.graphs.inputs import require_decoder
 from rolora_passes.graphs.sites import is_head
@@ -50,7 +51,8 @@ class Training(Pass):
         batch (windows): windows per update, in their order.
         accumulate: compute a batch in this many parts, one after another, to need less memory.
         clip: clip the norm of the gradient to this; None: do not.
-        bfloat16: compute in bfloat16 where torch's autocast does; what is trained stays float32.
+        bfloat16: compute in bfloat16 where torch's autocast does and the device can; what is trained stays
+            float32.
         recompute: keep what passes between layers, and compute the rest again (activation checkpointing).
         shard: divide the layers' weights between the processes of torchrun.
         schedule, warmup: of the rates ("cosine", "linear", "constant", "constant_with_warmup"), and the part
@@ -153,11 +155,12 @@ class Training(Pass):
         calibration: Calibration,
     ) -> dict[str, Any]:
         """Train the variables of a student in place; returns the account of it, for a report's notes."""
-        windows, work = self.windows(calibration), calibration.work
+        device = place_of(graph).device
+        windows, work = self.windows(calibration, device), calibration.work
         trace = train(
             self._layered(student, variables.names),
             None if teacher is None else self._layered(teacher, []),
-            variables,
+            variables.to(device),
             windows,
             self,
             None if work is None else work / self._file(graph, windows),
@@ -167,13 +170,14 @@ class Training(Pass):
         held = {"validation": trace.validation, "best": trace.best} if windows.held else {}
         return {**account, **held, "peak_mb": peak_mb(), "processes": processes.count()}
 
-    def windows(self, calibration: Calibration) -> Windows:
-        """What to learn from, and what is held out.
+    def windows(self, calibration: Calibration, device: torch.device | None = None) -> Windows:
+        """What to learn from, and what is held out, on a device.
 
         Raises:
             PassError: labels that are not the tokens', or nothing to learn from.
         """
         tokens, labels = calibration.tokens, calibration.labels
+        device = tokens.device if device is None else device
         labels = tokens if labels is None else labels
         if labels.shape != tokens.shape:
             raise PassError(
@@ -181,7 +185,7 @@ class Training(Pass):
                 f"{list(labels.shape)}"
             )
         held = math.ceil(self.validation * len(tokens))
-        windows = Windows(tokens, labels, held)
+        windows = Windows(tokens.to(device), labels.to(device), held)
         if len(tokens) - held < 1 or not windows.at(torch.arange(len(tokens) - held)).predicted:
             raise PassError(
                 f"{self.name}: expected windows to learn from, found {len(tokens)}, {held} of them held out, "
@@ -209,7 +213,7 @@ class Training(Pass):
         digest = hashlib.sha256(graph_text(graph).encode())
         digest.update(json.dumps([self.options(), torch.__version__], default=str, sort_keys=True).encode())
         for value in (windows.tokens, windows.labels, *parameters(graph).values()):
-            digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return Path(f"{self.name}-{digest.hexdigest()[:16]}.pt")
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from rolora_passes.adapters.lora import find_branches
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.devices import device_of
 from rolora_passes.graphs.graph import finish, get_tensor, insert, root_names, set_tensor, site_names
 from rolora_passes.learning.losses import LOSSES
 from rolora_passes.numerics.stiefel import Variables
@@ -74,7 +75,7 @@ class TuneLoRA(Training):
         teacher = None if self.loss == "cross-entropy" else self._reference(calibration)
         notes = self._train(graph, student, teacher, variables, calibration)
         for name, value in zip(variables.names, variables(), strict=True):
-            set_tensor(graph, name, value.detach())
+            set_tensor(graph, name, value.detach().to(device_of(graph)))
         return Report(changed=[f"{names[b.linear]}: branch" for b in branches], notes=notes)
 
     def _drop(self, student: fx.GraphModule) -> None:

@@ -174,7 +174,7 @@ def _solve(
         by_grid.setdefault(grid, []).append((node, name))
     made = {name: _Made() for name, _ in stage.sites.values()}
     for grid, members in by_grid.items():
-        for pieces in _pieces(graph, members, hessian.dtype, _rows_at_once(len(hessian))):
+        for pieces in _pieces(graph, members, hessian, _rows_at_once(len(hessian))):
             weights = [weight for _, _, weight in pieces]
             try:
                 stacked = gptq(torch.cat(weights), hessian, grid, damping, act_order)
@@ -197,9 +197,9 @@ def _rows_at_once(width: int) -> int:
 
 
 def _pieces(
-    graph: fx.GraphModule, members: list[tuple[fx.Node, str]], dtype: torch.dtype, most: int
+    graph: fx.GraphModule, members: list[tuple[fx.Node, str]], like: Tensor, most: int
 ) -> Iterator[list[tuple[str, int, Tensor]]]:
-    """The weights of linears as FoldConstants would make them, in float64, cast; rows by rows.
+    """The weights of linears as FoldConstants would make them, in float64, cast, and moved; rows by rows.
 
     Yields: (linear, how many rows it has, some of them) for at most so many rows.
     """
@@ -208,7 +208,7 @@ def _pieces(
         expression = node.args[1]
         assert isinstance(expression, fx.Node)
         for place, (part,) in blocks(graph, [expression], torch.float64):
-            for piece in part.to(dtype).split(most):
+            for piece in part.to(like).split(most):
                 if height + len(piece) > most:
                     yield found
                     found, height = [], 0

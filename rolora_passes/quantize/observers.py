@@ -101,7 +101,7 @@ class Histogram:
         self._seen = False
 
     def see(self, rows: Tensor) -> None:
-        self._observer(rows.float())
+        self._observer.to(rows.device)(rows.float())
         self._seen = True
 
     def range(self) -> tuple[Tensor, Tensor] | None:

@@ -11,11 +11,12 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.buffers import constant_nodes
+from rolora_passes.graphs.devices import place_of
 from rolora_passes.graphs.evaluate import call, compute, deaths, let_go
 from rolora_passes.graphs.graph import argument, is_op, upstream
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.running import large_weight, looked_up
-from rolora_passes.ondisk import is_on_disk, memory_left, rest, spilled
+from rolora_passes.ondisk import is_on_disk, kept, memory_left, rest
 
 
 class Stages:
@@ -32,6 +33,9 @@ class Stages:
         ...                                         # rewrite what stands after node
         for value in stages.advance(later): ...
 
+    On a device that the graph's tensors travel to (`graphs.devices`) there is one window at a time; the
+    frontier of the others is where the tokens were given.
+
     Between stages a caller may rewrite the readers of `node` and everything after them, and add parameters.
     """
 
@@ -43,13 +47,14 @@ class Stages:
             room: bytes of memory that the frontier may take; None for no bound.
         """
         self._graph, self._room = graph, room
+        self._place, self._home = place_of(graph), tokens.device
         windows = [inputs_for(graph, window) for window in tokens.split(1)]
         inputs: dict[str, fx.Node] = {node.name: node for node in graph.graph.find_nodes(op="placeholder")}
         self._common = {inputs[n]: value for n, value in windows[0].items() if n == "positions"}
         self._inputs = inputs.values() - self._common.keys()
         self._reached: fx.Node | None = None
         self._windows: list[dict[fx.Node, Any]] = [
-            {node: window[name] for name, node in inputs.items() if node in self._inputs}
+            {node: window[name].to(self._home) for name, node in inputs.items() if node in self._inputs}
             for window in windows
         ]
 
@@ -64,12 +69,13 @@ class Stages:
         tables = {n: large_weight(self._graph, n, fixed) for n in steps if is_op(n, "embedding")}
         shared: dict[fx.Node, Any] = {}
         for window in self._windows:
+            window.update({n: _moved(value, self._place.device) for n, value in window.items()})
             with torch.no_grad():
                 value_of = partial(self._value, window, shared)
                 for step in steps:
                     table = tables.get(step)
                     if table is None:
-                        window[step] = call(step, value_of)
+                        window[step] = call(step, value_of, None, self._place.device)
                     else:
                         window[step] = looked_up(self._graph, table, value_of(argument(step, "indices")))
                     for value in dead[step]:
@@ -77,6 +83,7 @@ class Stages:
                 value = value_of(node)
             for stale in window.keys() - frontier:  # the node itself, or what a rewrite stopped reading
                 del window[stale]
+            window.update({n: _moved(held, self._home) for n, held in window.items()})
             self._park(window)
             yield value
         for read in shared:
@@ -96,7 +103,7 @@ class Stages:
             if is_on_disk(value):
                 rest(value)
             elif value.nbytes > share:
-                window[node] = spilled(value)
+                window[node] = kept(value)
             else:
                 share -= value.nbytes
 
@@ -148,3 +155,7 @@ def room_beside(need: int, what: str) -> int | None:
             f"raise the bound by {(need - left) / 1e9:.1f} GB (--memory)"
         )
     return None if left is None else left - need
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return fx.node.map_aggregate(value, lambda v: v.to(device) if isinstance(v, Tensor) else v)

@@ -19,7 +19,7 @@ from rolora_passes.files import holding, writing
 from rolora_passes.graphs.graph import parameters
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.numerics.gptq import Quantized
-from rolora_passes.ondisk import rest, spilled
+from rolora_passes.ondisk import kept, rest
 
 Row = dict[str, Any]
 """What is known of a stage beside its results."""
@@ -45,9 +45,9 @@ def keeping(work: Path | None, graph: fx.GraphModule, tokens: Tensor, options: o
     with holding(work):
         for unfinished in work.glob(".gptq-*"):  # of a process that was killed while it wrote
             unfinished.unlink(missing_ok=True)
-        kept = Kept(work / f"gptq-{_fingerprint(graph, tokens, options)}")
-        yield kept
-        for file in kept.files:
+        stages = Kept(work / f"gptq-{_fingerprint(graph, tokens, options)}")
+        yield stages
+        for file in stages.files:
             file.unlink(missing_ok=True)
 
 
@@ -73,7 +73,7 @@ class Kept:
                 row = json.loads(saved.metadata()["figures"])
                 parts = ("integers", "scale", "zero")
                 return {
-                    name: Quantized(*(spilled(saved.get_tensor(f"{name}.{part}")) for part in parts))
+                    name: Quantized(*(kept(saved.get_tensor(f"{name}.{part}")) for part in parts))
                     for name in names
                 }, row
         except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
@@ -87,7 +87,9 @@ class Kept:
         """
         if self._stem is None:
             return
-        tensors = {f"{name}.{part}": value for name, q in results.items() for part, value in vars(q).items()}
+        tensors = {
+            f"{name}.{part}": value.cpu() for name, q in results.items() for part, value in vars(q).items()
+        }
         file = self._file(number)
         try:
             with writing(file) as temporary:
@@ -110,7 +112,7 @@ def _fingerprint(graph: fx.GraphModule, tokens: Tensor, options: object) -> str:
     digest = hashlib.sha256(repr((graph_text(graph), options)).encode())
     for tensor in (*parameters(graph).values(), tokens):
         digest.update(repr((tensor.dtype, tensor.shape)).encode())
-        for part in tensor.detach().contiguous().flatten().split(_CHUNK):
+        for part in tensor.detach().cpu().contiguous().flatten().split(_CHUNK):
             digest.update(part.view(torch.uint8).numpy().data)
             rest(tensor, part)
     return digest.hexdigest()[:32]

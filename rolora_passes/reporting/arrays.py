@@ -34,7 +34,7 @@ class Arrays:
         return self._add(parts, values.shape, low=low, high=high, log=True)
 
     def _add(self, parts: Tensor, shape: torch.Size, **scale: Any) -> dict[str, Any]:
-        codes = (parts * 255).round().nan_to_num(nan=0.0).clamp(0, 255).to(torch.uint8)
+        codes = (parts * 255).round().nan_to_num(nan=0.0).clamp(0, 255).to(torch.uint8).cpu()
         place = len(self._bytes)
         self._bytes += codes.contiguous().numpy().tobytes()
         return {"at": place, "shape": list(shape), **scale}

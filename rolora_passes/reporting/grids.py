@@ -57,7 +57,7 @@ def _weight_grid(graph: fx.GraphModule, quantized: fx.Node, scale: Tensor, index
 
 def _levels(scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     first, last = limits(bits, zero is None)
-    integers = torch.arange(first, last + 1, dtype=torch.float32)
+    integers = torch.arange(first, last + 1, dtype=torch.float32, device=scale.device)
     levels: Tensor = scale.float() * (integers - (0 if zero is None else zero.float()))
     return levels
 
@@ -138,7 +138,7 @@ def _chosen(x: Tensor, y: Tensor) -> list[tuple[str, int, tuple[Tensor, Tensor]]
 
 def _histogram(x: Tensor, y: Tensor, levels: Tensor, arrays: Arrays) -> dict[str, Any]:
     """A histogram of the values, with the grid and the relative error of rounding."""
-    x, y = x.detach().float(), y.detach().float()
+    x, y, levels = x.detach().float(), y.detach().float(), levels.to(x.device)
     low, high = float(torch.minimum(x.min(), levels[0])), float(torch.maximum(x.max(), levels[-1]))
     high = high if high > low else low + 1.0
     counts = torch.histc(x, _BINS, low, high)

@@ -227,7 +227,7 @@ def test_what_cannot_be_named_cannot_be_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("where", ["save_file", "replace"])
+@pytest.mark.parametrize("where", ["write_tensors", "replace"])
 def test_an_interrupted_write_leaves_what_was_there(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +240,7 @@ def test_an_interrupted_write_leaves_what_was_there(
     if where == "replace":
         monkeypatch.setattr(files.os, "replace", fail)
     else:
-        monkeypatch.setattr(sys.modules["rolora_passes.graphs.serialize"], "save_file", fail)
+        monkeypatch.setattr(sys.modules["rolora_passes.graphs.serialize"], "write_tensors", fail)
     with pytest.raises(KeyboardInterrupt):
         save_graph(captured("llama"), path)
     assert [p.name for p in tmp_path.iterdir()] == ["graph.safetensors"]

@@ -25,6 +25,7 @@ from rolora_passes import (
     apply_passes,
 )
 from rolora_passes.graphs.graph import parameters
+from rolora_passes.learning import processes
 
 # Adam makes much of gradients that are nearly nothing, and of their rounding; SGD does not.
 OPTIONS = {"under": "W8A8", "method": "cayley-sgd", "lr": 1e-2, "train": "R1", "steps": 3, "batch": 4}
@@ -110,3 +111,17 @@ def test_two_are_as_one(shard: bool, both: list[Any], alone: dict[str, dict[str,
             torch.testing.assert_close(first[kind][key], expected, rtol=relative, atol=absolute)
     for part, whole in [*first["held"], *second["held"]]:
         assert part <= 0.6 * whole if shard else part == whole
+
+
+@pytest.mark.parametrize(("gpu", "backends"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_what_carries_a_tensor_is_chosen_by_where_it_is(
+    gpu: bool, backends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that is summed on the CPU goes by gloo though there is a GPU; torch chooses for every tensor."""
+    joined: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(processes.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(processes.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(processes.dist, "init_process_group", joined.append)
+    processes.join()
+    assert joined == [backends]

@@ -24,6 +24,7 @@ from rolora_passes.export.executorch.embeddings import fuse_embeddings
 from rolora_passes.export.executorch.rotary import expand_rotary
 from rolora_passes.export.executorch.runner import load_pte
 from rolora_passes.export.executorch.variants import require_variants
+from rolora_passes.export.from_cpu import from_cpu
 from rolora_passes.export.fuse_heads import fuse_heads
 from rolora_passes.extras import require
 from rolora_passes.files import writing
@@ -71,6 +72,7 @@ class LoweringReport:
         ]
 
 
+@from_cpu
 def to_executorch(
     graph: fx.GraphModule,
     path: str | os.PathLike[str],
@@ -83,7 +85,8 @@ def to_executorch(
 ) -> LoweringReport:
     """Lower a canonical graph to `path` and say what became of it.
 
-    Constant expressions are folded, and a graph in half precision is widened to float32, first.
+    Constant expressions are folded, and a graph in half precision is widened to float32, first. A graph on
+    another device is copied to the CPU.
 
     Args:
         graph: `forward(tokens, positions) -> logits`, or what `add_kv_cache` made of it; weights plain,

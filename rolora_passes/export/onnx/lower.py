@@ -16,6 +16,7 @@ from rolora_passes.decoding.ready import ready
 from rolora_passes.decoding.state import require_state
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.checking import Checked, rows
+from rolora_passes.export.from_cpu import from_cpu
 from rolora_passes.export.fuse_heads import fuse_heads
 from rolora_passes.export.onnx.check import check_onnx
 from rolora_passes.export.onnx.prepared import Prepared
@@ -99,7 +100,8 @@ def to_onnx(
         check: run what was written in ONNX Runtime, a prompt, decoded tokens and padded rows, and leave it
             only if it gives the graph's logits; it takes seconds.
 
-    Constant expressions are folded, and a graph in half precision is widened to float32, first.
+    Constant expressions are folded, and a graph in half precision is widened to float32, first. A graph on
+    another device is copied to the CPU.
 
     Raises:
         MissingExtraError: onnx_ir is not installed; ONNX Runtime, to check.
@@ -149,6 +151,7 @@ def _require_replaceable(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and holds no {MODEL}; choose another name")
 
 
+@from_cpu
 def write_onnx(
     graph: fx.GraphModule,
     folder: Path,

@@ -52,7 +52,7 @@ class Store:
         if dtype is None and tensor.nbytes <= _INLINE:
             held = ir.Tensor(content.numpy(), name=name)
         else:
-            place = self._place(content.numpy().tobytes())
+            place = self._place(content)
             held = ir.ExternalTensor(self.file, *place, known, shape=sizes, name=name, base_dir=self.folder)
         value = ir.Value(name=name, shape=sizes, type=ir.TensorType(known), const_value=held)
         self.values.append(value)
@@ -62,13 +62,15 @@ class Store:
         count = self._names[name] = self._names.get(name, -1) + 1
         return f"{name}.{count}" if count else name
 
-    def _place(self, content: bytes) -> tuple[int, int]:
-        """Offset and length of these bytes in the file; a table for embedding and head is written once."""
+    def _place(self, tensor: Tensor) -> tuple[int, int]:
+        """Offset and length of a tensor's bytes in the file; a table that two read is written once."""
+        content = tensor.flatten().view(torch.uint8).numpy().data
         digest = hashlib.blake2b(content, digest_size=16).digest()
         if digest not in self._places:
             offset = -(-self._end // _ALIGNMENT) * _ALIGNMENT
             with (self.folder / self.file).open("ab") as file:
-                file.write(bytes(offset - self._end) + content)
+                file.write(bytes(offset - self._end))
+                file.write(content)
             self._places[digest] = (offset, len(content))
             self._end = offset + len(content)
         return self._places[digest]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -51,7 +52,8 @@ def add_rotation(
 
 
 def keep_rotation(graph: fx.GraphModule, key: str, rotation: Rotation) -> None:
-    """Put a rotation, or scale, on a graph's record."""
+    """Put a rotation, or scale, on a graph's record, whose tensors lie on the CPU."""
+    rotation = dataclasses.replace(rotation, matrix=rotation.matrix.cpu())
     set_info(graph, rotations={**info(graph).rotations, key: rotation})
 
 
@@ -123,7 +125,9 @@ def save_rotations(graph: fx.GraphModule, folder: str | Path) -> list[Path]:
 
 def dense(tensor: Tensor) -> Tensor:
     """A rotation as a matrix [n, n], float64 where it is held as signs [n]."""
-    return rotate(torch.eye(len(tensor), dtype=torch.float64), tensor) if tensor.dim() == 1 else tensor
+    if tensor.dim() > 1:
+        return tensor
+    return rotate(torch.eye(len(tensor), dtype=torch.float64), tensor.cpu())
 
 
 def load_rotations(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:

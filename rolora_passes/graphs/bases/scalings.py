@@ -27,6 +27,7 @@ from rolora_passes.graphs.expressions import Expressions
 from rolora_passes.graphs.graph import aten, constants, insert_after, is_op, linears, root_names
 from rolora_passes.graphs.operators import operator_of
 from rolora_passes.graphs.shapes import infer_shapes
+from rolora_passes.numerics.exact import exact
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -111,7 +112,7 @@ def relative_energies(value: Tensor) -> Tensor:
     Every token counts alike, as it does where each is rounded on a scale of its own; the few that are a
     thousand times larger than the others would be all that is seen of x_j² itself.
     """
-    rows = value.reshape(-1, value.shape[-1]).double().square()
+    rows = exact(value.reshape(-1, value.shape[-1])).square()
     return (rows / rows.sum(-1, keepdim=True).clamp_min(_TINY)).sum(0)
 
 

@@ -26,6 +26,7 @@ from rolora_passes.graphs.capture.masks import Masks
 from rolora_passes.graphs.capture.stored import put_stored
 from rolora_passes.graphs.identity import remember_weights
 from rolora_passes.graphs.info import set_info
+from rolora_passes.graphs.inputs import positions_like
 from rolora_passes.graphs.sources import raised_at
 from rolora_passes.moved import old_names
 from rolora_passes.ondisk import rest
@@ -48,7 +49,7 @@ def capture(
     Tokens and positions are int64 [B, S], both dimensions dynamic; logits are [B, S, V]. An encoder becomes
     `forward(tokens) -> what its head gives`, or its last hidden state [B, S, d] if it has none; an encoder
     with a decoder `forward(tokens, decoder_tokens [B, T]) -> logits [B, T, V]`. Parameters keep their names
-    and are shared with the model, not copied.
+    and are shared with the model, not copied; the graph is on the model's device.
 
     Args:
         model: a transformers model of text, in eval mode or not (dropout is off).
@@ -121,10 +122,10 @@ class _Forward(nn.Module):
 
 def _export(model: PreTrainedModel, kind: Kind) -> torch.export.ExportedProgram:
     auto = torch.export.Dim.AUTO
-    tokens = torch.zeros(2, 6, dtype=torch.int64)  # a batch of 1 would be specialised
+    tokens = torch.zeros(2, 6, dtype=torch.int64, device=model.device)  # a batch of 1 would be specialised
     samples = {
         "tokens": tokens,
-        "positions": torch.arange(6).expand(2, 6),
+        "positions": positions_like(tokens),
         "decoder_tokens": tokens[:, :5].clone(),  # a tensor given twice would be one input
     }
     given = {name: samples[name] for name in kind.inputs}

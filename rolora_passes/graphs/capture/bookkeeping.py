@@ -69,5 +69,5 @@ def _uniform(gm: fx.GraphModule) -> dict[fx.Node, Tensor]:
         elif has(node, Trait.VIEW) or is_op(node, "slice"):
             known[node] = known[tensors[0]]
         elif is_op(node, *_ELEMENTWISE):
-            known[node] = call(node, known.__getitem__)
+            known[node] = call(node, known.__getitem__, None, torch.device("cpu"))
     return known

@@ -13,6 +13,7 @@ from rolora_passes.graphs.capture.attention import static_experts
 from rolora_passes.graphs.capture.kinds import Kind
 from rolora_passes.graphs.capture.precision import InFloat32
 from rolora_passes.graphs.capture.stored import Reading
+from rolora_passes.graphs.devices import computing_on, device_of
 from rolora_passes.graphs.graph import is_op
 from rolora_passes.graphs.inputs import inputs_for
 from rolora_passes.graphs.running import run_on, values
@@ -41,7 +42,9 @@ def compare_exported(graph: fx.GraphModule, exported: torch.export.ExportedProgr
 
     def drawn(value: Any) -> Any:
         whole = isinstance(value, Tensor) and value.dtype == torch.int64 and not bool(value.any())
-        return torch.randint(0, int(size), value.shape, generator=generator) if whole else value
+        return (
+            torch.randint(0, int(size), value.shape, generator=generator).to(value.device) if whole else value
+        )
 
     args, kwargs = fx.node.map_aggregate((args, kwargs), drawn)
     with torch.no_grad():
@@ -78,9 +81,9 @@ def compare(
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     tokens = torch.randint(0, vocabulary, (2, _length(graph, model)), generator=generator)
-    inputs = inputs_for(graph, tokens)
-    own = {name: value for name, value in inputs.items() if name != "positions"}  # the model counts them too
-    with torch.no_grad(), static_experts(model):
+    with torch.no_grad(), static_experts(model), computing_on(device_of(graph)):
+        inputs = inputs_for(graph, tokens)
+        own = {n: value for n, value in inputs.items() if n != "positions"}  # the model counts them too
         with Reading(weights or {}):
             expected = kind.call(model, own)
         found = _run(graph, inputs, model)

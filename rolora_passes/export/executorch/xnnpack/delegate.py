@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from executorch.backends.xnnpack.utils.xnnpack_constants import (
 from executorch.exir._serialize._named_data_store import NamedDataStore, NamedDataStoreOutput
 from torch import Tensor
 
+from rolora_passes.export.executorch.xnnpack.held import Held
 from rolora_passes.numerics.packing import pack_nibbles
 
 Shape = tuple[int | None, ...]
@@ -179,8 +179,8 @@ class Delegate:
 
     def _store(self, tensor: Tensor) -> int:
         """Keep a tensor's bytes under their hash, so that delegates share what is equal."""
-        data = tensor.flatten().view(torch.uint8).numpy().tobytes()
-        key = hashlib.sha256(data).hexdigest()
+        data = Held(tensor)
+        key = data.sha256().hex()
         for index, entry in enumerate(self._constants):
             if entry.named_key == key:
                 return index

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from rolora_passes.errors import LoweringError
 from rolora_passes.export.executorch.xnnpack.emitter import DelegateEmitter
 from rolora_passes.graphs.graph import argument, is_op, op_name
+from rolora_passes.ondisk import rest
 
 
 def linear(e: DelegateEmitter, node: fx.Node) -> int:
@@ -26,8 +27,11 @@ def _weight(e: DelegateEmitter, node: Any, quantized: bool) -> int:
     if form is not None:
         stored, scale = e.tensor(node.args[0]), e.tensor(node.args[1])
         if form == "channel":
-            return e.delegate.channel_weight(stored, scale.flatten(), argument(node, "bits"))
-        return e.delegate.group_weight(stored, scale, stored.shape[1] // scale.shape[1])
+            found = e.delegate.channel_weight(stored, scale.flatten(), argument(node, "bits"))
+        else:
+            found = e.delegate.group_weight(stored, scale, stored.shape[1] // scale.shape[1])
+        rest(stored)
+        return found
     if quantized:
         raise LoweringError(
             f"`{node.name}`: XNNPACK multiplies int8 activations by symmetric weights of 4 bits with groups "
