@@ -50,6 +50,14 @@ class SpillError(RoloraError):
     """The folder for weights that do not fit into memory is full, or cannot be written to."""
 
 
+class SourceError(RoloraError):
+    """A file of weights is not any more what it was when it was opened."""
+
+
+class WorkError(RoloraError):
+    """A folder for finished work is in use by another process, or cannot be written to."""
+
+
 class RunError(RoloraError):
     """A compiled program cannot be run as asked."""
 

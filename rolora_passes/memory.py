@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +19,14 @@ def peak_mb() -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def resident() -> int:
+    """The bytes of memory that the process takes now; where only Linux would tell, the most it has taken."""
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * mmap.PAGESIZE
+    return int(peak_mb() * 1e6)
 
 
 def _windows_peak() -> int:

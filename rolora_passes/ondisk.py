@@ -15,7 +15,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO
@@ -23,16 +23,47 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from rolora_passes.errors import SpillError
+from rolora_passes.errors import SourceError, SpillError
+from rolora_passes.memory import release, resident
 
 _DONT_NEED = 4  # MADV_DONTNEED
 _SMALLEST = 1 << 20  # bytes; smaller tensors stay in memory
 
 
-def on_disk(tensor: Tensor) -> Tensor:
-    """The same tensor, marked as mapped from a file."""
+def on_disk(tensor: Tensor, file: Path | None = None) -> Tensor:
+    """The same tensor, marked as mapped from a file.
+
+    Args:
+        file: one that others may change; None: nobody else knows it.
+    """
     tensor._on_disk = True  # type: ignore[attr-defined]
+    if file is not None:
+        tensor._file = file, _state(file)  # type: ignore[attr-defined]
     return tensor
+
+
+def require_whole(tensor: Tensor) -> None:
+    """Refuse a tensor whose file was cut or written to since it was mapped.
+
+    To read beyond the end of a file ends the process. One that was removed is there for who has it open.
+
+    Raises:
+        SourceError: so it was.
+    """
+    if not hasattr(tensor, "_file"):
+        return
+    file, known = tensor._file
+    with suppress(FileNotFoundError):
+        if (found := _state(file)) != known:
+            raise SourceError(
+                f"expected {file} as it was when it was opened, {known[0]} bytes, found it written to since, "
+                f"{found[0]} bytes: fetch it again, and run again when nothing writes to it"
+            )
+
+
+def _state(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def is_on_disk(tensor: Tensor) -> bool:
@@ -74,10 +105,12 @@ class Spill:
     Args:
         folder: on a disk, not in memory (as /tmp may be).
         limit: bytes that may lie there at once; None for what the disk holds.
+        memory: bytes that the process may take; None for what the machine has. It bounds what is kept in
+            memory by choice, such as values between the stages of a calibration: `memory_left`.
     """
 
-    def __init__(self, folder: Path, limit: int | None = None) -> None:
-        self.folder, self.limit, self.used = folder, limit, 0
+    def __init__(self, folder: Path, limit: int | None = None, memory: int | None = None) -> None:
+        self.folder, self.limit, self.memory, self.used = folder, limit, memory, 0
 
     def hold(self, nbytes: int) -> None:
         """Count bytes that are about to be written.
@@ -102,14 +135,32 @@ _spill: ContextVar[Spill | None] = ContextVar("spill", default=None)
 
 
 @contextmanager
-def spilling(folder: str | Path, limit: int | None = None) -> Iterator[Spill]:
-    """Within it, large tensors that folding makes are written to a folder, and mapped."""
-    spill = Spill(Path(folder), limit)
+def spilling(folder: str | Path, limit: int | None = None, memory: int | None = None) -> Iterator[Spill]:
+    """Within it, large tensors that passes make are written to a folder, and mapped.
+
+    The outermost decides: within another one it has no effect.
+
+    Args: those of `Spill`.
+    """
+    outer = _spill.get()
+    if outer is not None:
+        yield outer
+        return
+    spill = Spill(Path(folder), limit, memory)
     token = _spill.set(spill)
     try:
         yield spill
     finally:
         _spill.reset(token)
+
+
+def memory_left() -> int | None:
+    """Bytes that the process may still take under `Spill.memory`; None if nothing bounds it."""
+    spill = _spill.get()
+    if spill is None or spill.memory is None:
+        return None
+    release()
+    return spill.memory - resident()
 
 
 class Growing:
@@ -136,11 +187,11 @@ class Growing:
         if self._file is not None:
             assert self._spill is not None
             with _explained(self._spill.folder):
-                self._file.write(block.contiguous().view(torch.uint8).numpy().data)
+                self._file.write(block.cpu().contiguous().view(torch.uint8).numpy().data)
         elif block.shape == self.shape:
             self._whole = block.contiguous()
         else:
-            self._whole = torch.empty(self.shape, dtype=self.dtype) if self._whole is None else self._whole
+            self._whole = block.new_empty(self.shape) if self._whole is None else self._whole
             self._whole[self._end : self._end + len(block)] = block
             self._end += len(block)
 

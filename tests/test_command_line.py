@@ -7,6 +7,7 @@ import dataclasses
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from tiny_checkpoint import TEXT, save_checkpoint
 
 from rolora_passes.cli import main
 from rolora_passes.cli.main import RENAMED, commands, parser
-from rolora_passes.cli.parser import Help
+from rolora_passes.cli.options import spilling_to
+from rolora_passes.cli.parser import Help, byte_size
 from rolora_passes.cli.passes import explained
 from rolora_passes.passes.registry import PASSES, make_pass
 
@@ -110,6 +112,40 @@ def test_options_of_another_diagnosis_are_refused(rolora: Run) -> None:
         assert status == 2 and f"{option[0]} with `rolora diagnose {own}` only: leave it out" in said
     status, _, said = rolora("diagnose", "errors", "M", "--text", "T")
     assert status == 2 and "expected either --recipe, or --good" in said
+
+
+# Memory.
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GB", 8 * 10**9), ("512MB", 512 * 10**6), ("1.5 GiB", 3 * 2**29), ("2tb", 2 * 10**12)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert byte_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["8", "GB", "-1GB", "0GB", "8 gigabytes", "1e9", ""])
+def test_what_is_no_size_says_what_is_expected(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["eval", "M", f"--memory={text}"])
+    assert (
+        f"--memory: expected a size such as 8GB, 512MB or 1.5GiB, found {text!r}" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("command", ["compile", "eval", "learn", "tune", "inspect", "diff"])
+def test_bounds_of_memory_hold_while_a_command_runs(command: str, tmp_path: Path) -> None:
+    more = ["O"] if command == "diff" else ["--recipe", "R"]
+    output = [] if command in ("inspect", "diff") else ["-o", str(tmp_path / "out")]
+    given = [command, "M", *more, *output]
+    with spilling_to(parser().parse_args([*given, "--memory", "8GB", "--spill-limit", "1TB"])) as spill:
+        beside = tmp_path if output else Path(tempfile.gettempdir())
+        assert (spill.folder, spill.limit, spill.memory) == (beside, 10**12, 8 * 10**9)
+    with spilling_to(parser().parse_args([*given, "--spill", "scratch"])) as spill:
+        assert (spill.folder, spill.limit, spill.memory) == (Path("scratch"), None, None)
+    with spilling_to(parser().parse_args(["passes"])) as spill:
+        assert spill is None
 
 
 # Passes.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torch import Tensor, fx
 
 from rolora_passes import FoldConstants, apply_passes, history
 from rolora_passes.errors import PassError
+from rolora_passes.graphs.evaluate import call
 from rolora_passes.graphs.facts import facts
 from rolora_passes.graphs.graph import finish, linears, parameters, set_tensor, site_names
 from rolora_passes.graphs.info import set_info
@@ -22,7 +22,7 @@ from rolora_passes.graphs.running import values
 from rolora_passes.graphs.text import graph_text
 from rolora_passes.passes.base import Calibration, Report
 from rolora_passes.passes.observe_activations import ObserveActivations
-from rolora_passes.quantize import observers
+from rolora_passes.quantize import stages
 from rolora_passes.quantize.observers import Histogram, MinMax, Observer, Percentile, observations
 
 aten = torch.ops.aten
@@ -155,13 +155,13 @@ def test_ranges_of_half_precision_are_float32() -> None:
 # How the windows are run.
 
 
-def test_progress_counts_windows_and_only_one_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_windows_of_every_site_and_only_one_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[torch.Size] = []
     monkeypatch.setattr(MinMax, "see", lambda self, rows: (shapes.append(rows.shape), _see(self, rows))[1])
     progress: list[tuple[str, int, int]] = []
     calibration = Calibration(WINDOWS.repeat(3, 1), on_progress=lambda *step: progress.append(step))
     apply_passes(tiny(), [ObserveActivations(per="channel")], calibration=calibration)
-    assert progress == [("observe-activations", i + 1, 6) for i in range(6)]
+    assert progress == [("observe-activations", i + 1, 12) for i in range(12)]
     assert shapes == [(2, 3)] * 12
 
 
@@ -171,12 +171,11 @@ _see = MinMax.see
 def test_what_follows_the_last_observer_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     computed = []
 
-    def recorded(graph: fx.GraphModule, tokens: Tensor) -> Iterator[tuple[fx.Node, Any]]:
-        for node, value in values(graph, tokens):
-            computed.append(node.name)
-            yield node, value
+    def recorded(node: fx.Node, *rest: Any) -> Any:
+        computed.append(node.name)
+        return call(node, *rest)
 
-    monkeypatch.setattr(observers, "values", recorded)
+    monkeypatch.setattr(stages, "call", recorded)
     observe(tiny(), WINDOWS[:1], targets="a")
     assert computed[-1] == "embedding_default"
 

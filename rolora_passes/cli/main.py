@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from rolora_passes.cli.display import console
+from rolora_passes.cli.options import spilling_to
 from rolora_passes.cli.parser import add_command
 from rolora_passes.errors import QualityError, RoloraError, is_out_of_memory, one_line
 from rolora_passes.log import logging_to
@@ -43,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = _renamed(given)
         options = parser(words[0] if words else None).parse_args(words)
         _hush()
-        with _stopped_as_by_hand(), logging_to(options.log, given), _computing(options):
+        with (
+            _stopped_as_by_hand(),
+            logging_to(options.log, given),
+            spilling_to(options),
+            _computing(options),
+        ):
             options.run(options)
     except BrokenPipeError:  # the reader has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

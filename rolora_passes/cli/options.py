@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rolora_passes.cli.display import Display, console, pass_line
-from rolora_passes.cli.parser import at_least
+from rolora_passes.cli.parser import at_least, byte_size
 
 if TYPE_CHECKING:
     from rolora_passes.debugging.opening import Subject
@@ -69,7 +71,37 @@ def pass_options(parser: argparse.ArgumentParser) -> None:
         help="keep finished parts of passes there, and resume from them",
     )
     parser.add_argument("--no-verify", action="store_true", help="skip the check of exact passes")
+    memory_options(parser)
     device_option(parser)
+
+
+def memory_options(parser: argparse.ArgumentParser) -> None:
+    """How much memory a command may take, and where the rest goes."""
+    parser.add_argument(
+        "--memory", type=byte_size, metavar="SIZE",
+        help="bound of what the process takes, such as 8GB; values that do not fit go to the spill folder "
+        "(default: what the machine has)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spill", type=Path, metavar="FOLDER",
+        help="where weights that passes make lie meanwhile; on a disk, not in memory (default: beside the "
+        "output, or the system's folder for temporary files)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spill-limit", type=byte_size, metavar="SIZE",
+        help="bound of what lies there at once, such as 40GB (default: what the disk holds)",
+    )  # fmt: skip
+
+
+def spilling_to(options: argparse.Namespace) -> AbstractContextManager[Any]:
+    """Within it, passes keep to `memory_options`, if a command has them."""
+    if "memory" not in options:
+        return nullcontext()
+    from rolora_passes.ondisk import spilling
+
+    output = getattr(options, "output", None)
+    beside = Path(tempfile.gettempdir()) if output is None else Path(output).absolute().parent
+    return spilling(options.spill or beside, options.spill_limit, options.memory)
 
 
 def text_options(parser: argparse.ArgumentParser) -> None:

@@ -66,12 +66,11 @@ def at_least(low: float, kind: type[int] | type[float]) -> Callable[[str], float
 
 
 def byte_size(text: str) -> int:
-    """A number of bytes such as 5GB, 500MB or 1000, as argparse converts an argument."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    bytes_ = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
-    if bytes_ < 1:
-        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MB, found {text!r}")
-    return bytes_
+    """A number of bytes such as 8GB, 512MB or 1.5GiB, as argparse converts an argument."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"expected a size such as 8GB, 512MB or 1.5GiB, found {text!r}")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1))
 
 
 byte_size.words = "size"  # type: ignore[attr-defined]

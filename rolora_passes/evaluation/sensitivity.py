@@ -15,6 +15,7 @@ from rolora_passes.graphs.graph import site_names
 from rolora_passes.graphs.info import history
 from rolora_passes.graphs.running import run
 from rolora_passes.numerics.exact import exact_device
+from rolora_passes.ondisk import kept, rest
 from rolora_passes.passes.base import Pass
 from rolora_passes.passes.manager import apply_passes
 
@@ -51,7 +52,7 @@ def sensitivity(
         graph: before quantization, with the recipe's rotations and transforms applied.
         quantizers: passes with `targets`, applied to one site at a time. Rounding to nearest replaces GPTQ:
             sites are compared here, and GPTQ would compensate for differences.
-        tokens: int64 [N, S] of real text.
+        tokens: int64 [N, S] of real text, whose logits are kept; within `ondisk.spilling` in files.
         on_progress: called with the sites done and their number.
 
     Returns: one entry for each linear that a quantizer changes, the costliest first.
@@ -62,7 +63,7 @@ def sensitivity(
     steps = [_for_sites(step) for step in quantizers]
     if not steps:
         raise PassError("sensitivity: expected at least one quantizer, such as quantize-weights, found none")
-    expected = [run(graph, row[None])[0] for row in tokens]
+    expected = [kept(run(graph, row[None])[0]) for row in tokens]
     names = list(site_names(graph).values())
     found = []
     for number, name in enumerate(names):
@@ -111,6 +112,7 @@ def _compare(graph: fx.GraphModule, expected: list[Tensor], tokens: Tensor) -> t
     kl, nll = 0.0, 0.0
     for row, before in zip(tokens, expected, strict=True):
         more = compare_logits(run(graph, row[None])[0], before, row)
+        rest(before)
         kl, nll = kl + more[0], nll + more[1]
     return kl / tokens.numel(), nll / (tokens.shape[0] * (tokens.shape[1] - 1))
 

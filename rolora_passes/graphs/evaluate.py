@@ -14,7 +14,7 @@ from rolora_passes.graphs.dtypes import retyped
 from rolora_passes.graphs.graph import get_tensor, upstream
 from rolora_passes.graphs.operators import operator_of
 from rolora_passes.moved import old_names
-from rolora_passes.ondisk import is_on_disk, rest
+from rolora_passes.ondisk import is_on_disk, require_whole, rest
 
 # Elements evaluated at a time where rows are independent: what stays in a core's cache in float64.
 _BLOCK = 1 << 17
@@ -70,6 +70,10 @@ def blocks(
         sliced = {node: _sliced(value, rows, place) for node, value in given.items() if node in rows.aligned}
         values = compute(graph, nodes, {**given, **sliced}, dtype, (rows, place), change)
         yield Part(place, rows.count), values
+        del values
+        for node in nodes:
+            if node.op == "get_attr":
+                let_go(graph, node, (rows, place))
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ def _apart(graph: fx.GraphModule, nodes: list[fx.Node]) -> _Apart | None:
         inner.add(node)
         stack.extend(n for n in node.all_input_nodes if n in rows)
         sides.update(n for n in node.all_input_nodes if n not in rows)
-    return None if not inner or sides & (inner | aligned) else _Apart([*whole, *sides], aligned)
+    plain = all(node.op == "get_attr" for node in nodes)
+    return None if not (inner or plain) or sides & (inner | aligned) else _Apart([*whole, *sides], aligned)
 
 
 def _rows(graph: fx.GraphModule, found: _Apart, given: Mapping[fx.Node, Any]) -> _Rows | None:
@@ -162,6 +167,9 @@ def _whole(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None, chan
         return cast(Tensor, compute(graph, [node], dtype=dtype, change=change)[0])
     given = dict[fx.Node, Any]()
     for operand in node.all_input_nodes:
+        if operand.op == "get_attr":
+            given[operand] = _whole(graph, operand, dtype, change)
+            continue
         parts = [part for _, (part,) in blocks(graph, [operand], dtype, change)]
         given[operand] = parts[0] if len(parts) == 1 else torch.cat(parts)
         del parts
@@ -229,7 +237,9 @@ def parameter(
 ) -> Tensor:
     """The tensor of a `get_attr` node, or rows of it, as `compute` reads it."""
     name = str(node.target)
-    tensor = place.fetch(get_tensor(graph, name)).detach()
+    tensor = get_tensor(graph, name)
+    require_whole(tensor)
+    tensor = place.fetch(tensor).detach()
     if rows is not None and node in rows[0].aligned:
         tensor = _sliced(tensor, *rows)
     if change is not None:

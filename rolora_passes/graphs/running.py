@@ -65,7 +65,7 @@ def values(
     place = place_of(graph, dtype)
     given = iter((inputs or inputs_for(graph, cast(Tensor, tokens))).values())
     fixed = constant_nodes(graph.graph)
-    weights = {n: w for n in graph.graph.nodes if (w := _large_weight(graph, n, fixed, linear)) is not None}
+    weights = {n: w for n in graph.graph.nodes if (w := large_weight(graph, n, fixed, linear)) is not None}
     steps = _just_in_time(graph, fixed, weights)
     dead, done = deaths(steps, ()), dict[fx.Node, Any]()
 
@@ -91,8 +91,8 @@ def values(
                 let_go(graph, value)
 
 
-def _large_weight(
-    graph: fx.GraphModule, node: fx.Node, fixed: set[fx.Node], linear: Linear | None
+def large_weight(
+    graph: fx.GraphModule, node: fx.Node, fixed: set[fx.Node], linear: Linear | None = None
 ) -> fx.Node | None:
     """The weight of a linear or an embedding that is large, and an expression, or on disk, or known."""
     if not is_op(node, "linear", "embedding") or len(node.args) > 3 or node in fixed:
@@ -117,11 +117,7 @@ def _applied(
     """A linear or an embedding, of whose weight a block of rows is in memory at a time."""
     result: Tensor | None = None
     if is_op(node, "embedding"):
-        tokens = value_of(argument(node, "indices"))
-        only, numbers = tokens.unique(return_inverse=True)
-        ((place, (part,)),) = blocks(graph, [weight], dtype, change, only)
-        part = part if dtype is None else _cast(part, dtype)
-        return part[numbers if place.rows is only else tokens]
+        return looked_up(graph, weight, value_of(argument(node, "indices")), dtype, change)
     x, bias = value_of(argument(node, "input")), argument(node, "bias")
     if linear is not None and (product := linear(graph, node, x)) is not None:
         return product if bias is None else product + value_of(bias)
@@ -132,6 +128,19 @@ def _applied(
         result[..., place.rows] = found
     assert result is not None
     return result
+
+
+def looked_up(
+    graph: fx.GraphModule,
+    table: fx.Node,
+    tokens: Tensor,
+    dtype: torch.dtype | None = None,
+    change: Change | None = None,
+) -> Tensor:
+    """Rows of a table that is a constant expression: where its rows are independent, none but those."""
+    only, numbers = tokens.unique(return_inverse=True)
+    ((place, (part,)),) = blocks(graph, [table], dtype, change, only)
+    return part[numbers if place.rows is only else tokens]
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -48,7 +48,7 @@ def load_stored(folder: Path, dtype: torch.dtype) -> Stored | None:
     files = tensor_files(folder)
     if not files or any(path.suffix != ".safetensors" for path in files):
         return None
-    tensors = {name: on_disk(value) for path in files for name, value in tensors_of(path).items()}
+    tensors = {name: on_disk(value, path) for path in files for name, value in tensors_of(path).items()}
     hollow = {name: _hollow(value, dtype) for name, value in tensors.items()}
     config = transformers.AutoConfig.from_pretrained(str(folder))
     with torch.device("meta"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from rolora_passes.graphs.evaluate import compute
+from rolora_passes.graphs.evaluate import compute, let_go
 from rolora_passes.graphs.running import values
 from rolora_passes.numerics.affine import fake_quantize
 
@@ -47,6 +47,9 @@ def search_clips(
     for node, value in values(graph, windows):
         if node in sites:
             weight = torch.cat([w.float() for w in compute(graph, sites[node].weights)])
+            for read in sites[node].weights:
+                if read.op == "get_attr":
+                    let_go(graph, read)
             found[node] = _best(value.flatten(0, -2).float(), sites[node], weight)
             on_progress(len(found), len(sites))
     return found

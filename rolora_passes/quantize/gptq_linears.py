@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
-from rolora_passes.files import writing
-from rolora_passes.graphs.evaluate import evaluate
-from rolora_passes.graphs.graph import parameters
-from rolora_passes.graphs.text import graph_text
-from rolora_passes.memory import peak_mb
+from rolora_passes.graphs.evaluate import blocks
+from rolora_passes.graphs.graph import constants
+from rolora_passes.graphs.shapes import infer_shapes
+from rolora_passes.memory import peak_mb, release
 from rolora_passes.numerics.affine import Integers, dequantize
 from rolora_passes.numerics.gptq import Quantized, gptq
-from rolora_passes.quantize.stages import Stages
+from rolora_passes.ondisk import Growing
+from rolora_passes.quantize.stages import Stages, room_beside
+from rolora_passes.quantize.work import keeping
 
 Sites = Mapping[fx.Node, tuple[str, Integers]]
+_AT_ONCE = 1 << 25  # elements of weights that are rounded in one go, or as many rows as the Hessian has
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ def gptq_linears(
         sites: the linears to quantize, with the name and the grid of each.
         tokens: int64 [N, S].
         work: a folder where finished stages are kept until the run is over, so that one that was killed
-            goes on from there; None to keep nothing. Runs that differ in anything have files of their own;
-            equal ones share them, and the first to end removes them.
+            goes on from there; None to keep nothing. Runs that differ in anything have files of their own.
+            One process at a time works in it.
         on_progress: called with how much is done, and of how much.
         store: writes a weight into the graph: rewrites the linear's second argument.
 
@@ -72,35 +70,51 @@ def gptq_linears(
         "peak_mb" so far.
 
     Raises:
-        PassError: a weight cannot be rounded on what its input saw; names the sites.
+        PassError: a weight cannot be rounded on what its input saw, or a stage needs more memory than there
+            is (`ondisk.spilling`); names the sites.
+        WorkError: another process works in the folder, or it cannot be written to.
     """
-    plan = _stages(sites)
-    prefix = "" if work is None else _fingerprint(graph, sites, tokens, damping, act_order)
-    files = [work and work / f"gptq-{prefix}-{number}.safetensors" for number in range(len(plan))]
-    windows = Stages(graph, tokens)
-    rows, per_stage = len(tokens), len(tokens) + 1
-    figures = []
-    for number, (stage, file) in enumerate(zip(plan, files, strict=True)):
-        done = number * per_stage
-        saved = _load(file, stage) if file is not None else None
-        start = time.perf_counter()
-        hessian = Hessian()
-        for window, value in enumerate(windows.advance(stage.input)):
+    plan, per_stage = _stages(sites), len(tokens) + 1
+    figures, total = [], len(plan) * per_stage
+    named = sorted((name, repr(grid)) for name, grid in sites.values())
+    with keeping(work, graph, tokens, (named, damping, act_order)) as kept:
+        windows = Stages(graph, tokens, _room(graph, plan, tokens.shape[1]))
+        for number, stage in enumerate(plan):
+            done, names = number * per_stage, [name for name, _ in stage.sites.values()]
+            saved = kept.load(number, names)
+            start = time.perf_counter()
+            hessian = Hessian()
+            for window, value in enumerate(windows.advance(stage.input)):
+                if saved is None:
+                    hessian.add(value)
+                on_progress(done + window + 1, total)
+            seconds = time.perf_counter() - start
+            release()  # what windows freed lies in pieces, among which no matrix fits
+            results, row = saved or _solve(graph, stage, hessian, damping, act_order)
             if saved is None:
-                hessian.add(value)
-            on_progress(done + window + 1, len(plan) * per_stage)
-        seconds = time.perf_counter() - start
-        results, row = saved or _solve(graph, stage, hessian, damping, act_order)
-        if file is not None and saved is None:
-            _save(file, results, row)
-        for node, (name, grid) in stage.sites.items():
-            store(node, results[name], grid)
-        figures.append({**row, "forward": seconds, "resumed": saved is not None, "peak_mb": peak_mb()})
-        on_progress(done + rows + 1, len(plan) * per_stage)
-    for file in files:
-        if file is not None:
-            file.unlink(missing_ok=True)
+                kept.save(number, results, row)
+            for node, (name, grid) in stage.sites.items():
+                store(node, results[name], grid)
+            figures.append({**row, "forward": seconds, "resumed": saved is not None, "peak_mb": peak_mb()})
+            on_progress(done + per_stage, total)
     return {"stages": figures}
+
+
+def _room(graph: fx.GraphModule, plan: list[_Stage], length: int) -> int | None:
+    """The bytes that windows may keep in memory beside the largest stage, of whose needs this is an estimate.
+
+    Rounding holds the Hessian [n, n] in float32, three matrices of its size in float64, and some rows of the
+    weights a few times over; running holds the Hessian, the weights, and a window's values beside them.
+    """
+    shapes, largest, names = infer_shapes(graph, only=constants(graph)), 0, ""
+    for stage in plan:
+        weights = [shapes[node.args[1]].shape for node in stage.sites if isinstance(node.args[1], fx.Node)]
+        width, rows = int(weights[0][-1]), sum(int(shape[0]) for shape in weights)
+        rounding = 28 * width**2 + 20 * width * min(rows, _rows_at_once(width))
+        running = 4 * width**2 + 8 * width * min(rows, 8 * width) + 16 * length * max(width, rows // 4)
+        if max(rounding, running) > largest:
+            largest, names = max(rounding, running), stage.names
+    return room_beside(largest, f"gptq of {names}")
 
 
 def _stages(sites: Sites) -> list[_Stage]:
@@ -133,8 +147,15 @@ class Hessian:
             self._sum[:stop, start:stop].addmm_(x[:, :stop].t(), x[:, start:stop])
 
     def matrix(self) -> Tensor | None:
-        """[n, n]; None if no value came."""
-        return None if self._sum is None else self._sum.triu() + self._sum.triu(1).t()
+        """[n, n]; None if no value came. It is the sum itself, not a copy."""
+        if self._sum is None:
+            return None
+        for start in range(0, len(self._sum), 1024):
+            here = slice(start, start + 1024)
+            corner = self._sum[here, here].triu()
+            self._sum[here, here] = corner + corner.triu(1).t()
+            self._sum[here, :start] = self._sum[:start, here].t()
+        return self._sum
 
 
 def _solve(
@@ -151,70 +172,82 @@ def _solve(
     by_grid: dict[Integers, list[tuple[fx.Node, str]]] = {}
     for node, (name, grid) in stage.sites.items():
         by_grid.setdefault(grid, []).append((node, name))
-    results: dict[str, Quantized] = {}
-    errors: dict[str, float] = {}
+    made = {name: _Made() for name, _ in stage.sites.values()}
     for grid, members in by_grid.items():
-        weights = [_weight(graph, node).to(hessian) for node, _ in members]
-        try:
-            stacked = gptq(torch.cat(weights), hessian, grid, damping, act_order)
-        except PassError as error:
-            raise PassError(f"{stage.names}: {error}") from error
-        heights = [len(weight) for weight in weights]
-        parts = (part.split(heights) for part in (stacked.integers, stacked.scale, stacked.zero))
-        for (_, name), weight, *tensors in zip(members, weights, *parts, strict=True):
-            # Copies: a part of a stack would keep all of it alive, and cannot be saved by itself.
-            results[name] = Quantized(*(tensor.clone() for tensor in tensors))
-            errors[name] = _relative_error(weight, results[name], hessian)
-    return results, {
-        "sites": {name: errors[name] for name, _ in stage.sites.values()},
+        for pieces in _pieces(graph, members, hessian, _rows_at_once(len(hessian))):
+            weights = [weight for _, _, weight in pieces]
+            try:
+                stacked = gptq(torch.cat(weights), hessian, grid, damping, act_order)
+            except PassError as error:
+                raise PassError(f"{stage.names}: {error}") from error
+            heights = [len(weight) for weight in weights]
+            parts = (part.split(heights) for part in (stacked.integers, stacked.scale, stacked.zero))
+            for (name, rows, weight), *tensors in zip(pieces, *parts, strict=True):
+                made[name].append(rows, weight, Quantized(*tensors), hessian)
+    return {name: one.finish() for name, one in made.items()}, {
+        "sites": {name: one.lost / one.whole if one.whole else 0.0 for name, one in made.items()},
         "tokens": gathered.rows,
         "dead_channels": int((hessian.diagonal() == 0).sum()),
         "solve": time.perf_counter() - start,
     }
 
 
-def _weight(graph: fx.GraphModule, node: fx.Node) -> Tensor:
-    """A linear's weight in float64, as FoldConstants would make it."""
-    expression = node.args[1]
-    assert isinstance(expression, fx.Node)
-    return evaluate(graph, [expression])[0]
+def _rows_at_once(width: int) -> int:
+    return max(width, _AT_ONCE // width)
 
 
-def _relative_error(weight: Tensor, quantized: Quantized, hessian: Tensor) -> float:
-    """tr(ΔW·H·ΔWᵀ) / tr(W·H·Wᵀ): the squared change of the outputs, relative to the outputs squared."""
-    rounded = dequantize(quantized.integers, quantized.scale, quantized.zero)
-    lost, whole = (float(((w @ hessian) * w).sum()) for w in (rounded.to(weight.dtype) - weight, weight))
-    return lost / whole if whole else 0.0
+def _pieces(
+    graph: fx.GraphModule, members: list[tuple[fx.Node, str]], like: Tensor, most: int
+) -> Iterator[list[tuple[str, int, Tensor]]]:
+    """The weights of linears as FoldConstants would make them, in float64, cast, and moved; rows by rows.
+
+    Yields: (linear, how many rows it has, some of them) for at most so many rows.
+    """
+    found, height = list[tuple[str, int, Tensor]](), 0
+    for node, name in members:
+        expression = node.args[1]
+        assert isinstance(expression, fx.Node)
+        for place, (part,) in blocks(graph, [expression], torch.float64):
+            for piece in part.to(like).split(most):
+                if height + len(piece) > most:
+                    yield found
+                    found, height = [], 0
+                found.append((name, place.count, piece))
+                height += len(piece)
+    yield found
 
 
-def _fingerprint(graph: fx.GraphModule, sites: Sites, tokens: Tensor, damping: float, act_order: bool) -> str:
-    """A name for everything that decides the result: a run that differs in any of it has other files."""
-    named = sorted((name, repr(grid)) for name, grid in sites.values())
-    digest = hashlib.sha256(repr((graph_text(graph), named, damping, act_order)).encode())
-    for tensor in (*parameters(graph).values(), tokens):
-        digest.update(repr((tensor.dtype, tensor.shape)).encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
+class _Made:
+    """A weight that is rounded rows by rows, and Σ tr(ΔW·H·ΔWᵀ) and Σ tr(W·H·Wᵀ): the squared change of its
+    outputs, and the outputs squared."""
+
+    def __init__(self) -> None:
+        self.lost, self.whole = 0.0, 0.0
+        self._parts: list[Growing] = []
+
+    def append(self, count: int, weight: Tensor, quantized: Quantized, hessian: Tensor) -> None:
+        """The next rows, of so many, as they were and as they are."""
+        tensors = [*vars(quantized).values()]
+        if not self._parts:
+            self._parts = [Growing((count, t.shape[1]), t.dtype) for t in tensors]
+        for growing, tensor in zip(self._parts, tensors, strict=True):
+            growing.append(tensor)
+        rounded = dequantize(quantized.integers, quantized.scale, quantized.zero).to(weight.dtype)
+        self.lost += _squared(rounded - weight, hessian)
+        self.whole += _squared(weight, hessian)
+
+    def finish(self) -> Quantized:
+        return Quantized(*(part.finish() for part in self._parts))
 
 
-def _save(file: Path, results: Mapping[str, Quantized], row: Mapping[str, Any]) -> None:
-    tensors = {
-        f"{name}.{part}": value.cpu() for name, q in results.items() for part, value in vars(q).items()
-    }
-    with writing(file) as temporary:
-        save_file(tensors, temporary, metadata={"figures": json.dumps(row)})
-
-
-def _load(file: Path, stage: _Stage) -> tuple[dict[str, Quantized], dict[str, Any]] | None:
-    """A stage that an earlier run finished; None if it is not there (any more), or damaged."""
-    try:
-        with safe_open(file, "pt") as saved:
-            row = json.loads(saved.metadata()["figures"])
-            parts = ("integers", "scale", "zero")
-            return {
-                name: Quantized(*(saved.get_tensor(f"{name}.{part}") for part in parts))
-                for name, _ in stage.sites.values()
-            }, row
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None
+def _squared(weight: Tensor, hessian: Tensor) -> float:
+    """tr(W·H·Wᵀ) for a symmetric H, of which the upper triangle is read."""
+    total, width = 0.0, len(hessian)
+    step = max(256, -(-width // 6))
+    for start in range(0, width, step):
+        here = slice(start, start + step)
+        product = weight[:, here] @ hessian[here, here]
+        if start:
+            product.addmm_(weight[:, :start], hessian[:start, here], alpha=2)
+        total += float((product * weight[:, here]).sum())
+    return total

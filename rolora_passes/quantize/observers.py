@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from rolora_passes.errors import PassError
 from rolora_passes.graphs.graph import finish, get_tensor, is_op
-from rolora_passes.graphs.running import values
+from rolora_passes.quantize.stages import Stages, room_beside
 
 
 class Observer(Protocol):
@@ -120,7 +120,7 @@ def watch(
     see: Callable[[fx.Node, Tensor], None],
     on_progress: Callable[[str, int, int], None],
 ) -> None:
-    """Run windows [N, S] one at a time and show values as they are computed; after the last nothing is.
+    """Run windows [N, S] in stages and show values, each for all windows; after the last nothing is computed.
 
     Args:
         who: the pass, for errors and progress.
@@ -131,15 +131,15 @@ def watch(
     Raises:
         PassError: a value that is NaN or infinite; names the site.
     """
-    last = max(sites, default=None)
-    for number, window in enumerate(tokens.split(1) if sites else ()):
-        for node, value in values(graph, window):
-            if node in sites and value.numel():
+    order, count = sorted(sites), len(tokens)
+    stages = Stages(graph, tokens, room_beside(0, who)) if order else None
+    for place, node in enumerate(order):
+        assert stages is not None
+        for number, value in enumerate(stages.advance(node)):
+            if value.numel():
                 _require_finite(value, f"{who}: the input of {sites[node]}", number)
                 see(node, value)
-            if node is last:
-                break
-        on_progress(who, number + 1, len(tokens))
+            on_progress(who, place * count + number + 1, len(order) * count)
 
 
 def _require_finite(value: Tensor, what: str, window: int) -> None:

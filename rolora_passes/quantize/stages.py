@@ -9,18 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rolora_passes.errors import PassError
+from rolora_passes.graphs.buffers import constant_nodes
 from rolora_passes.graphs.devices import place_of
-from rolora_passes.graphs.evaluate import call, compute, deaths
-from rolora_passes.graphs.graph import upstream
+from rolora_passes.graphs.evaluate import call, compute, deaths, let_go
+from rolora_passes.graphs.graph import argument, is_op, upstream
 from rolora_passes.graphs.inputs import inputs_for
+from rolora_passes.graphs.running import large_weight, looked_up
+from rolora_passes.ondisk import is_on_disk, kept, memory_left, rest
 
 
 class Stages:
     """The forward passes of N windows, kept in step: all of them stand behind the same node.
 
     Together the stages are one forward pass for every window. Between them the memory is N times the
-    *frontier*, the values that later nodes read. What no window changes (parameters, expressions over
-    them, what positions alone decide) is computed once a stage, when it is first read, and kept no longer.
+    *frontier*, the values that later nodes read; above a number of bytes it lies in the spill folder
+    (`ondisk.spilling`). What no window changes (parameters, expressions over them, what positions alone
+    decide) is computed once a stage, when it is first read, and kept no longer; of a large table, no more
+    than the rows that a window reads.
 
         stages = Stages(graph, tokens)
         for value in stages.advance(node): ...      # node's value, window by window
@@ -33,9 +39,15 @@ class Stages:
     Between stages a caller may rewrite the readers of `node` and everything after them, and add parameters.
     """
 
-    def __init__(self, graph: fx.GraphModule, tokens: Tensor) -> None:
-        """Stand before the first node, with tokens int64 [N, S]."""
-        self._graph, self._place, self._home = graph, place_of(graph), tokens.device
+    def __init__(self, graph: fx.GraphModule, tokens: Tensor, room: int | None = None) -> None:
+        """Stand before the first node.
+
+        Args:
+            tokens: int64 [N, S].
+            room: bytes of memory that the frontier may take; None for no bound.
+        """
+        self._graph, self._room = graph, room
+        self._place, self._home = place_of(graph), tokens.device
         windows = [inputs_for(graph, window) for window in tokens.split(1)]
         inputs: dict[str, fx.Node] = {node.name: node for node in graph.graph.find_nodes(op="placeholder")}
         self._common = {inputs[n]: value for n, value in windows[0].items() if n == "positions"}
@@ -53,21 +65,47 @@ class Stages:
         """
         steps, frontier = self._plan(node)
         dead = deaths(steps, {*frontier, node})
+        fixed = constant_nodes(self._graph.graph)
+        tables = {n: large_weight(self._graph, n, fixed) for n in steps if is_op(n, "embedding")}
         shared: dict[fx.Node, Any] = {}
         for window in self._windows:
             window.update({n: _moved(value, self._place.device) for n, value in window.items()})
             with torch.no_grad():
                 value_of = partial(self._value, window, shared)
                 for step in steps:
-                    window[step] = call(step, value_of, None, self._place.device)
+                    table = tables.get(step)
+                    if table is None:
+                        window[step] = call(step, value_of, None, self._place.device)
+                    else:
+                        window[step] = looked_up(self._graph, table, value_of(argument(step, "indices")))
                     for value in dead[step]:
                         window.pop(value, None)
                 value = value_of(node)
             for stale in window.keys() - frontier:  # the node itself, or what a rewrite stopped reading
                 del window[stale]
-            window.update({n: _moved(kept, self._home) for n, kept in window.items()})
+            window.update({n: _moved(held, self._home) for n, held in window.items()})
+            self._park(window)
             yield value
+        for read in shared:
+            if read.op == "get_attr":
+                let_go(self._graph, read)
         self._reached = node
+
+    def _park(self, window: dict[fx.Node, Any]) -> None:
+        """Leave a window until its next stage: what is more than there is room for goes to the folder."""
+        if self._room is None:
+            return
+        share = self._room // len(self._windows)
+        for node, value in window.items():
+            # Others keep their strides, by which results differ in the last bit.
+            if not isinstance(value, Tensor) or not value.is_contiguous():
+                continue
+            if is_on_disk(value):
+                rest(value)
+            elif value.nbytes > share:
+                window[node] = kept(value)
+            else:
+                share -= value.nbytes
 
     def _plan(self, node: fx.Node) -> tuple[list[fx.Node], set[fx.Node]]:
         """What a window has to compute up to a node, and which of its values are read behind it.
@@ -98,6 +136,25 @@ class Stages:
         if node not in shared:
             (shared[node],) = compute(self._graph, [node], self._common)
         return shared[node]
+
+
+def room_beside(need: int, what: str) -> int | None:
+    """The bytes that windows may keep in memory beside what else a pass needs; None for no bound.
+
+    Args:
+        need: bytes.
+        what: needs them, for the error.
+
+    Raises:
+        PassError: there are fewer (`ondisk.spilling`, `--memory`).
+    """
+    left = memory_left()
+    if left is not None and left < need:
+        raise PassError(
+            f"{what} needs about {need / 1e9:.1f} GB of memory, found {max(left, 0) / 1e9:.1f} GB left: "
+            f"raise the bound by {(need - left) / 1e9:.1f} GB (--memory)"
+        )
+    return None if left is None else left - need
 
 
 def _moved(value: Any, device: torch.device) -> Any:

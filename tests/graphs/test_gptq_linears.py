@@ -122,6 +122,18 @@ def test_grids_and_options_are_each_sites_own(act_order: bool) -> None:
     same(found, by_hand(graph, tokens, mixed, 0.1, act_order))
 
 
+@pytest.mark.parametrize("rows", [5, 40])
+def test_many_rows_are_rounded_a_part_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = captured("llama")
+    tokens = tokens_for(graph, 6, 20)
+    whole, figures = quantized(graph, tokens, mixed)
+    monkeypatch.setattr(module, "_rows_at_once", lambda width: rows)
+    parts, again = quantized(graph, tokens, mixed)
+    same(parts, whole)
+    for stage, other in zip(figures["stages"], again["stages"], strict=True):
+        assert stage["sites"] == pytest.approx(other["sites"], rel=1e-9)
+
+
 def test_weights_may_be_expressions() -> None:
     written = apply_passes(captured("llama"), [FuseNorm(), Rotate(), InsertHadamard()])
     tokens = tokens_for(written, 6, 20)
