@@ -8,7 +8,6 @@ import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def holding(folder: str | Path) -> Iterator[None]:
     path = Path(folder) / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise WorkError(
             f"cannot work in {folder}: {error.strerror or error}; give a folder that can be written to "
@@ -91,10 +90,12 @@ def _locked(file: int, path: Path) -> bool:
     try:
         import fcntl
     except ImportError:  # Windows
-        msvcrt: Any = import_module("msvcrt")
+        import msvcrt
+
+        system: Any = msvcrt
         os.lseek(file, 1 << 20, os.SEEK_SET)  # beyond what others are to read
         try:
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+            system.locking(file, system.LK_NBLCK, 1)
         except OSError:
             return False
         os.lseek(file, 0, os.SEEK_SET)

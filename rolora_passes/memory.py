@@ -24,7 +24,7 @@ def peak_mb() -> float:
 def resident() -> int:
     """The bytes of memory that the process takes now; where only Linux would tell, the most it has taken."""
     if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text("utf-8").split()[1])
         return pages * mmap.PAGESIZE
     return int(peak_mb() * 1e6)
 

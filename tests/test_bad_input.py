@@ -658,7 +658,7 @@ def test_a_compile_that_is_told_to_end_leaves_nothing(
         os.kill(os.getpid(), signal.SIGTERM)
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("rolora_passes.recipes.opening.load_model", stop)
+    monkeypatch.setattr("rolora_passes.recipes.opening.load_outlined", stop)
     arguments = ("compile", checkpoint, "-o", tmp_path / "out", "--recipe", "float", "--max-length", 16)
     assert rolora(*arguments)[0] == 130
     assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) is handler

@@ -13,7 +13,14 @@ from torch import fx
 
 from rolora_passes import QuantizeActivations, QuantizeWeights, apply_passes, history
 from rolora_passes.errors import PassError
-from rolora_passes.graphs.graph import add_parameter, copy_graph, insert_after, is_op, linears
+from rolora_passes.graphs.graph import (
+    add_parameter,
+    copy_graph,
+    get_tensor,
+    insert_after,
+    is_op,
+    linears,
+)
 from rolora_passes.graphs.running import run, values
 from rolora_passes.numerics import affine
 
@@ -123,7 +130,9 @@ def test_clips_are_those_that_change_the_linears_least() -> None:
     with pytest.raises(PassError, match="quantize-activations looks at data and was given none"):
         apply_passes(graph, [step])
     found = apply_passes(graph, [step], calibration=tokens)
-    known = dict(values(graph, tokens))
+    known = dict(values(graph, tokens)) | {
+        n: get_tensor(graph, str(n.target)) for n in graph.graph.find_nodes(op="get_attr")
+    }
     clips = set()
     for value in {n.args[0]: None for n in linears(graph)[:-1]}:
         readers = [n for n in linears(graph) if n.args[0] is value]

@@ -25,17 +25,21 @@ Change = Callable[[str, Tensor], Tensor]
 """What to compute with in place of a parameter, or of rows of it, given its name and the values."""
 
 
-def evaluate(graph: fx.GraphModule, nodes: list[fx.Node]) -> list[Tensor]:
+def evaluate(graph: fx.GraphModule, nodes: list[fx.Node], dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """The values of constant expressions over the same parameters, computed in float64.
 
     Expressions that work on every row for itself are evaluated in blocks of rows.
+
+    Args:
+        dtype: of floating-point values, which are cast once.
     """
     results: list[Tensor] = []
     for place, parts in blocks(graph, nodes, torch.float64):
+        cast = [part.to(dtype) if part.is_floating_point() else part for part in parts]
         if place.whole:
-            return parts
-        results = results or [part.new_empty(place.count, *part.shape[1:]) for part in parts]
-        for result, part in zip(results, parts, strict=True):
+            return cast
+        results = results or [part.new_empty(place.count, *part.shape[1:]) for part in cast]
+        for result, part in zip(results, cast, strict=True):
             result[place.rows] = part
     return results
 

@@ -398,7 +398,7 @@ def test_the_command(rolora: Run, places: Callable[[str], Path], tmp_path: Path)
     assert status == 0 and "transformers loads it and gives the graph's logits" in said
     assert len([*out.glob("*.safetensors")]) > 1
     status, _, said = rolora("transform", source, "--shard-size", "none", "-o", out)
-    assert status == 2 and "expected a size such as 5GB" in said
+    assert status == 2 and "expected a size such as 8GB" in said
     (tmp_path / "text.txt").write_text(TEXT)
     status, _, said = rolora("eval", out, "--text", tmp_path / "text.txt", "--window", 32, "--windows", 1)
     assert status == 0

@@ -59,7 +59,7 @@ def tune(rolora: Run, checkpoint: Path, tmp_path: Path) -> Run:
 def test_instructions_that_are_missing_are_found_before_the_model_is_loaded(
     checkpoint: Path, tmp_path: Path, rolora: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rolora_passes.recipes.opening.load_model", None)
+    monkeypatch.setattr("rolora_passes.recipes.opening.load_outlined", None)
     status, _, said = rolora("tune", checkpoint, "-o", tmp_path / "out", "--data", tmp_path / "none.jsonl")
     assert status == 2 and re.search(r"error: DataError: expected .*none\.jsonl", said), said
 
@@ -67,7 +67,7 @@ def test_instructions_that_are_missing_are_found_before_the_model_is_loaded(
 def test_too_few_instructions_are_refused_before_the_model_is_loaded(
     tune: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rolora_passes.recipes.opening.load_model", None)
+    monkeypatch.setattr("rolora_passes.recipes.opening.load_outlined", None)
     status, _, said = tune("--set", "validation=0.99")
     assert status == 2 and re.search("error: PassError: tune-lora: expected windows to learn from", said), (
         said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +16,11 @@ from rolora_passes.graphs.capture.checking import compare
 from rolora_passes.graphs.capture.kinds import kind_of
 from rolora_passes.graphs.graph import add_parameter, copy_graph, finish, get_tensor, upstream
 from rolora_passes.graphs.verify import verify_logits
-from rolora_passes.loading.models import load_model
+from rolora_passes.loading.models import load_outlined
+from rolora_passes.ondisk import rest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # How far what a model computes of its configuration may be off: it may round to half precision what it keeps.
 _NEAR, _ROUNDED = 1e-5, 1e-2
@@ -34,12 +39,14 @@ def check_checkpoint(plan: Plan, folder: Path, sums: Mapping[str, int]) -> float
         LoweringError: the checkpoint is not the graph's; says where.
     """
     try:
-        model, _ = load_model(str(folder), plan.type)
+        model, _, weights = load_outlined(str(folder), plan.type)
     except CaptureError as error:
         raise LoweringError(f"transformers does not load what was written: {error}") from error
-    state, buffers = model.state_dict(), dict(model.named_buffers())
+    state, buffers = {**model.state_dict(), **_tied(model, weights)}, dict(model.named_buffers())
     for name, expected in sums.items():
-        if name not in state or check_sum(state[name], plan.type) != expected:
+        same = name in state and check_sum(state[name], plan.type) == expected
+        rest(state.get(name, torch.empty(0)))
+        if not same:
             raise LoweringError(
                 f"expected transformers to load {name} as it was written, found another value: this version "
                 f"reads checkpoints of {type(model).__name__} in another form than it writes them"
@@ -47,10 +54,18 @@ def check_checkpoint(plan: Plan, folder: Path, sums: Mapping[str, int]) -> float
     _require_same_buffers(plan, buffers)
     again = _restored(plan, {**buffers, **state})
     try:
-        compare(again, model, kind_of(model))
+        held = dict(model.named_parameters())
+        compare(again, model, kind_of(model), {id(held[name]): value for name, value in weights.items()})
         return verify_logits(plan.graph, again, "the checkpoint", set())
     except (CaptureError, VerificationError) as error:
         raise LoweringError(f"the checkpoint does not compute what its graph does: {error}") from error
+
+
+def _tied(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stored weights by every name that the model has for them."""
+    by_id = {id(value): weights[name] for name, value in model.named_parameters() if name in weights}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: by_id[id(value)] for name, value in named if id(value) in by_id}
 
 
 def _require_same_buffers(plan: Plan, found: Mapping[str, Tensor]) -> None:

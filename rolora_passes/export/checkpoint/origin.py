@@ -15,7 +15,7 @@ from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import parameter_names
 from rolora_passes.graphs.info import info
 from rolora_passes.loading.checkpoint import stored_types
-from rolora_passes.loading.models import load_model, source_folder
+from rolora_passes.loading.models import load_outlined, source_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,10 +51,11 @@ class Origin:
         Raises:
             CaptureError: what `load_model` and `capture` raise.
         """
-        model, tokenizer = load_model(source, dtype)
-        graph = capture(model)
+        model, tokenizer, weights = load_outlined(source, dtype)
+        graph = capture(model, weights=weights)
         read = parameter_names(graph) | {*info(graph).tied}
-        unread = {name: value for name, value in model.state_dict().items() if name not in read}
+        state = {**model.state_dict(), **weights}
+        unread = {name: value for name, value in state.items() if name not in read}
         folder = source_folder(source)
         types = {} if folder is None else stored_types(folder)
         return cls(source, graph, _outline(model, model.config), tokenizer, unread, types)

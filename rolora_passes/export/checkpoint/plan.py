@@ -133,8 +133,8 @@ def _require_unchanged(
 ) -> None:
     """Refuse other values of what the model computes itself (frequencies) and no file holds."""
     for equation in equations:
-        before = value_of(own, equation.own, ())
-        if not torch.equal(value_of(graph, equation.value, before.shape).double(), before.double()):
+        before = value_of(own, equation.own, (), torch.float64)
+        if not torch.equal(value_of(graph, equation.value, before.shape, torch.float64), before):
             raise LoweringError(
                 f"the graph has other values of {name}, which the model computes from its configuration: a "
                 "checkpoint cannot hold them"

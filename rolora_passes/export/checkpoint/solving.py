@@ -70,11 +70,13 @@ def solve(
         LoweringError: no value of the parameter solves them, or this does not know how to find it.
     """
     before = get_tensor(own, name).detach()
-    first = equations[0]
-    if len(equations) == 1 and first.own.op == "get_attr":
-        return value_of(graph, first.value, before.shape).to(dtype)
+    first, plain = equations[0], equations[0].own
+    while has(plain, Trait.CAST):
+        plain = plain.all_input_nodes[0]
+    if len(equations) == 1 and plain.op == "get_attr":
+        return value_of(graph, first.value, before.shape, dtype)
     found = before.to(torch.float64, copy=True)
-    values = [value_of(graph, e.value, ()).to(torch.float64) for e in equations]
+    values = [value_of(graph, e.value, (), torch.float64) for e in equations]
     for equation, value in zip(equations, values, strict=True):
         _put(equation.own, value, found)
     for equation, value in zip(equations, values, strict=True):
@@ -87,13 +89,15 @@ def solve(
     return found.to(dtype)
 
 
-def value_of(graph: fx.GraphModule, value: fx.Node | float, shape: Sequence[int]) -> Tensor:
-    """The value of an equation: a parameter as it is, all else in float64."""
+def value_of(
+    graph: fx.GraphModule, value: fx.Node | float, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The value of an equation, computed in float64 where it is computed, and cast once."""
     if not isinstance(value, fx.Node):
-        return torch.full([*shape], value, dtype=torch.float64)
+        return torch.full([*shape], value, dtype=dtype)
     if value.op == "get_attr":
-        return get_tensor(graph, str(value.target)).detach()
-    (found,) = evaluate(graph, [value])
+        return get_tensor(graph, str(value.target)).detach().to(dtype)
+    (found,) = evaluate(graph, [value], dtype)
     return found
 
 

@@ -32,6 +32,7 @@ from rolora_passes.files import writing_folder
 from rolora_passes.graphs.dtypes import dtype_of
 from rolora_passes.graphs.info import Record, history
 from rolora_passes.loading.models import load_tokenizer, source_folder
+from rolora_passes.ondisk import spilling
 from rolora_passes.passes.add_lora import AddLoRA
 from rolora_passes.passes.base import Calibration, Pass
 from rolora_passes.passes.manager import apply_passes, check_order, require_calibration
@@ -116,7 +117,7 @@ def transform_model(
         require_calibration(passes, data)
     with clock.step("load and capture"):
         origin = Origin.load(source)
-    with clock.step("passes"):
+    with clock.step("passes"), spilling(Path(folder).absolute().parent):
         graph = apply_passes(origin.graph, passes, calibration=data, **(printing or {}))
     return to_checkpoint(
         graph,
@@ -173,7 +174,7 @@ def to_checkpoint(
             source = Origin.load(source, dtype_of(graph))
     plain, left = without(graph, leave_out)
     plan = make_plan(plain, source, dtype)
-    with writing_folder(folder) as temporary:
+    with writing_folder(folder) as temporary, spilling(temporary.parent):
         with clock.step("write"):
             sums = write_weights(plan, temporary, shard_size, on_progress)
             _save_config(plan, temporary)

@@ -23,7 +23,7 @@ from rolora_passes.graphs.capture.canonical import canonicalize
 from rolora_passes.graphs.capture.checking import compare, compare_exported, ropes
 from rolora_passes.graphs.capture.kinds import Kind, kind_of
 from rolora_passes.graphs.capture.masks import Masks
-from rolora_passes.graphs.capture.stored import put_stored
+from rolora_passes.graphs.capture.stored import put_stored, stored_for
 from rolora_passes.graphs.identity import remember_weights
 from rolora_passes.graphs.info import set_info
 from rolora_passes.graphs.inputs import positions_like
@@ -67,7 +67,7 @@ def capture(
     kind = kind_of(model)
     held = dict(model.named_parameters())
     _require_finite({**held, **(weights or {})})
-    stored = {id(held[name]): value for name, value in (weights or {}).items()}
+    stored = stored_for(model, weights or {})
     _require_fixed_angles(model)
     with _one_at_a_time, _evaluating(model):
         exported = _export(model, kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -11,15 +11,33 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from rolora_passes.graphs.graph import aten, first_compute, get_tensor, set_tensor
-from rolora_passes.ondisk import on_disk, rest
+from rolora_passes.ondisk import is_on_disk, kept, on_disk, rest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Elements that are cast once, and not each time that they are read: gains, biases.
 _FEW = 1 << 16
 _BLOCK = 1 << 18  # elements of a matrix that are cast at a time: they stay in a core's cache
 
 
+def stored_for(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """What a model's parameters hold, by the parameter's `id`, in a type that its own holds.
+
+    Weights of a wider type than the model's are rounded here, once, and not by whoever reads them.
+    """
+    held, found = dict(model.named_parameters()), dict[int, Tensor]()
+    for name, value in weights.items():
+        own = held[name].dtype
+        found[id(held[name])] = value
+        if torch.promote_types(value.dtype, own) != own:
+            found[id(held[name])] = kept(value.to(own))
+            rest(value)
+    return found
+
+
 def put_stored(graph: fx.GraphModule, stored: Mapping[int, Tensor]) -> None:
-    """Put stored weights in the place of a graph's parameters, with a cast behind those of another type.
+    """Put stored weights in the place of a graph's parameters, with a cast behind those of a narrower type.
 
     Args:
         stored: by the parameter's `id`.
@@ -33,7 +51,7 @@ def put_stored(graph: fx.GraphModule, stored: Mapping[int, Tensor]) -> None:
         if value.dtype != hollow.dtype and value.numel() <= _FEW:
             value = value.to(hollow.dtype)
         parameter = torch.nn.Parameter(value, requires_grad=False)
-        set_tensor(graph, str(node.target), on_disk(parameter) if value is stored[id(hollow)] else parameter)
+        set_tensor(graph, str(node.target), on_disk(parameter) if is_on_disk(value) else parameter)
         if value.dtype != hollow.dtype:
             with graph.graph.inserting_before(first):
                 cast = graph.graph.call_function(aten.to.dtype, (node, hollow.dtype))
