@@ -11,7 +11,6 @@ from torch import Tensor, fx
 from rolora_passes.errors import CaptureError, one_line
 from rolora_passes.graphs.capture.attention import static_experts
 from rolora_passes.graphs.capture.kinds import Kind
-from rolora_passes.graphs.capture.precision import InFloat32
 from rolora_passes.graphs.capture.stored import Reading
 from rolora_passes.graphs.devices import computing_on, device_of
 from rolora_passes.graphs.graph import is_op
@@ -95,7 +94,7 @@ def compare(
                     "fetch it again, or load it in torch.float32"
                 )
         if expected.dtype.itemsize < torch.float32.itemsize:
-            with InFloat32(), Reading(weights or {}):
+            with Reading(weights or {}, wide=True):
                 expected = kind.call(model, own)
             for _, value in values(graph, tokens, torch.float32):
                 found = value

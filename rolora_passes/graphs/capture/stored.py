@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from rolora_passes.graphs.capture.precision import widened
 from rolora_passes.graphs.graph import aten, first_compute, get_tensor, set_tensor
 from rolora_passes.ondisk import is_on_disk, kept, on_disk, rest
 
@@ -66,25 +67,25 @@ class Reading(TorchFunctionMode):
 
     Args:
         stored: by the parameter's `id`.
+        wide: give every operator its values and types of half precision in float32.
     """
 
-    def __init__(self, stored: Mapping[int, Tensor]) -> None:
+    def __init__(self, stored: Mapping[int, Tensor], wide: bool = False) -> None:
         super().__init__()
-        self.stored = stored
+        self.stored, self.wide = stored, wide
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        named = getattr(func, "__name__", "") in ("__get__", "__set__")  # x.dtype: nothing is computed
-        used = [] if named else [v for v in _tensors((args, kwargs)) if id(v) in self.stored]
-        if not used:
+        if getattr(func, "__name__", "") in ("__get__", "__set__"):  # x.dtype, x.shape: nothing is computed
             return func(*args, **kwargs)
+        used = [v for v in _tensors((args, kwargs)) if id(v) in self.stored]
         if func is F.linear and not kwargs and id(args[1]) in self.stored:
             return self._linear(*args)
         if func is F.embedding and id(args[1]) in self.stored:
             rows, numbers = args[0].unique(return_inverse=True)
-            part = self.stored[id(args[1])][rows].to(args[1].dtype)
+            part = self._in_type(self.stored[id(args[1])][rows], args[1])
             rest(self.stored[id(args[1])])
             return part[numbers]
         args, kwargs = fx.node.map_aggregate((args, kwargs), self._value)
@@ -94,16 +95,21 @@ class Reading(TorchFunctionMode):
         return result
 
     def _value(self, value: Any) -> Any:
-        return self.stored[id(value)].to(value.dtype) if id(value) in self.stored else value
+        if id(value) in self.stored:
+            return self._in_type(self.stored[id(value)], value)
+        return widened(value) if self.wide else value
+
+    def _in_type(self, values: Tensor, hollow: Tensor) -> Tensor:
+        return values.to(widened(hollow.dtype) if self.wide else hollow.dtype)
 
     def _linear(self, x: Tensor, hollow: Tensor, bias: Tensor | None = None) -> Tensor:
-        weight, bias = self.stored[id(hollow)], self._value(bias)
+        weight, x, bias = self.stored[id(hollow)], self._value(x), self._value(bias)
         result = x.new_empty(*x.shape[:-1], len(weight))
         step = max(1, _BLOCK // weight.shape[1])
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             shift = None if bias is None else bias[rows]
-            result[..., rows] = F.linear(x, weight[rows].to(hollow.dtype), shift)
+            result[..., rows] = F.linear(x, self._in_type(weight[rows], hollow), shift)
             rest(weight, weight[rows])
         return result
 
