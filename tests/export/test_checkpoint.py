@@ -293,9 +293,9 @@ def test_a_tensor_that_transformers_loads_otherwise_is_refused(
         model, words = load_model(source, dtype)
         with torch.no_grad():
             model.lm_head.weight[3, 3] += 1
-        return model, words
+        return model, words, {}
 
-    monkeypatch.setattr(checking, "load_model", other)
+    monkeypatch.setattr(checking, "load_outlined", other)
     with pytest.raises(
         LoweringError, match=r"expected transformers to load lm_head\.weight as it was written"
     ):
@@ -309,9 +309,9 @@ def test_frequencies_that_no_file_holds_are_refused(
     def other(source: str, dtype: torch.dtype) -> Any:
         model, words = load_model(source, dtype)
         model.model.rotary_emb.inv_freq.mul_(1.001)
-        return model, words
+        return model, words, {}
 
-    monkeypatch.setattr(checking, "load_model", other)
+    monkeypatch.setattr(checking, "load_outlined", other)
     with pytest.raises(LoweringError, match=r"other values of model\.rotary_emb\.inv_freq"):
         transform_model(str(places("llama")), None, tmp_path / "out")
     graph = capture(load_model(str(places("llama")))[0])
