@@ -78,6 +78,9 @@ def blocks(
         for node in nodes:
             if node.op == "get_attr":
                 let_go(graph, node, (rows, place))
+    for node in rows.aligned:  # a block reads pages of its neighbours
+        if node.op == "get_attr":
+            let_go(graph, node)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class Products:
             rows = slice(start, start + step)
             result[..., rows] = torch.nn.functional.linear(x, weight[rows].to(x.dtype))
             rest(weight, weight[rows])
+        rest(weight)  # a block reads pages of its neighbours
         known = [entry for entry in self._known.get(id(weight), ()) if entry[0]() is weight]
         self._known[id(weight)] = [*known, (weakref.ref(weight), x, result)]
         return result

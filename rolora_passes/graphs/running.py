@@ -13,10 +13,13 @@ from rolora_passes.graphs.devices import device_of, place_of
 from rolora_passes.graphs.evaluate import SMALL, Change, blocks, call, deaths, let_go, parameter
 from rolora_passes.graphs.graph import argument, get_tensor, is_op, parameters, upstream
 from rolora_passes.graphs.inputs import inputs_for
+from rolora_passes.memory import release
 from rolora_passes.ondisk import is_on_disk
 
 # Bytes of parameters of a graph that is run at once: at most three times as many are in memory then.
 _FEW = 1 << 28
+
+_OFTEN = 16  # large weights after which freed memory is given back: their blocks fragment the heap
 
 Linear = Callable[[fx.GraphModule, fx.Node, Tensor], Tensor | None]
 """(graph, linear, its input [.., in]) -> [.., out]."""
@@ -67,7 +70,7 @@ def values(
     fixed = constant_nodes(graph.graph)
     weights = {n: w for n in graph.graph.nodes if (w := large_weight(graph, n, fixed, linear)) is not None}
     steps = _just_in_time(graph, fixed, weights)
-    dead, done = deaths(steps, ()), dict[fx.Node, Any]()
+    dead, done, count = deaths(steps, ()), dict[fx.Node, Any](), 0
 
     def value_of(node: fx.Node) -> Any:
         return parameter(graph, node, place, dtype, change=change) if node.op == "get_attr" else done[node]
@@ -85,6 +88,8 @@ def values(
             if dtype is not None:
                 done[step] = fx.node.map_aggregate(done[step], lambda v: _cast(v, dtype))
         yield step, done[step]
+        if step in weights and (count := count + 1) % _OFTEN == 0:
+            release()
         for value in dead[step]:
             done.pop(value, None)
             if value.op == "get_attr":

@@ -122,7 +122,7 @@ def test_products_of_what_passes_wrote(name: str) -> None:
 def test_a_product_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, after = captured("llama"), apply_passes(captured("llama"), RECIPE, verify=False)
     tokens, known, read = tokens_for(graph), Products(), list[Tensor]()
-    monkeypatch.setattr(products, "rest", lambda weight, part: read.append(weight))
+    monkeypatch.setattr(products, "rest", lambda weight, part=None: read.append(weight))
     list(values(graph, tokens, torch.float64, linear=known.linear))
     linears = sum(is_op(node, "linear") for node in graph.graph.nodes)
     assert len({id(weight) for weight in read}) == linears

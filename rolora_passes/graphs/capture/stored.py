@@ -111,6 +111,7 @@ class Reading(TorchFunctionMode):
             shift = None if bias is None else bias[rows]
             result[..., rows] = F.linear(x, self._in_type(weight[rows], hollow), shift)
             rest(weight, weight[rows])
+        rest(weight)  # a block reads pages of its neighbours
         return result
 
 
