@@ -119,6 +119,7 @@ def compare_programs(
         program = ProgramScorer(folder, name)
         row = _row(name, program.logits(tokens)[0], expected, quantized, tokens[0])
         written = _greedy(program, tokens[:, :start], new)
+        del program  # its weights and the graph's need not be in memory at once
         rows.append(row | {"greedy": _agreeing(found, written, start), "of": new})
         on_progress("compare", number + 3, steps)
     return rows

@@ -13,6 +13,7 @@ from torch import fx
 
 from rolora_passes.graphs.buffers import drop_unused
 from rolora_passes.graphs.graph import argument, get_tensor, is_op, set_tensor
+from rolora_passes.ondisk import kept, rest
 
 _aten = torch.ops.aten
 
@@ -110,7 +111,10 @@ def _stack(graph: fx.GraphModule, nodes: list[Any]) -> fx.Node:
     """The tensors of these parameters, one below the other, as a new parameter."""
     parts = zip(*(str(n.target).split(".") for n in nodes), strict=False)
     name = ".".join(["fused", *("_".join(dict.fromkeys(same)) for same in parts)])
-    set_tensor(graph, name, torch.cat([get_tensor(graph, n.target).detach() for n in nodes]))
+    tensors = [get_tensor(graph, n.target) for n in nodes]
+    set_tensor(graph, name, kept(torch.cat([tensor.detach() for tensor in tensors])))
+    for tensor in tensors:
+        rest(tensor)
     return graph.graph.get_attr(name)
 
 
