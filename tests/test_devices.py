@@ -17,7 +17,8 @@ from torch import fx
 
 from rolora_passes import Calibration, apply_passes, history
 from rolora_passes.evaluation import GraphScorer, perplexity
-from rolora_passes.graphs import computing_on, devices, run, to_device
+from rolora_passes.graphs import computing_on, devices, run, running, to_device
+from rolora_passes.graphs import evaluate as evaluation
 from rolora_passes.graphs.capture import capture
 from rolora_passes.graphs.graph import parameters, set_tensor
 from rolora_passes.graphs.info import info
@@ -119,6 +120,16 @@ def test_a_pass_there_and_for_weights_that_travel(graph: fx.GraphModule, steps: 
     travelled = apply_passes(graph, steps, calibration=data, device=DEVICE)
     assert places(travelled) == {"cpu"}
     require_equal(travelled, expected)
+
+
+def test_large_weights_travel_in_blocks(graph: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification, too, multiplies on the device what lies elsewhere."""
+    for module in (evaluation, running):
+        monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(evaluation, "_BLOCK", 64)
+    expected = apply_passes(graph, FEW["folded"])
+    require_equal(apply_passes(graph, FEW["folded"], device=DEVICE), expected)
+    require_equal(apply_passes(to_device(graph, DEVICE), FEW["folded"]), expected)
 
 
 FEW: dict[str, list[PassLike]] = {

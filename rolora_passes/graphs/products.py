@@ -19,7 +19,7 @@ from rolora_passes.graphs.graph import argument, get_tensor, root_names
 from rolora_passes.graphs.lineage import expressions
 from rolora_passes.graphs.operators.registry import axis_map
 from rolora_passes.graphs.operators.steps import AxisMap, Step
-from rolora_passes.ondisk import rest
+from rolora_passes.ondisk import require_whole, rest
 
 # Values that differ by less, relative to their largest, are the same: far above what float64 rounds in a
 # transform, and far below what is allowed of logits.
@@ -32,9 +32,13 @@ class Products:
     """What is known of weights and their products so far, from one graph to the next.
 
     Tensors are told by themselves: a graph that a pass made shares those that the pass did not compute.
+
+    Attributes:
+        off: the largest difference, relative, of an input from that of the product that was taken for it.
     """
 
     def __init__(self) -> None:
+        self.off = 0.0
         self._known: dict[int, list[tuple[weakref.ref[Tensor], Tensor, Tensor]]] = {}
         self._readers: weakref.WeakKeyDictionary[fx.GraphModule, Callable[[fx.Node], Way]]
         self._readers = weakref.WeakKeyDictionary()
@@ -59,7 +63,7 @@ class Products:
         self, graph: fx.GraphModule, node: fx.Node, way: Way, maps: list[tuple[Step, AxisMap]], x: Tensor
     ) -> Tensor:
         def tensors(names: tuple[str, ...]) -> list[Tensor]:
-            return [way.tensors[name].to(x.dtype) for name in names]
+            return [way.tensors[name].to(x) for name in names]
 
         for step, found in reversed(maps):
             if step.side == "in" and found.transpose is not None:
@@ -72,14 +76,18 @@ class Products:
 
     def _product(self, weight: Tensor, x: Tensor) -> Tensor:
         for reference, given, made in self._known.get(id(weight), ()):
-            same = reference() is weight and given.shape == x.shape and given.dtype == x.dtype
-            if same and float((x - given).abs().max()) <= _SAME * float(given.abs().max()):
+            if reference() is not weight or given.shape != x.shape or given.dtype != x.dtype:
+                continue
+            off = float((x - given).abs().max()) / (float(given.abs().max()) or 1.0)
+            if off <= _SAME:
+                self.off = max(self.off, off)
                 return made
+        require_whole(weight)
         result = x.new_empty(*x.shape[:-1], len(weight))
         step = max(1, _BLOCK // weight.shape[1])
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
-            result[..., rows] = torch.nn.functional.linear(x, weight[rows].to(x.dtype))
+            result[..., rows] = torch.nn.functional.linear(x, weight[rows].to(x))
             rest(weight, weight[rows])
         rest(weight)  # a block reads pages of its neighbours
         known = [entry for entry in self._known.get(id(weight), ()) if entry[0]() is weight]
@@ -94,7 +102,7 @@ def _agrees(graph: fx.GraphModule, weight: fx.Node, x: Tensor, y: Tensor) -> boo
     """
     if not rows_apart(graph, weight):
         return True
-    rows = torch.linspace(0, y.shape[-1] - 1, _ROWS).long()
+    rows = torch.linspace(0, y.shape[-1] - 1, _ROWS, device=x.device).long()
     ((_, (part,)),) = blocks(graph, [weight], x.dtype, only=rows)
     found = torch.nn.functional.linear(x, part)
     return float((found - y[..., rows]).abs().max()) <= 1e3 * _SAME * float(y.abs().max())

@@ -144,7 +144,7 @@ def multiply(x: Tensor, matrices: list[Tensor], dim: int = -1, inner: int = 1) -
     dim, order = dim % x.dim(), math.prod(len(m) for m in matrices)
     right = inner * math.prod(x.shape[dim + 1 :])
     left = math.prod(x.shape[:dim]) * (x.shape[dim] // (order * inner))
-    return _multiply(x.reshape(left, order, right), [m.to(x.dtype) for m in matrices]).reshape(x.shape)
+    return _multiply(x.reshape(left, order, right), [m.to(x) for m in matrices]).reshape(x.shape)
 
 
 def _multiply(x: Tensor, matrices: list[Tensor]) -> Tensor:

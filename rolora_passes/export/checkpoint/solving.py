@@ -17,6 +17,7 @@ from rolora_passes.errors import LoweringError
 from rolora_passes.graphs.evaluate import call, evaluate
 from rolora_passes.graphs.graph import get_tensor, is_op, op_name
 from rolora_passes.graphs.operators import Trait, has
+from rolora_passes.ondisk import rest
 
 _SAME = 1e-9  # of values in float64 that went through an expression and back
 # Views that keep all elements in their order.
@@ -96,7 +97,10 @@ def value_of(
     if not isinstance(value, fx.Node):
         return torch.full([*shape], value, dtype=dtype)
     if value.op == "get_attr":
-        return get_tensor(graph, str(value.target)).detach().to(dtype)
+        tensor = get_tensor(graph, str(value.target))
+        copy = tensor.detach().to(dtype, copy=True)
+        rest(tensor)
+        return copy
     (found,) = evaluate(graph, [value], dtype)
     return found
 

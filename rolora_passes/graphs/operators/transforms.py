@@ -91,7 +91,7 @@ def _turned_back(x: Tensor, dim: int, inner: int, rotation: Tensor) -> Tensor:
 
 def _hadamard_back(x: Tensor, dim: int, order: int, inner: int) -> Tensor:
     """Times the transpose, by its Kronecker factors."""
-    factors = [m.T.to(x.dtype) / len(m) ** 0.5 for m in _hadamard.factors(order)]
+    factors = [m.T.to(x) / len(m) ** 0.5 for m in _hadamard.factors(order)]
     return _hadamard.multiply(x, factors, dim, inner)
 
 
