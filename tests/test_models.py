@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import character_tokenizer, save_checkpoint
 
 from rolora_passes.errors import CaptureError
-from rolora_passes.loading.models import load_model, load_tokenizer
+from rolora_passes.loading.models import load_model, load_outlined, load_tokenizer
 
 LAYER = "model.layers.0.self_attn"
 
@@ -206,3 +206,16 @@ def test_parts_of_other_models_that_a_class_leaves_out(tmp_path: Path) -> None:
 def test_a_tokenizer_needs_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert load_tokenizer(str(folder))("ab").input_ids
+
+
+def test_loading_prints_nothing_of_other_libraries(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    folder = save_checkpoint(tmp_path)
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    load_model(str(folder))
+    load_outlined(str(folder))
+    said = capfd.readouterr()
+    assert "Loading weights" not in said.out + said.err
+    assert logging.is_progress_bar_enabled()  # as it was

@@ -197,10 +197,23 @@ def _named(source: str) -> str:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Say what could not be loaded when transformers fails, however it does."""
+    """Say what could not be loaded when transformers fails, however it does; its progress bars stay away."""
     try:
-        yield
+        with _without_bars():
+            yield
     except (MemoryError, RoloraError):
         raise
     except Exception as error:
         raise CaptureError(f"cannot load {what}: {one_line(error)}") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    logging = require("transformers.utils.logging", "transformers")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
